@@ -1,0 +1,139 @@
+"""Stage 4/4. Reads logs/<run>/scores/<queries>-.../. Writes top_k.jsonl and top_k.txt there, and prints a short table.
+
+    python analysis.py --top_k 5 --unique_documents
+
+With no arguments: the newest scores under logs/.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from logra import run, store
+from logra.influence import top_k
+from logra.log import Log
+
+SHOWN = 3  # documents a query in the printed table
+
+
+def build_parser() -> run.Parser:
+    """Return the command line's parser."""
+    parser = run.Parser(description=__doc__)
+    parser.add_argument("--log_dir", type=Path, help="the run's folder (the one with the newest scores under logs/)")
+    parser.add_argument("--split", help="scores of this query set only, as it was given to compute_influence.py")
+    parser.add_argument("--top_k", type=run.positive_int, default=20, help="examples a query (20)")
+    parser.add_argument("--bottom", action="store_true", help="also the examples with the lowest scores")
+    parser.add_argument("--unique_documents", action="store_true", help="the best example of each document only")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the best examples of each query."""
+    folder, about = newest_scores(args.log_dir, args.split)
+    log = Log.load(folder.parents[1])
+    if about["log"]["data"]["fingerprint"] != log.content["data"]["fingerprint"]:
+        raise ValueError(
+            f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
+        )
+    examples = log.train()
+    documents = examples["document_id"]
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text("utf-8").splitlines()]
+    scores = read_scores(folder / "scores.npy", (len(queries), log.examples))
+    rows = []
+    for query, row in zip(queries, scores, strict=True):
+        for largest in [True, False] if args.bottom else [True]:
+            chosen = best_examples(
+                torch.from_numpy(np.array(row)), documents, args.top_k, largest, args.unique_documents
+            )
+            rows += [describe(query, rank, float(row[i]), i, examples[i], largest) for rank, i in enumerate(chosen, 1)]
+    with store.atomic(folder / "top_k.jsonl") as path:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    with store.atomic(folder / "top_k.txt") as path:
+        path.write_text("\n".join(readable(queries, rows)), "utf-8")
+    print_table(queries, scores, documents)
+    print(f"{folder / 'top_k.txt'}\n{folder / 'top_k.jsonl'}")
+
+
+def newest_scores(log_dir: Path | None, split: str | None) -> tuple[Path, dict]:
+    """Return the folder of the newest scores (of a run, of a query set) and its run.json."""
+    pattern = "*/scores/*/run.json" if log_dir is None else "scores/*/run.json"
+    root = Path("logs") if log_dir is None else log_dir
+    for path in sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
+        about = store.read_json(path, "run compute_influence.py again")
+        if path.parent.suffix != ".tmp" and split in (None, about.get("split")):
+            return path.parent, about
+    wanted = f" of --split {split}" if split else ""
+    raise ValueError(f"expected scores{wanted} under {root}, got none; run compute_influence.py first")
+
+
+def read_scores(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Memory-map scores.npy and check its shape."""
+    try:
+        scores = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected scores in {path}, got {error}; run compute_influence.py again") from error
+    if scores.shape != shape or scores.dtype != np.float32:
+        raise ValueError(
+            f"expected float32 {list(shape)} in {path}, got {list(scores.shape)}; run compute_influence.py again"
+        )
+    return scores
+
+
+def best_examples(scores: torch.Tensor, documents: list[str], count: int, largest: bool, unique: bool) -> list[int]:
+    """Return example ids, best first."""
+    order = top_k(scores, len(scores) if unique else count, largest).tolist()
+    if not unique:
+        return order
+    seen, kept = set(), []
+    for i in order:
+        if documents[i] not in seen:
+            kept.append(i)
+            seen.add(documents[i])
+        if len(kept) == count:
+            break
+    return kept
+
+
+def describe(query: dict, rank: int, score: float, example: int, row: dict, largest: bool) -> dict:
+    """Return a row of top_k.jsonl."""
+    entry = {
+        "query": query["id"],
+        "side": "top" if largest else "bottom",
+        "rank": rank,
+        "score": score,
+        "example": example,
+    }
+    entry |= {"document": row["document_id"], "block": row.get("block")}
+    return entry | ({"documents": row["document_ids"]} if "document_ids" in row else {}) | {"text": row["text"]}
+
+
+def readable(queries: list[dict], rows: list[dict]) -> list[str]:
+    """Return the lines of top_k.txt."""
+    lines = []
+    for query in queries:
+        asked = query.get("prompt") or query.get("text", "")
+        lines += ["=" * 100, f"Query {query['id']}: {asked}", query.get("response", ""), ""]
+        for row in rows:
+            if row["query"] == query["id"]:
+                lines += [
+                    f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {row['document']}  (example {row['example']})"
+                ]
+                lines += [row["text"].strip(), ""]
+    return lines
+
+
+def print_table(queries: list[dict], scores: np.ndarray, documents: list[str]) -> None:
+    """Print the first documents of each query."""
+    for query, row in zip(queries, scores, strict=True):
+        asked = " ".join((query.get("prompt") or query.get("text", "")).split())
+        print(f"\n{query['id']}: {asked[:90]}")
+        for rank, i in enumerate(best_examples(torch.from_numpy(np.array(row)), documents, SHOWN, True, True), 1):
+            print(f"  {rank}. {row[i]:+.4g}  {documents[i]}")
+    print()
+
+
+if __name__ == "__main__":
+    run.guarded(main, build_parser())

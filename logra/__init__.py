@@ -1,0 +1,1 @@
+"""LoGra: training data attribution for language models (arXiv 2405.13954)."""

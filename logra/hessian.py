@@ -1,0 +1,254 @@
+"""The Hessian (empirical Fisher) of each layer: statistics, damping, and (C + lambda I)^-1.
+
+Notation: N train examples, r_in/r_out projected sizes, k = r_in * r_out, g [N, k] projected gradients, C [k, k].
+    raw    C = mean g g^T, solved by Cholesky, or in the N x N dual where N < k
+    kfac   C ~ (tokens per example) * B (x) A with A = sum x~ x~^T / tokens, B = sum d~ d~^T / tokens
+    ekfac  kfac's eigenvectors (or the basis that the projection already has), eigenvalues mean (U_B G~ U_A^T)^2
+    none   the identity, without damping
+Statistics are stored undamped, as sums beside counts. Eigenvectors are rows. vec(G~) is row-major, so (x) is B (x) A.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from logra.projection import Shapes, eigenbasis
+
+KINDS = ("raw", "kfac", "ekfac", "none")
+
+
+class Source(Protocol):
+    """Where gradients come from; see log.Log."""
+
+    projected: Shapes
+
+    @property
+    def examples(self) -> int: ...
+    @property
+    def shards(self) -> list[range]: ...
+    def blocks(self, layer: str, shards: Iterable[int]) -> Iterator[Tensor]: ...
+    def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]: ...
+
+
+def damping_lambda(trace: float, k: int, damping: float, absolute: float | None) -> float:
+    """Return lambda = damping * trace(C) / k, or `absolute` where that is given.
+
+    Raises:
+        ValueError: The one that is used is not positive and finite.
+    """
+    value = damping if absolute is None else absolute
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"expected a positive, finite damping, got {value}; use --damping 0.1, say")
+    return damping * trace / k if absolute is None else absolute
+
+
+class Identity:
+    """No Hessian: C + lambda I is replaced by the identity."""
+
+    def solve(self, g: Tensor) -> Tensor:
+        """Return g, [n, k]."""
+        return g
+
+    def quadratic(self, g: Tensor) -> Tensor:
+        """Return g^T g for each row of g, [n]."""
+        return g.square().sum(dim=1)
+
+
+class Diagonal:
+    """C = U diag(eigenvalues) U^T with U = U_B (x) U_A: kfac and ekfac."""
+
+    def __init__(self, values: Tensor, basis_in: Tensor | None, basis_out: Tensor | None, damping: float):
+        """Take eigenvalues [r_out, r_in]; basis rows [r_in, r_in], [r_out, r_out], or None for the stored basis."""
+        inverse = 1 / (values.double() + damping)
+        self.inverse = torch.where(inverse.isfinite(), inverse, 0).float()  # a layer of zero gradients adds nothing
+        self.basis_in = None if basis_in is None else basis_in.float()
+        self.basis_out = None if basis_out is None else basis_out.float()
+
+    def solve(self, g: Tensor) -> Tensor:
+        """Return (C + lambda I)^-1 g for each row of g, [n, k] float32."""
+        return self._rotate(self._rotate(g, False).mul_(self.inverse.to(g.device)).flatten(1), True).flatten(1)
+
+    def quadratic(self, g: Tensor) -> Tensor:
+        """Return g^T (C + lambda I)^-1 g for each row of g, [n]."""
+        return self._rotate(g, False).square().mul_(self.inverse.to(g.device)).sum(dim=(1, 2))
+
+    def _rotate(self, g: Tensor, back: bool) -> Tensor:
+        g = g.view(-1, *self.inverse.shape).clone()
+        if self.basis_in is not None and self.basis_out is not None:
+            u_in, u_out = self.basis_in.to(g.device), self.basis_out.to(g.device)
+            g = u_out.T @ g @ u_in if back else u_out @ g @ u_in.T
+        return g
+
+
+class Dense:
+    """C [k, k] itself, by Cholesky in float64."""
+
+    def __init__(self, cov: Tensor, damping: float):
+        """Take C [k, k] and lambda > 0 (0 only for C = 0, which adds nothing to any score)."""
+        self.zero = damping == 0
+        self.factor = cov if self.zero else torch.linalg.cholesky(cov.double() + damping * torch.eye(len(cov)).to(cov))
+
+    def solve(self, g: Tensor) -> Tensor:
+        """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
+        return torch.zeros_like(g) if self.zero else torch.cholesky_solve(g.double().T, self.factor).T.float()
+
+    def quadratic(self, g: Tensor) -> Tensor:
+        """Return g^T (C + lambda I)^-1 g for each row of g, [n]."""
+        if self.zero:
+            return g.new_zeros(len(g))
+        return torch.linalg.solve_triangular(self.factor, g.double().T, upper=False).square().sum(dim=0).float()
+
+
+class Dual:
+    """C = grads^T grads / N through the N x N Gram matrix: (C + lI)^-1 g = (g - G^T (G G^T + NlI)^-1 G g) / l."""
+
+    def __init__(self, grads: Tensor, gram: Tensor, damping: float):
+        """Take G [N, k], its Gram matrix [N, N], and lambda > 0 (0 only for G = 0)."""
+        self.grads, self.damping = grads.double(), damping
+        eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        self.factor = torch.linalg.cholesky(gram.double() + max(len(gram) * damping, 1e-300) * eye)
+
+    def solve(self, g: Tensor) -> Tensor:
+        """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
+        if self.damping == 0:
+            return torch.zeros_like(g)
+        g = g.double()
+        inner = torch.cholesky_solve(self.grads @ g.T, self.factor)  # [N, n]
+        return ((g - inner.T @ self.grads) / self.damping).float()
+
+    def quadratic(self, g: Tensor) -> Tensor:
+        """Return g^T (C + lambda I)^-1 g for each row of g, [n]."""
+        return (g.double() * self.solve(g).double()).sum(dim=1).float()
+
+
+Preconditioner = Identity | Diagonal | Dense | Dual
+
+
+def covariance_sum(blocks: Iterable[Tensor], k: int) -> Tensor:
+    """Return sum g g^T over blocks of gradients [n, k], as [k, k] float32."""
+    total = torch.zeros(k, k)
+    for block in blocks:
+        total = total.to(block.device).addmm_(block.float().T, block.float())
+    return total
+
+
+def gram_rows(blocks: Iterable[Tensor], rows: list[range]) -> Tensor:
+    """Return the Gram matrix G G^T of all blocks' gradients, [N, N] float32, with only the given rows filled in."""
+    grads = torch.cat([block.float() for block in blocks])
+    gram = torch.zeros(len(grads), len(grads))
+    for ids in rows:
+        gram[ids.start : ids.stop] = grads[ids.start : ids.stop] @ grads.T
+    return gram
+
+
+def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tensor) -> Tensor:
+    """Return sum (U_B G~ U_A^T)^2 over blocks [n, r_out * r_in], as [r_out * r_in] float64."""
+    total = torch.zeros(len(basis_out) * len(basis_in), dtype=torch.float64)
+    for block in blocks:
+        g = block.float().view(-1, len(basis_out), len(basis_in))
+        rotated = basis_out.to(g) @ g @ basis_in.to(g).T
+        total += rotated.square().sum(dim=0).flatten().double().cpu()
+    return total
+
+
+def preconditioner(
+    kind: str, stats: dict[str, Tensor], damping: float, absolute: float | None = None, grads: Tensor | None = None
+) -> Preconditioner:
+    """Build (C + lambda I)^-1 of one layer from its stored statistics.
+
+    Args:
+        kind: raw, kfac, ekfac or none.
+        stats: raw: cov [k, k] or gram [N, N]. kfac: A, B, tokens. ekfac: square [r_out, r_in] and, unless the
+            gradients are stored in that basis, basis_in, basis_out. All sums, with `examples`, the count.
+        damping: Relative to the mean eigenvalue.
+        absolute: lambda itself, instead of damping.
+        grads: All gradients [N, k] of the layer, for raw with a gram.
+    """
+    if kind == "none":
+        return Identity()
+    count = stats["examples"].item()
+    if kind == "raw" and grads is not None:
+        k, trace = grads.shape[1], stats["gram"].trace().item() / count
+        return Dual(grads, stats["gram"], damping_lambda(trace, k, damping, absolute))
+    if kind == "raw":
+        cov = stats["cov"].double() / count
+        return Dense(cov, damping_lambda(cov.trace().item(), len(cov), damping, absolute))
+    if kind == "kfac":
+        tokens = max(stats["tokens"].item(), 1)
+        (a, basis_in), (b, basis_out) = eigenbasis(stats["A"]), eigenbasis(stats["B"])
+        values = torch.outer(b, a) / (tokens * count)  # (tokens / count) * (b / tokens) (a / tokens)
+    else:
+        values, basis_in, basis_out = stats["square"].double() / count, stats.get("basis_in"), stats.get("basis_out")
+    return Diagonal(values, basis_in, basis_out, damping_lambda(values.sum().item(), values.numel(), damping, absolute))
+
+
+def layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Return name -> (dtype, shape) of a Hessian file's tensors, in order; all are sums.
+
+    Args:
+        kind: raw, kfac or ekfac.
+        projected: Layer -> (r_out, r_in).
+        examples: N. raw keeps the N x N Gram matrix of a layer where N < k.
+        rotated: The gradients are stored in ekfac's basis already.
+    """
+    entries: dict[str, tuple[torch.dtype, list[int]]] = {}
+    for name, (r_out, r_in) in projected.items():
+        if kind == "raw":
+            size, key = min((r_out * r_in, "cov"), (examples, "gram"))
+            entries[f"{name}.{key}"] = (torch.float32, [size, size])
+            continue
+        square = {"square": [r_out, r_in]} | (
+            {} if rotated else {"basis_in": [r_in, r_in], "basis_out": [r_out, r_out]}
+        )
+        sums = {"A": [r_in, r_in], "B": [r_out, r_out]} if kind == "kfac" else square
+        entries |= {f"{name}.{key}": (torch.float64, shape) for key, shape in sums.items()}
+    return entries | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+
+
+def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:
+    """Return an upper bound of the memory that the widest layer's statistics and their solution take."""
+    k = max(r_out * r_in for r_out, r_in in projected.values())
+    if kind == "raw":
+        return 24 * k * k if k <= examples else 24 * examples * examples + 20 * examples * k
+    return 32 * max(r_out**2 + r_in**2 + r_out * r_in for r_out, r_in in projected.values())
+
+
+def statistics(
+    kind: str, log: Source, shards: range, total: Callable[[Tensor], Tensor], rotated: bool
+) -> Iterator[Tensor]:
+    """Yield the tensors of `layout`, in its order, each a sum over all ranks.
+
+    Sums over shards and ranks are in float64, except for raw's C (float32, relative rounding of about 1e-6).
+
+    Args:
+        kind: raw, kfac or ekfac.
+        log: Yields blocks of gradients and factor sums by shard; see log.Log.
+        shards: This rank's.
+        total: Sums a tensor over ranks; every rank calls it as often.
+        rotated: As for layout.
+    """
+
+    def factor(key: str, shape: list[int]) -> Tensor:
+        return total(sum((part.double() for part in log.factors(key, shards)), torch.zeros(shape, dtype=torch.float64)))
+
+    for name, (r_out, r_in) in log.projected.items():
+        if kind == "raw" and r_out * r_in <= log.examples:
+            yield total(covariance_sum(log.blocks(name, shards), r_out * r_in).cpu())
+        elif kind == "raw":  # every rank needs all the gradients, and computes its shards' rows
+            yield total(gram_rows(log.blocks(name, range(len(log.shards))), [log.shards[i] for i in shards]))
+        elif kind == "kfac":
+            yield factor(f"{name}.A", [r_in, r_in])
+            yield factor(f"{name}.B", [r_out, r_out])
+        elif rotated:
+            yield factor(f"{name}.square", [r_out * r_in]).view(r_out, r_in)
+        else:
+            basis_in = eigenbasis(factor(f"{name}.A", [r_in, r_in]))[1]
+            basis_out = eigenbasis(factor(f"{name}.B", [r_out, r_out]))[1]
+            yield total(rotated_squares(log.blocks(name, shards), basis_in, basis_out)).view(r_out, r_in)
+            yield basis_in
+            yield basis_out
+    yield factor("examples", []).long()
+    yield factor("tokens", []).long()

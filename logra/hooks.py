@@ -1,0 +1,134 @@
+"""Projected per-example gradients through hooks, with no weight gradient and no frozen part of the graph.
+
+Notation: B batch, T tokens, x_t layer inputs, d_t output gradients, G~ = sum_t (P_out d_t)(P_in x_t)^T.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from logra.projection import Projection
+
+
+class _Tap(torch.autograd.Function):
+    """Pass a layer's output through; in the backward pass hand its gradient to `sink`. The anchor starts the graph."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]):
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, d: Tensor):
+        ctx.sink(ctx.saved_tensors[0], d)
+        return d, None, None, None
+
+
+def _project(x: Tensor, p: Tensor | None) -> Tensor:
+    x = x if p is None else x @ p.T
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class GradientCapture:
+    """Context manager that yields projected per-example gradients (arXiv 2405.13954, sec. 3) and factor sums.
+
+        with GradientCapture(model, projections) as capture:
+            losses = example_losses(model, input_ids, targets)
+            grads = capture.backward(losses, positions)     # {layer: [B, r_out * r_in]}
+
+    Inside, the model is in eval mode with its parameters frozen; on leaving, all is as before. A layer that runs
+    several times in one forward pass gets the sum over its calls.
+
+    Args:
+        model: Module that holds the layers (nn.Linear, or GPT-2's Conv1D).
+        projections: Layer name -> Projection; just these layers are tracked.
+        grads: Form G~.
+        factors: Add up A = sum x~ x~^T, B = sum d~ d~^T and, with grads, the squares of G~ (see take_factors).
+    """
+
+    def __init__(self, model: nn.Module, projections: dict[str, Projection], grads: bool = True, factors: bool = False):
+        self.model, self.projections = model, projections
+        self.want_grads, self.want_factors = grads, factors
+        self._grads: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._examples = self._tokens = 0
+
+    def __enter__(self) -> "GradientCapture":
+        self._training = {m: m.training for m in self.model.modules()}
+        self._trainable = {p: p.requires_grad for p in self.model.parameters()}
+        self.model.eval().requires_grad_(False)
+        self._handles = []
+        for name, (p_in, p_out) in self.projections.items():
+            layer = self.model.get_submodule(name)
+            sides = [None if p is None else p.to(layer.weight) for p in (p_in, p_out)]
+            self._handles.append(layer.register_forward_hook(self._hook(name, *sides)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module, training in self._training.items():
+            module.training = training
+        for parameter, trainable in self._trainable.items():
+            parameter.requires_grad_(trainable)
+        self._grads, self._sums = {}, {}
+
+    def _hook(self, name: str, p_in: Tensor | None, p_out: Tensor | None):
+        def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            x = args[0].detach()
+            if x.dim() != 3:
+                raise ValueError(f"expected inputs [B, T, d_in] for layer {name}, got {list(x.shape)}; leave it out")
+            anchor = torch.empty(0, device=x.device, requires_grad=True)
+            return _Tap.apply(output, _project(x, p_in), anchor, lambda x, d: self._sink(name, x, _project(d, p_out)))
+
+        return hook
+
+    def _sink(self, name: str, x: Tensor, d: Tensor) -> None:
+        """Take x~ [B, T, r_in] and d~ [B, T, r_out] of one call of one layer."""
+        if self.want_grads:
+            grad = torch.bmm(d.mT, x).flatten(1)  # [B, r_out * r_in]
+            self._grads[name] = self._grads[name] + grad if name in self._grads else grad
+        if self.want_factors:
+            x = x[self._positions]  # [tokens, r_in]: padding and an example's last token have x but no d
+            d = d.flatten(0, 1)
+            self._add(f"{name}.A", x.T @ x)
+            self._add(f"{name}.B", d.T @ d)
+
+    def _add(self, key: str, value: Tensor) -> None:
+        self._sums[key] = self._sums[key].add_(value) if key in self._sums else value
+
+    def backward(self, losses: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Run the backward pass of losses [B] and return {layer: [B, r_out * r_in]}, float32 or wider.
+
+        Args:
+            losses: One loss an example, not yet summed.
+            positions: [B, T] bool, the positions that can carry a gradient: real tokens before the last counted one.
+        """
+        self._positions, self._grads = positions, {}
+        losses.sum().backward()
+        grads, self._grads = self._grads, {}
+        missing = set(self.projections) - set(grads) if self.want_grads else set()
+        if missing:
+            raise ValueError(
+                f"expected every tracked layer to take part in the loss, got no gradient for {sorted(missing)[0]} "
+                f"({len(missing)} such layers); leave them out with --layers"
+            )
+        if self.want_factors:
+            self._examples += len(losses)
+            self._tokens += int(positions.sum())
+            for name, grad in grads.items():
+                self._add(f"{name}.square", grad.square().sum(dim=0))
+        return grads
+
+    def take_factors(self) -> dict[str, Tensor]:
+        """Return the sums since the last call, and start anew.
+
+        <layer>.A [r_in, r_in], <layer>.B [r_out, r_out], <layer>.square [r_out * r_in] (with grads), and the counts
+        `examples` and `tokens` (int64); on the CPU.
+        """
+        factors = {key: value.cpu() for key, value in self._sums.items()}
+        factors |= {"examples": torch.tensor(self._examples), "tokens": torch.tensor(self._tokens)}
+        self._sums, self._examples, self._tokens = {}, 0, 0
+        return factors

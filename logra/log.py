@@ -1,0 +1,188 @@
+"""The run directory: run.json, and what the stages read through it.
+
+run.json holds `settings` (run.RUN_FLAGS), `arguments` (as given), `versions`, `model` (class, fingerprint), `layers`
+(name -> [d_out, d_in, r_out, r_in]), then `data` (counts and fingerprints) and `projections` (size and checksum) once
+these are there.
+"""
+
+import argparse
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from datasets import Dataset, load_from_disk
+from torch import Tensor
+
+from logra import data, projection, store
+from logra.run import given_settings, run_name, with_defaults
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
+
+
+class Log:
+    """One run's folder and the content of its run.json."""
+
+    def __init__(self, folder: Path, content: dict):
+        self.folder, self.content = folder, content
+        self.settings: dict = content["settings"]
+        self.layers: dict[str, list[int]] = content["layers"]
+        self.shapes = {name: (sizes[0], sizes[1]) for name, sizes in self.layers.items()}
+        self.projected = {name: (sizes[2], sizes[3]) for name, sizes in self.layers.items()}
+
+    @classmethod
+    def load(cls, folder: Path) -> "Log":
+        """Read run.json.
+
+        Raises:
+            ValueError: There is none, or it is of another format.
+        """
+        path, remedy = folder / "run.json", "run extract_log.py first, or give the run's folder with --log_dir"
+        content = store.read_json(path, remedy)
+        if content.get("format") != FORMAT or not {"settings", "layers"} <= set(content):
+            raise ValueError(f"expected format {FORMAT} in {path}, got {content.get('format')}; extract again")
+        return cls(folder, content)
+
+    def save(self, **entries: object) -> None:
+        """Add entries to run.json."""
+        packages = {name: version(name) for name in PACKAGES}
+        fixed = {"format": FORMAT, "versions": {"python": platform.python_version()} | packages}
+        self.content = fixed | self.content | entries
+        store.write_json(self.folder / "run.json", self.content)
+
+    @property
+    def examples(self) -> int:
+        """Number of train examples, N."""
+        return self.content["data"]["examples"]
+
+    @property
+    def shards(self) -> list[range]:
+        """Example ids of each shard."""
+        return store.shard_ids(self.examples, self.content["data"]["shard_examples"])
+
+    @property
+    def gradients(self) -> Path:
+        """Folder of the shards."""
+        return self.folder / "gradients"
+
+    def train(self) -> Dataset:
+        """Load the train examples, and check that they are those of run.json."""
+        try:
+            examples = load_from_disk(self.folder / "train")
+            found = data.examples_fingerprint(examples)
+        except Exception as error:  # Arrow has exceptions of its own
+            raise ValueError(f"expected examples in {self.folder}/train, got {error}; extract again") from error
+        if found != self.content["data"]["fingerprint"]:
+            raise ValueError(f"expected {self.folder}/train as it was written, got other examples; extract again")
+        return examples
+
+    def projections(self) -> dict[str, projection.Projection]:
+        """Load the projections, and check that they are those of run.json."""
+        path = self.folder / "projections.safetensors"
+        if not path.exists() or store.file_checksum(path) != self.content.get("projections"):
+            raise ValueError(f"expected {path} as it was written, got none or another; extract again with --overwrite")
+        return projection.load(path, self.shapes, self.projected)
+
+    def matching_layers(self, pattern: str | None) -> list[str]:
+        """Return the tracked layers whose name `pattern` matches (all without one).
+
+        Raises:
+            ValueError: None does.
+        """
+        names = [name for name in self.layers if pattern is None or re.search(pattern, name)]
+        if not names:
+            raise ValueError(
+                f"expected tracked layers that match {pattern!r}, got none of {', '.join(self.layers)[:200]}"
+            )
+        return names
+
+    def check_model(self, described: dict) -> None:
+        """Raise a ValueError where model or layers are not those of run.json."""
+        for key, value in described.items():
+            if self.content[key] != value:
+                raise ValueError(
+                    f"expected the {key} of {self.folder / 'run.json'}, got another one under the name "
+                    f"{self.settings['model_name']}; give another --log_dir"
+                )
+
+    def check_source(self) -> None:
+        """Raise a ValueError where the local data files have changed."""
+        name, known = self.settings["data_name"], self.content["data"]["source"]
+        if known and data.source_fingerprint(name) not in (known, None):
+            raise ValueError(
+                f"expected {name} as it was when {self.folder} was begun, got other files; use another --log_dir"
+            )
+
+    def hessian_path(self, kind: str) -> Path:
+        """Return the file of a kind of Hessian; its size and checksum are beside it, in .json."""
+        return self.folder / "hessian" / f"{kind}.safetensors"
+
+    def hessian_problem(self, kind: str) -> str | None:
+        """Say what is wrong with a Hessian file: missing, altered or of other examples; None where it is whole."""
+        path = self.hessian_path(kind)
+        if not path.exists() or not path.with_suffix(".json").exists():
+            return f"{path} is missing"
+        entry = store.read_json(path.with_suffix(".json"), "delete it and run extract_log.py again")
+        if entry != store.file_checksum(path) | {"examples": self.examples}:
+            return f"{path} was altered or is of other examples"
+        return None
+
+    def statistics(self, kind: str) -> Callable[[str], dict[str, Tensor]]:
+        """Return a function layer -> its tensors of a Hessian file, for hessian.preconditioner."""
+        if kind == "none":
+            return lambda layer: {}
+        tensors = store.load_tensors(self.hessian_path(kind))
+        counts = {key: tensors[key] for key in ("examples", "tokens")}
+        keys = ("cov", "gram", "A", "B", "square", "basis_in", "basis_out")
+        return lambda layer: counts | {k: tensors[f"{layer}.{k}"] for k in keys if f"{layer}.{k}" in tensors}
+
+    def blocks(self, layer: str, shards: Iterable[int]) -> Iterator[Tensor]:
+        """Yield a layer's gradients, [n, r_out * r_in], shard by shard."""
+        for index in shards:
+            yield store.load_shard(self.gradients, index, [layer])[layer]
+
+    def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]:
+        """Yield one of the factor sums, shard by shard."""
+        for index in shards:
+            yield store.load_shard(self.gradients, index, [key], factors=True)[key]
+
+
+def find_log(args: argparse.Namespace, must_exist: bool, overwrite: bool = False) -> tuple[Path, dict, Log | None]:
+    """Return (folder, settings, log or None where it has to be made) for the flags of a command line.
+
+    Raises:
+        ValueError: A given flag differs from run.json; or no such run although there must be one.
+    """
+    given = given_settings(args)
+    defaults = with_defaults(given, args.hessian or "raw")
+    folder = Path(args.log_dir) if args.log_dir else Path("logs") / run_name(defaults)
+    if must_exist and not args.log_dir and "basis" not in given and not (folder / "run.json").exists():
+        other = "projected" if defaults["basis"] == "eigen" else "eigen"
+        candidate = Path("logs") / run_name(defaults | {"basis": other})
+        folder = candidate if (candidate / "run.json").exists() else folder
+    if not (folder / "run.json").exists():
+        if must_exist:
+            known = ", ".join(sorted(str(path.parent) for path in Path("logs").glob("*/run.json"))) or "none"
+            raise ValueError(
+                f"expected a run in {folder}, got none (runs here: {known}); run extract_log.py with the same flags "
+                "first, or give --log_dir"
+            )
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
+        return folder, defaults, None
+    if overwrite:
+        return folder, defaults, None
+    log = Log.load(folder)
+    if "data" not in log.content:  # stopped before it had examples
+        if must_exist:
+            raise ValueError(f"expected a finished run in {folder}, got one without examples; run extract_log.py again")
+        return folder, defaults, None
+    for name, value in given.items():
+        if log.settings.get(name) != value:
+            raise ValueError(
+                f"expected --{name} {log.settings.get(name)} (from {folder / 'run.json'}), got {value}; give the "
+                "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"
+            )
+    return folder, log.settings, log

@@ -1,0 +1,89 @@
+"""Per-example loss with the head and the cross-entropy fused: [B, T, vocab] never exists.
+
+Notation: B batch, T tokens, d hidden size, V vocabulary. The loss of an example is the SUM of the next-token
+negative log-likelihoods of its counted tokens, so it does not depend on what else is in the batch.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHUNK = 2**24  # logits held at one time, in elements
+IGNORE = -100  # a target that does not count
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Losses [B] from hidden states [B, T, d]; the gradient of the hidden states comes from chunks of logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap):
+        flat, grad = hidden.reshape(-1, hidden.shape[-1]), torch.zeros_like(hidden)
+        losses = hidden.new_zeros(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        counted = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+        for rows in counted.split(max(16, CHUNK // len(weight))):
+            target = targets.flatten()[rows, None]
+            z = F.linear(flat[rows], weight, bias).to(losses.dtype) * scale
+            logits = softcap * torch.tanh(z / softcap) if softcap else z
+            log_norm = logits.logsumexp(dim=1, keepdim=True)
+            losses.index_add_(0, rows // targets.shape[1], (log_norm - logits.gather(1, target)).squeeze(1))
+            d_logits = torch.exp(logits - log_norm).scatter_add_(1, target, -torch.ones_like(log_norm))
+            if softcap:
+                d_logits *= 1 - (logits / softcap) ** 2
+            grad.view_as(flat)[rows] = (d_logits * scale).to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx, d_losses):
+        (grad,) = ctx.saved_tensors
+        return grad * d_losses[:, None, None].to(grad.dtype), None, None, None, None, None
+
+
+def logit_transform(model: nn.Module) -> tuple[float, float | None]:
+    """Return (scale, softcap) of the model's logits = softcap * tanh(scale * head(h) / softcap)."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return float(scale), getattr(config, "final_logit_softcapping", None)  # Gemma
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the last hidden states [B, T, d] that the model's head is applied to."""
+    return model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
+
+
+def example_losses(model: nn.Module, input_ids: Tensor, targets: Tensor, **inputs: Tensor) -> Tensor:
+    """Return each example's summed next-token loss, [B], float32 or wider.
+
+    Args:
+        model: A causal LM of transformers with a linear head.
+        input_ids: [B, T]. Right padding needs no attention_mask: causal attention never looks there.
+        targets: [B, T], the token that position t should predict; IGNORE where nothing counts.
+        inputs: Passed on to the model, e.g. attention_mask and position_ids for left padding.
+    """
+    head = model.get_output_embeddings()
+    hidden = hidden_states(model, input_ids, **inputs)
+    return _FusedLoss.apply(hidden, head.weight, head.bias, targets, *logit_transform(model))
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare the fused loss's logits with the model's own on a few tokens.
+
+    Raises:
+        ValueError: The model has no linear head, or does something to its logits that is not reproduced here.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"expected a linear language-model head, got {type(head).__name__}; use a causal LM")
+    ids = torch.arange(8, device=head.weight.device)[None] % len(model.get_input_embeddings().weight)
+    scale, softcap = logit_transform(model)
+    ours = head(hidden_states(model, ids)).float() * scale
+    ours = softcap * torch.tanh(ours / softcap) if softcap else ours
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
+    if not error < (1e-4 if head.weight.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"expected {type(model).__name__}'s logits to be its head applied to its last hidden states, got a "
+            f"relative difference of {error:.1e}; this architecture is not supported yet"
+        )

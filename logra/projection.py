@@ -1,0 +1,111 @@
+"""Projections P_in and P_out of each tracked layer: draw, rotate, save, load.
+
+Notation: d_in/d_out layer sizes, r_in/r_out projected sizes. G~ = P_out G P_in^T, [r_out, r_in].
+A side that is None is not projected (the identity).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, int]]  # layer name -> (d_out, d_in)
+
+
+class Projection(NamedTuple):
+    """The two sides of one layer: p_in [r_in, d_in] or None, p_out [r_out, d_out] or None."""
+
+    p_in: Tensor | None
+    p_out: Tensor | None
+
+
+def projected_shapes(shapes: Shapes, rank_in: int | None, rank_out: int | None) -> Shapes:
+    """Return layer -> (r_out, r_in). A rank of None, or one at or above the width, keeps the width."""
+    if min(rank_in or 1, rank_out or 1) < 1:
+        raise ValueError(f"expected ranks of at least 1, got {rank_in} and {rank_out}; give --rank 64, say")
+    return {name: (min(rank_out or d_out, d_out), min(rank_in or d_in, d_in)) for name, (d_out, d_in) in shapes.items()}
+
+
+def random_side(seed: int, layer: str, side: str, rank: int, width: int) -> Tensor | None:
+    """Return P ~ N(0, 1/rank), [rank, width] float32, or None where rank >= width (arXiv 2405.13954, sec. 3).
+
+    Drawn on the CPU from a hash of (seed, layer, side): the same on every device and for every choice of layers.
+    """
+    if rank >= width:
+        return None
+    key = xxhash.xxh3_64_intdigest(f"{seed}/{layer}/{side}".encode())
+    generator = torch.Generator().manual_seed(key & (2**63 - 1))
+    return torch.randn(rank, width, generator=generator) / rank**0.5
+
+
+def draw(shapes: Shapes, projected: Shapes, seed: int) -> dict[str, Projection]:
+    """Draw the random projections of all layers, from their sizes before and after."""
+    return {
+        name: Projection(
+            random_side(seed, name, "in", projected[name][1], d_in),
+            random_side(seed, name, "out", projected[name][0], d_out),
+        )
+        for name, (d_out, d_in) in shapes.items()
+    }
+
+
+def identity(shapes: Shapes) -> dict[str, Projection]:
+    """Return no projection at all, for every layer."""
+    return {name: Projection(None, None) for name in shapes}
+
+
+def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues [r], largest first, and eigenvectors as rows [r, r] of a symmetric cov, in float64.
+
+    Each vector's largest entry is positive, so that the basis doesn't depend on the solver's choice of sign.
+    """
+    values, vectors = torch.linalg.eigh(cov.double())
+    vectors = vectors.T.flip(0)
+    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    return values.flip(0).clamp_min(0), vectors * largest.sign()
+
+
+def rotate(projection: Projection, cov_in: Tensor, cov_out: Tensor, shape: tuple[int, int]) -> Projection:
+    """Merge the eigenvectors of the projected covariances into the projection: P <- (U^T P)[:r].
+
+    Args:
+        projection: What cov_in and cov_out were measured with.
+        cov_in, cov_out: Covariances (any scale) of projected inputs and output gradients.
+        shape: (r_out, r_in) to keep; below the covariances' size this is PCA (arXiv 2405.13954, app. C).
+    """
+
+    def side(p: Tensor | None, cov: Tensor, rank: int) -> Tensor:
+        rows = eigenbasis(cov)[1][:rank]
+        return (rows if p is None else rows @ p.double()).float().contiguous()
+
+    return Projection(side(projection.p_in, cov_in, shape[1]), side(projection.p_out, cov_out, shape[0]))
+
+
+def to_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
+    """Return the content of projections.safetensors: <layer>.in and <layer>.out, where they are projected."""
+    sides = {f"{name}.in": p.p_in for name, p in projections.items()}
+    sides |= {f"{name}.out": p.p_out for name, p in projections.items()}
+    return {key: p for key, p in sides.items() if p is not None}
+
+
+def load(path: Path, shapes: Shapes, projected: Shapes) -> dict[str, Projection]:
+    """Load projections.safetensors.
+
+    Raises:
+        ValueError: The file can't be read, or a tensor has not the shape that run.json says.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"expected projections in {path}, got {error}; extract again with --overwrite") from error
+    for name in shapes:
+        for side, rank, width in zip(("out", "in"), projected[name], shapes[name], strict=True):
+            p = tensors.get(f"{name}.{side}")
+            if (rank, width) != ((width, width) if p is None else tuple(p.shape)):
+                got = "none" if p is None else list(p.shape)
+                raise ValueError(f"{path}: expected {[rank, width]} for {name}.{side}, got {got}; use --overwrite")
+    return {name: Projection(tensors.get(f"{name}.in"), tensors.get(f"{name}.out")) for name in shapes}

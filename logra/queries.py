@@ -1,0 +1,132 @@
+"""Query sets: the sentences whose training examples are looked for.
+
+A row holds `text` (every token counts), or `prompt` and `response` (the response's tokens count), or also prompt_ids
+and response_ids, the exact tokens that stage 1 generated.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from logra.data import Choice, build_examples, load_documents
+from logra.model import short_name
+
+SPLITS = ("train", "validation", "test")
+
+
+class Query(NamedTuple):
+    """One query: its id, token ids, the first position whose token counts, and its row."""
+
+    id: str
+    token_ids: list[int]
+    start: int
+    row: dict
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+
+
+def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase, query_loss: str) -> tuple[list[int], int]:
+    """Return (token ids, first position that counts) of a row, or raise a ValueError that starts with what it has."""
+    if _is_ids(row.get("prompt_ids")) and _is_ids(row.get("response_ids")):
+        if row.get("model") != model_name:
+            raise ValueError(
+                f"token ids of the model {row.get('model')}, not of {model_name}; generate with that model"
+            )
+        prompt, response = row["prompt_ids"], row["response_ids"]
+    elif isinstance(row.get("text"), str):
+        return tokenizer(row["text"])["input_ids"], 1
+    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    else:
+        raise ValueError("neither `text` nor `prompt` and `response`; add them")
+    return prompt + response, max(len(prompt), 1) if query_loss == "response" else 1
+
+
+def read_query_file(
+    path: Path, model_name: str, tokenizer: PreTrainedTokenizerBase, query_loss: str, max_queries: int | None
+) -> list[Query]:
+    """Read a .jsonl file of queries.
+
+    Raises:
+        ValueError: No such file, or a row that is no query or has no token that counts.
+    """
+    if not path.is_file():
+        raise ValueError(f"expected queries in {path}, got no such file; run generate.py or generate_llama3.py first")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    queries = []
+    for number, line in enumerate(lines[:max_queries]):
+        try:
+            row = json.loads(line)
+            row = row if isinstance(row, dict) else {}
+            token_ids, start = _encode(row, model_name, tokenizer, query_loss)
+        except ValueError as error:
+            raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
+        shown = {key: row[key] for key in ("text", "prompt", "response") if key in row}
+        queries.append(Query(str(row.get("id", number)), token_ids, start, shown))
+    return queries
+
+
+def split_queries(
+    settings: dict, split: str, tokenizer: PreTrainedTokenizerBase, max_queries: int | None
+) -> list[Query]:
+    """Take a split of the run's data set as queries: each example of at most block_size tokens is one."""
+    documents = load_documents(settings["data_name"], settings["data_config"], split, None)
+    choice = Choice(settings["text_column"], settings["block_size"], False, max_queries, None, None, True)
+    with tempfile.TemporaryDirectory() as work:
+        rows = build_examples(documents, tokenizer, choice, None, Path(work))[0].to_list()
+    return [Query(f"{r['document_id']}-{r['block']}", r["input_ids"], 1, {"text": r["text"]}) for r in rows]
+
+
+def load_queries(
+    split: str,
+    settings: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    query_loss: str = "response",
+    max_queries: int | None = None,
+    limit: int | None = None,
+) -> tuple[str, list[Query]]:
+    """Return (name of the query set, queries).
+
+    Args:
+        split: `generated` (stage 1's file), train, validation or test (of the run's data set), or a .jsonl file.
+        settings: Of the run.
+        tokenizer: Of the run's model.
+        query_loss: response (its tokens only) or all.
+        max_queries: The first ones.
+        limit: The model's context in tokens.
+
+    Raises:
+        ValueError: No queries, or one that is empty or too long.
+    """
+    if split in SPLITS:
+        name, queries = split, split_queries(settings, split, tokenizer, max_queries)
+    else:
+        path = Path(split)
+        if split == "generated":
+            path = Path("data/generated") / short_name(settings["model_name"]) / "queries.jsonl"
+        elif path.suffix != ".jsonl":
+            raise ValueError(f"expected --split generated, {', '.join(SPLITS)} or a .jsonl file, got {split!r}")
+        name, queries = path.stem, read_query_file(path, settings["model_name"], tokenizer, query_loss, max_queries)
+    if not queries:
+        raise ValueError(f"expected queries in {split}, got none; check the file or the split")
+    for query in queries:
+        if len(query.token_ids) <= query.start:
+            raise ValueError(f"expected a token that counts in every query, got none in query {query.id}; remove it")
+        if limit is not None and len(query.token_ids) > limit:
+            raise ValueError(
+                f"expected queries of at most {limit} tokens, the model's context, got {len(query.token_ids)} in query "
+                f"{query.id}; shorten it"
+            )
+    return name, queries
+
+
+def query_hash(queries: list[Query]) -> str:
+    """Return a hash of the queries' ids, tokens and counted positions."""
+    return xxhash.xxh3_64_hexdigest(json.dumps([query[:3] for query in queries]).encode())[:8]

@@ -1,0 +1,193 @@
+"""What the scripts share: flags, processes, one-line errors. The only user of accelerate."""
+
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import xxhash
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from logra.hessian import KINDS
+from logra.model import DEFAULT_MODEL, short_name
+from logra.store import DTYPES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviated flags."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str):
+        """Print one line and exit with status 2."""
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind: type, low: float, what: str) -> Callable[[str], float]:
+    """Return an argparse type: a finite int or float of at least `low`."""
+
+    def parse(text: str):
+        try:
+            value = kind(float(text)) if kind is int and re.fullmatch(r"\d+(\.0*)?e\d+", text) else kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= low):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1, "a whole number of at least 1")
+seed_int = number(int, 0, "a whole number of at least 0")
+non_negative = number(float, 0, "a number of at least 0")
+positive = number(float, sys.float_info.min, "a positive, finite number")
+
+
+def pattern(text: str) -> str:
+    """Return an argparse value that is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r} ({error})") from error
+    return text
+
+
+# The flags that describe a run: name -> (default, argparse options). They stand in run.json; one that is not given is
+# read from there, one that is given must be equal to it.
+RUN_FLAGS: dict[str, tuple[object, dict]] = {
+    "model_name": (DEFAULT_MODEL, {"help": "local folder or Hub id of a causal language model"}),
+    "data_name": ("pydoc", {"help": "openwebtext, wikitext, pydoc, a Hub id, or a local file or folder"}),
+    "data_config": (None, {"help": "the data set's configuration"}),
+    "data_split": ("train", {"help": "the data set's split"}),
+    "text_column": ("text", {"help": "the column that holds the text"}),
+    "block_size": (None, {"type": positive_int, "help": "tokens in an example at most (512, or the model's context)"}),
+    "pack": (False, {"action": "store_const", "const": True, "help": "join documents into full blocks"}),
+    "max_examples": (None, {"type": positive_int, "help": "examples at most"}),
+    "max_tokens": (10**9, {"type": positive_int, "help": "tokens at most"}),
+    "shuffle_seed": (None, {"type": seed_int, "help": "take a random sample of documents instead of the first ones"}),
+    "skip_bad_rows": (
+        False,
+        {"action": "store_const", "const": True, "help": "drop rows without text, and count them"},
+    ),
+    "lora": ("random", {"choices": ["random", "pca", "none"], "help": "projection of the gradients"}),
+    "rank_in": (64, {"type": positive_int, "help": "projected size of a layer's inputs"}),
+    "rank_out": (64, {"type": positive_int, "help": "projected size of a layer's output gradients"}),
+    "basis": (None, {"choices": ["projected", "eigen"], "help": "eigen (kfac, ekfac): rotate to the eigenvectors"}),
+    "mlp_only": (False, {"action": "store_const", "const": True, "help": "track the MLP's layers only"}),
+    "layers": (
+        None,
+        {"type": pattern, "metavar": "PATTERN", "help": "track layers whose name this expression matches"},
+    ),
+    "shard_examples": (None, {"type": positive_int, "help": "examples in a shard (chosen from their size)"}),
+    "dtype": (None, {"choices": list(DTYPES), "help": "of the model: float32 on a CPU, bfloat16 on a GPU"}),
+    "store_dtype": ("float32", {"choices": list(DTYPES), "help": "of the stored gradients"}),
+    "seed": (0, {"type": seed_int, "help": "of the projections and the calibration sample"}),
+}
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that describe a run, and --hessian, --log_dir and --cache_dir."""
+    group = parser.add_argument_group("the run (what is not given is read from run.json where there is one)")
+    for name, (default, options) in RUN_FLAGS.items():
+        shown = "" if default in (None, False) else f" ({default})"
+        group.add_argument(f"--{name}", default=None, **{**options, "help": options["help"] + shown})
+    group.add_argument("--rank", type=positive_int, help="sets --rank_in and --rank_out")
+    group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
+    group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
+    group.add_argument("--cache_dir", help="where downloaded data sets are kept")
+
+
+def given_settings(args: argparse.Namespace) -> dict:
+    """Return the run settings that were given on the command line."""
+    given = {name: getattr(args, name) for name in RUN_FLAGS if getattr(args, name) is not None}
+    for side in ("rank_in", "rank_out"):
+        if args.rank is not None and given.setdefault(side, args.rank) != args.rank:
+            raise ValueError(f"expected one rank for --{side}, got {args.rank} and {given[side]}; give one of the two")
+    return given
+
+
+def with_defaults(given: dict, hessian: str) -> dict:
+    """Fill in the settings that were not given; those that depend on model or device stay None."""
+    settings = {name: default for name, (default, _) in RUN_FLAGS.items()} | given
+    settings["basis"] = settings["basis"] or ("eigen" if hessian in ("kfac", "ekfac") else "projected")
+    if settings["lora"] == "none":
+        if "rank_in" in given or "rank_out" in given:
+            raise ValueError("expected no rank with --lora none, which projects nothing; leave --rank out")
+        settings["rank_in"] = settings["rank_out"] = None
+    return settings
+
+
+def run_name(settings: dict) -> str:
+    """Return the folder name of a run: model, data, projection and layers."""
+    rank = "" if settings["lora"] == "none" else f"{settings['rank_out']}x{settings['rank_in']}"
+    parts = [short_name(settings["model_name"]), short_name(settings["data_name"])]
+    parts += [short_name(settings["data_config"])] if settings["data_config"] else []
+    parts += [settings["lora"] + rank] + (["eigen"] if settings["basis"] == "eigen" else [])
+    parts += ["mlp" if settings["mlp_only"] else "all"]
+    parts += [f"layers-{xxhash.xxh32_hexdigest(settings['layers'].encode())}"] if settings["layers"] else []
+    return "_".join(parts)
+
+
+def start_processes() -> Accelerator:
+    """Connect the processes that accelerate launched; on a machine without a GPU they are CPU processes over gloo.
+
+    The long time-out is for the others while rank 0 tokenises.
+    """
+    wait = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise ValueError(
+            f"expected {world} processes (WORLD_SIZE), got {accelerator.num_processes}; use accelerate launch"
+        )
+    return accelerator
+
+
+def gather_list(mine: list, accelerator: Accelerator) -> list:
+    """Return the items of all ranks, on every rank."""
+    return gather_object(mine) if accelerator.num_processes > 1 else mine
+
+
+def sum_over_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the sum of every rank's tensor, on the CPU of every rank."""
+    return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+
+def say(text: str) -> None:
+    """Print on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def guarded(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Run main(args); turn ValueError and OSError into one line on stderr and exit status 2.
+
+    Rank 0 speaks for all. Another rank that is still alive after a while (the launcher ends all when one fails) met
+    an error of its own, and says so itself.
+    """
+    args = parser.parse_args()
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(5)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(
+            f"{parser.prog}: error: {reason}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True
+        )
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
