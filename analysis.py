@@ -118,10 +118,8 @@ def readable(queries: list[dict], rows: list[dict]) -> list[str]:
         lines += ["=" * 100, f"Query {query['id']}: {asked}", query.get("response", ""), ""]
         for row in rows:
             if row["query"] == query["id"]:
-                lines += [
-                    f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {row['document']}  (example {row['example']})"
-                ]
-                lines += [row["text"].strip(), ""]
+                place = f"{row['document']}  (example {row['example']})"
+                lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}", row["text"].strip(), ""]
     return lines
 
 

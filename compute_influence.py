@@ -1,4 +1,4 @@
-"""Stage 3/4. Reads logs/<run>/ and queries. Writes logs/<run>/scores/<queries>-...: scores.npy [Q, N], queries, run.json.
+"""Stage 3/4. Reads logs/<run>/ and queries. Writes logs/<run>/scores/<queries>-.../: scores.npy [Q, N], run.json.
 
     python compute_influence.py --hessian ekfac --mlp_only --data_name pydoc --data_config short --mode cosine
 
@@ -101,7 +101,7 @@ def query_gradients(lm, log: Log, queries: list[Query], batch_size: int) -> dict
 def precondition(
     args, log: Log, kind: str, grads: dict[str, Tensor], device: str
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return (C + lambda I)^-1 q of each layer, {layer: [Q, k]}, and z^T (C + lambda I)^-1 z, [N], where it is needed."""
+    """Return (C + lambda I)^-1 q, {layer: [Q, k]}, and z^T (C + lambda I)^-1 z, [N], where it is needed."""
     statistics, every = log.statistics(kind), range(len(log.shards))
     wanted = args.mode != "dot" or args.self_influence
     self_influence = torch.zeros(log.examples) if wanted else None

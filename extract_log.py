@@ -151,7 +151,7 @@ def make_projections(args, lm: torch.nn.Module, log: Log, accelerator: Accelerat
         projections, sizes = projection.draw(log.shapes, log.projected, settings["seed"]), log.projected
     if settings["basis"] == "eigen" or settings["lora"] == "pca":
         examples = log.train()
-        count = min(len(examples), CALIBRATION, max(64, len(examples) // 8))
+        count = min(len(examples), CALIBRATION, max(32, len(examples) // 8))
         chosen = np.random.default_rng(settings["seed"]).choice(len(examples), count, replace=False)
         rows = examples.select(np.sort(chosen))["input_ids"]
         batches = [[rows[i] for i in batch] for batch in data.length_batches([len(r) for r in rows], *limits(args, lm))]

@@ -25,7 +25,7 @@ HUB_NAMES = {
 }
 LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 SLICE = 10_000  # documents that are tokenised at a time
-SHORT_TOPIC = 10_000  # characters; pydoc's `short` configuration leaves out the longer topics
+SHORT_TOPIC = 12_000  # characters; pydoc's `short` configuration leaves out the longer topics
 datasets.disable_progress_bars()
 
 

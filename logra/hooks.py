@@ -77,16 +77,20 @@ class GradientCapture:
 
     def _hook(self, name: str, p_in: Tensor | None, p_out: Tensor | None):
         def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            x = args[0].detach()
-            if x.dim() != 3:
-                raise ValueError(f"expected inputs [B, T, d_in] for layer {name}, got {list(x.shape)}; leave it out")
-            anchor = torch.empty(0, device=x.device, requires_grad=True)
-            return _Tap.apply(output, _project(x, p_in), anchor, lambda x, d: self._sink(name, x, _project(d, p_out)))
+            anchor = torch.empty(0, device=output.device, requires_grad=True)
+            x = _project(args[0].detach(), p_in)
+            return _Tap.apply(output, x, anchor, lambda x, d: self._sink(name, x, _project(d, p_out)))
 
         return hook
 
     def _sink(self, name: str, x: Tensor, d: Tensor) -> None:
-        """Take x~ [B, T, r_in] and d~ [B, T, r_out] of one call of one layer."""
+        """Take x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...], of one call of one layer."""
+        if x.shape[:-1].numel() != self._positions.numel():
+            raise ValueError(
+                f"expected an input for each of {list(self._positions.shape)} tokens in layer {name}, got "
+                f"{list(x.shape[:-1])}, as in a mixture of experts; leave it out with --layers"
+            )
+        x, d = (t.reshape(*self._positions.shape, -1) for t in (x, d))
         if self.want_grads:
             grad = torch.bmm(d.mT, x).flatten(1)  # [B, r_out * r_in]
             self._grads[name] = self._grads[name] + grad if name in self._grads else grad

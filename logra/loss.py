@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 2**24  # logits held at one time, in elements
+CHUNK = 2**25  # logits held at one time, in elements
 IGNORE = -100  # a target that does not count
 
 
@@ -22,14 +22,18 @@ class _FusedLoss(torch.autograd.Function):
         counted = (targets.flatten() != IGNORE).nonzero().squeeze(1)
         for rows in counted.split(max(16, CHUNK // len(weight))):
             target = targets.flatten()[rows, None]
-            z = F.linear(flat[rows], weight, bias).to(losses.dtype) * scale
-            logits = softcap * torch.tanh(z / softcap) if softcap else z
-            log_norm = logits.logsumexp(dim=1, keepdim=True)
-            losses.index_add_(0, rows // targets.shape[1], (log_norm - logits.gather(1, target)).squeeze(1))
-            d_logits = torch.exp(logits - log_norm).scatter_add_(1, target, -torch.ones_like(log_norm))
+            z = F.linear(flat[rows], weight, bias).to(losses.dtype).mul_(scale)
             if softcap:
-                d_logits *= 1 - (logits / softcap) ** 2
-            grad.view_as(flat)[rows] = (d_logits * scale).to(weight.dtype) @ weight
+                z = softcap * torch.tanh(z / softcap)
+                slope = 1 - (z / softcap) ** 2
+            peak, chosen = z.amax(dim=1, keepdim=True), z.gather(1, target)
+            z = z.sub_(peak).exp_()
+            norm = z.sum(dim=1, keepdim=True)
+            losses.index_add_(0, rows // targets.shape[1], (peak + norm.log() - chosen).squeeze(1))
+            z.div_(norm).scatter_add_(1, target, -torch.ones_like(norm))  # d loss / d logits
+            if softcap:
+                z.mul_(slope)
+            grad.view_as(flat)[rows] = z.mul_(scale).to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return losses
 

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Reproduces: the README's first result, stages 1 to 4 on SmolLM2-135M-Instruct and Python's reference manual
+# Needs:      python3 >= 3.11 with venv, 3 GB of memory, 4 GB of disk; no GPU, no network beyond pip
+# Takes:      QUICKSTART_TIME
+# Expect:     the top 3 documents of each of four questions, and the paths of top_k.txt and top_k.jsonl
+# Checked:    QUICKSTART_CHECKED
+#
+# Usage: bash scripts/quickstart.sh [--all] [--model_name MODEL] [--data_name DATA] [more flags of extract_log.py]
+#   --all takes the whole manual (about 113k tokens) instead of its shorter topics (about 43k)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+
+# edit here
+MODEL=models/SmolLM2-135M-Instruct
+DATA=(--data_name pydoc --data_config short)
+PROMPTS=(--prompts scripts/prompts/python.txt)
+RUN=(--lora random --rank 64 --hessian ekfac --mlp_only --block_size 256)
+MODE=cosine
+
+GENERATE=generate_llama3.py
+MORE=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --all) DATA=(--data_name pydoc) ;;
+        --model_name) MODEL=${2:?--model_name needs a value}; shift ;;
+        --data_name) DATA=(--data_name "${2:?--data_name needs a value}"); PROMPTS=(); shift ;;
+        *) MORE+=("$1") ;;
+    esac
+    shift
+done
+
+run() {
+    echo "+ $*"
+    [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+if [ "$MODEL" != models/SmolLM2-135M-Instruct ] && [ -z "${DRY_RUN:-}" ]; then  # a model without a chat template continues texts
+    python -c 'import sys; from logra.model import load_tokenizer as load; sys.exit(not load(sys.argv[1]).chat_template)' "$MODEL" \
+        || GENERATE=generate.py
+fi
+run python "$GENERATE" --model_name "$MODEL" --max_new_tokens 96 --temperature 0 "${PROMPTS[@]}"
+run python extract_log.py --model_name "$MODEL" "${DATA[@]}" "${RUN[@]}" "${MORE[@]}"
+run python compute_influence.py --model_name "$MODEL" "${DATA[@]}" "${RUN[@]}" --mode "$MODE" "${MORE[@]}"
+run python analysis.py

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs:   the tests; with --all the slow ones too. More arguments go to pytest.
+# Needs:  python3 >= 3.11 with venv, 4 GB of memory; no GPU, no network beyond pip
+# Takes:  TEST_TIME
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh tests/requirements.txt
+
+SELECT=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    SELECT=()
+    shift
+fi
+ruff check .
+ruff format --check .
+python -m pytest -q "${SELECT[@]}" "$@"

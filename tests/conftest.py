@@ -1,0 +1,137 @@
+"""Tiny models of each architecture, built from config objects, a tokenizer, and folders in the Hub's layout."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM as Auto
+from transformers import (
+    Cohere2Config,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+VOCAB = 320
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3),
+    "neox": GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    ),
+    "llama": LlamaConfig(**LLAMA, tie_word_embeddings=False),
+    "llama_tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+}
+OTHERS = {
+    "gemma2": Gemma2Config(**LLAMA, final_logit_softcapping=5.0, attn_logit_softcapping=8.0, query_pre_attn_scalar=6),
+    "cohere": Cohere2Config(**LLAMA, logit_scale=0.25),
+    "granite": GraniteConfig(**LLAMA, logits_scaling=3.0),
+    "mixtral": MixtralConfig(**LLAMA, num_local_experts=2),
+    "opt": OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        ffn_dim=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=24,
+    ),
+}
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """Return a tiny model with random weights, biases and norms included."""
+    torch.manual_seed(seed)
+    model = Auto.from_config((CONFIGS | OTHERS)[name], dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model_name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(model_name):
+    return make_model(model_name)
+
+
+WORDS = (
+    "the river ran past the old mill and the children threw stones into cold water while a dog barked at birds".split()
+)
+
+
+def make_texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
+    """Return texts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator)) for n in lengths]
+
+
+def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of at most VOCAB tokens, without special tokens of its own in texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<pad>", "<s>", "</s>", "<|eot_id|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(make_texts(200), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    if chat:
+        fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}<|eot_id|>{% endfor %}<s>"
+    return fast
+
+
+def save_model(folder: Path, name: str, seed: int = 0) -> Path:
+    """Write a tiny model and its tokenizer as a Hub-like folder."""
+    make_model(name, seed=seed).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
