@@ -5,6 +5,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from logra import run  # noqa: E402
+
 VOCAB = 320
 LLAMA = {
     "vocab_size": VOCAB,
@@ -135,3 +139,51 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def run_cli(script: str, *flags: object) -> int:
+    """Run a script's command line in this process; return its exit status."""
+    module = importlib.import_module(script)
+    argv, sys.argv = sys.argv, [f"{script}.py", *map(str, flags)]
+    try:
+        run.guarded(module.main, module.build_parser())
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+@pytest.fixture
+def cli(capsys):
+    """Return a function (script, *flags) -> (exit status, stdout, stderr without progress bars)."""
+
+    def call(script: str, *flags: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run_cli(script, *flags)
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if "it/s]" not in line and "/s]" not in line and "?, ?" not in line]
+        return status, out, "\n".join(lines)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Folders of tiny models, named by architecture."""
+    root = tmp_path_factory.mktemp("models")
+    for name in CONFIGS:
+        save_model(root / name, name)
+    return root
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    """An empty working directory with docs.jsonl (20 documents) and queries.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"doc{i}", "text": text} for i, text in enumerate(make_texts(20, seed=1))]
+    write_jsonl(tmp_path / "docs.jsonl", rows)
+    queries = [{"text": text} for text in make_texts(2, seed=2)]
+    queries += [{"id": "pr", "prompt": "the old mill", "response": " and the river ran past cold water"}]
+    write_jsonl(tmp_path / "queries.jsonl", queries)
+    return tmp_path

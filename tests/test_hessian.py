@@ -119,7 +119,7 @@ def test_rotated_store_gives_the_same_ekfac():
 
 
 def test_rotate_merges_the_eigenvectors():
-    """U^T P has orthogonal covariance in the new space, and the sign does not depend on the solver."""
+    """In the space of U^T P the covariance is diagonal, the largest first."""
     x = torch.randn(50, 9, dtype=torch.float64) @ torch.randn(9, 9, dtype=torch.float64)
     p = torch.randn(5, 9)
     cov = (x @ p.double().T).T @ (x @ p.double().T)
