@@ -192,27 +192,28 @@ def build_examples(
     if choice.shuffle_seed is not None:
         order = np.random.default_rng(choice.shuffle_seed).permutation(order)
     parts, tokens, examples, used, dropped = [], 0, 0, 0, 0
-    bar = tqdm(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising")
     map_options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
-    for start in range(0, len(order), SLICE):
-        part = documents.select(order[start : start + SLICE])
-        ids = part["id"] if "id" in documents.column_names else order[start : start + SLICE]
-        texts, ids = list(part[choice.text_column]), [str(i) for i in ids]
-        good = _good_rows(texts, ids, choice)
-        dropped, used = dropped + len(texts) - len(good), used + len(good)
-        if not good:
-            continue
-        part = Dataset.from_dict({"document_id": [ids[i] for i in good], "text": [texts[i] for i in good]})
-        function = _tokenise(tokenizer, None if choice.pack else choice.block_size)
-        cache = str(work / f"part-{start // SLICE:06d}.arrow")
-        part = part.map(function, remove_columns=["text"], cache_file_name=cache, **map_options)
-        parts.append(part)
-        count = int(token_counts(part).sum())
-        tokens, examples = tokens + count, examples + len(part)
-        bar.update(count)
-        if tokens >= (choice.max_tokens or np.inf) or (not choice.pack and examples >= (choice.max_examples or np.inf)):
-            break
-    bar.close()
+    function = _tokenise(tokenizer, None if choice.pack else choice.block_size)
+    with tqdm(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
+        for start in range(0, len(order), SLICE):
+            part = documents.select(order[start : start + SLICE])
+            ids = part["id"] if "id" in documents.column_names else order[start : start + SLICE]
+            texts, ids = list(part[choice.text_column]), [str(i) for i in ids]
+            good = _good_rows(texts, ids, choice)
+            dropped, used = dropped + len(texts) - len(good), used + len(good)
+            if not good:
+                continue
+            part = Dataset.from_dict({"document_id": [ids[i] for i in good], "text": [texts[i] for i in good]})
+            cache = str(work / f"part-{start // SLICE:06d}.arrow")
+            part = part.map(function, remove_columns=["text"], cache_file_name=cache, **map_options)
+            parts.append(part)
+            count = int(token_counts(part).sum())
+            tokens, examples = tokens + count, examples + len(part)
+            bar.update(count)
+            if tokens >= (choice.max_tokens or np.inf):
+                break
+            if not choice.pack and examples >= (choice.max_examples or np.inf):
+                break
     if not parts:
         raise ValueError(f"expected rows with text, got {dropped} empty ones and no other; check --text_column")
     rows = datasets.concatenate_datasets(parts)

@@ -117,9 +117,7 @@ def load_queries(
     if not queries:
         raise ValueError(f"expected queries in {split}, got none; check the file or the split")
     for query in queries:
-        if (
-            split not in SPLITS and len(query.token_ids) <= query.start
-        ):  # a split's examples may score 0, as in training
+        if split not in SPLITS and len(query.token_ids) <= query.start:
             raise ValueError(f"expected a token that counts in every query, got none in query {query.id}; remove it")
         if limit is not None and len(query.token_ids) > limit:
             raise ValueError(

@@ -1,0 +1,121 @@
+"""The scripts as users start them: subprocesses, accelerate launch, the five commands of the design."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_texts, save_model, write_jsonl
+from test_pipeline import stored_gradients
+
+from logra import store
+from logra.log import Log
+
+COMMANDS = """\
+python generate_llama3.py
+python generate.py
+accelerate launch --num_processes 2 --num_machines 1 --multi_gpu extract_log.py --model_name meta-llama/Meta-Llama-3-8B-Instruct --lora random --hessian raw --mlp_only --data_name openwebtext
+python compute_influence.py --model_name meta-llama/Meta-Llama-3-8B-Instruct --lora random --hessian raw --split generated --mlp_only --data_name openwebtext --mode cosine
+python analysis.py
+"""  # noqa: E501
+
+
+def start(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run a shell command in a folder, with this interpreter's programs first."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PATH": path}
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def launch(processes: int, folder: Path, flags: str) -> subprocess.CompletedProcess:
+    begin = (
+        "python" if processes == 1 else f"accelerate launch --num_processes {processes} --num_machines 1 --multi_gpu"
+    )
+    return start(f"{begin} {ROOT}/extract_log.py {flags}", folder)
+
+
+def test_the_five_commands(tmp_path):
+    """The commands at the head of the design, unchanged, on tiny stand-ins of the same names."""
+    for name in ("generate.py", "generate_llama3.py", "extract_log.py", "compute_influence.py", "analysis.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("logra", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    save_model(tmp_path / "meta-llama/Meta-Llama-3-8B-Instruct", "llama", context=512)
+    save_model(tmp_path / "EleutherAI/pythia-1.4b", "neox", context=512)
+    write_jsonl(tmp_path / "openwebtext/train.jsonl", [{"text": text} for text in make_texts(30)])
+    for command in COMMANDS.splitlines():
+        done = start(command, tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    log = Log.load(tmp_path / "logs/Meta-Llama-3-8B-Instruct_openwebtext_random64x64_mlp")
+    rows = [json.loads(line) for line in open(next(log.folder.glob("scores/queries-*-cosine-raw-0.1/top_k.jsonl")))]
+    assert log.examples == 30 and len(rows) == 12 * 20
+    for model in ("Meta-Llama-3-8B-Instruct", "pythia-1.4b"):
+        assert len(open(tmp_path / f"data/generated/{model}/queries.jsonl").readlines()) == 12
+    again = start(COMMANDS.splitlines()[2], tmp_path)
+    assert again.returncode == 0 and "extracting" not in again.stderr, "a finished run is not computed again"
+
+
+@pytest.mark.parametrize("flags", ["--hessian raw", "--hessian ekfac"])
+def test_two_processes_give_what_one_gives(tiny, workspace, flags):
+    """The same gradients for every example, to 1e-5, each once; the same Hessian; also after half was lost."""
+    flags += f" --model_name {tiny}/llama --data_name docs.jsonl --rank 4 --shard_examples 3 --batch_tokens 60"
+    for processes in (1, 2):
+        done = launch(processes, workspace, f"{flags} --log_dir log{processes}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Next:") == 1, "rank 0 alone prints"
+    logs = [Log.load(workspace / f"log{n}") for n in (1, 2)]
+    one, two = (stored_gradients(log) for log in logs)
+    assert logs[0].content["data"]["fingerprint"] == logs[1].content["data"]["fingerprint"]
+    for layer in one:
+        assert (one[layer] - two[layer]).norm() < 1e-5 * one[layer].norm()
+    kind = flags.split()[1]
+    hessians = [store.load_tensors(log.hessian_path(kind)) for log in logs]
+    for key in hessians[0]:
+        one_sum, two_sum = (tensors[key].double() for tensors in hessians)
+        assert (one_sum - two_sum).norm() <= 1e-5 * one_sum.norm()
+    for index in (0, 2, 3):
+        store.shard_files(logs[0].gradients, index)["manifest"].unlink()
+    done = launch(2, workspace, f"{flags} --log_dir log1")
+    assert done.returncode == 0, done.stderr
+    again = stored_gradients(logs[0])
+    assert all((one[layer] - again[layer]).norm() < 1e-5 * one[layer].norm() for layer in one)
+
+
+def test_an_error_of_all_ranks_is_said_once(tiny, workspace):
+    """Under accelerate launch rank 0 prints the line, and the status is not 0."""
+    done = launch(2, workspace, f"--model_name {tiny}/llama --data_name docs.jsonl --text_column body")
+    assert done.returncode != 0 and done.stderr.count("extract_log.py: error: ") == 1
+    assert "text_column" in done.stderr and not list(workspace.glob("logs/*/run.json"))
+
+
+def test_an_error_of_one_rank_is_said_too(tiny, workspace):
+    """A NaN that only rank 1 meets stops the run, and names the example."""
+    rows = [{"text": "the river"}] * 3 + [{"text": "the zebra"}]
+    write_jsonl(workspace / "docs.jsonl", rows)
+    broken = workspace / "broken"
+    poison_model(tiny / "llama", broken, "z")
+    done = launch(2, workspace, f"--model_name {broken} --data_name docs.jsonl --shard_examples 1")
+    assert done.returncode != 0 and "example 3" in done.stderr and "(rank 1)" in done.stderr
+
+
+def poison_model(source: Path, folder: Path, letter: str) -> None:
+    """Copy a model with one token's embedding made NaN."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    model.get_input_embeddings().weight.data[tokenizer(letter)["input_ids"][0]] = float("nan")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_scripts_start_from_any_folder(tiny, workspace):
+    """Plain python, one process, from another working directory, is what accelerate launch gives; scores follow."""
+    flags = f"--model_name {tiny}/gpt2 --data_name docs.jsonl --rank 4 --hessian kfac"
+    assert launch(1, workspace, flags).returncode == 0
+    done = start(f"python {ROOT}/compute_influence.py {flags} --split queries.jsonl", workspace)
+    assert done.returncode == 0, done.stderr
+    assert np.load(next(workspace.glob("logs/*/scores/*/scores.npy"))).shape[0] == 3
