@@ -9,7 +9,7 @@
 #   --all takes the whole manual (about 113k tokens) instead of its shorter topics (about 43k)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/venv.sh
+[ -n "${DRY_RUN:-}" ] || source scripts/venv.sh
 
 # edit here
 MODEL=models/SmolLM2-135M-Instruct

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Reproduces: the README's table of topic recall: 24 questions about Python, whose right topic in the manual is known
+# Needs:      as scripts/quickstart.sh, whose run is used where it is there
+# Takes:      RECALL_TIME
+# Expect:     a table: scores, share of questions with their topic in the top 10, first, mean of 1 / rank
+# Checked:    RECALL_CHECKED
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ -n "${DRY_RUN:-}" ] || source scripts/venv.sh
+
+MODEL=models/SmolLM2-135M-Instruct
+QUERIES=data/generated/SmolLM2-135M-Instruct/topics.jsonl
+RUN=(--model_name "$MODEL" --data_name pydoc --data_config short --lora random --rank 64 --mlp_only --block_size 256)
+
+run() {
+    echo "+ $*"
+    [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+run python generate_llama3.py --model_name "$MODEL" --prompts evaluation/topics.jsonl --output "$QUERIES" \
+    --max_new_tokens 96 --temperature 0
+for hessian in ekfac raw; do
+    run python extract_log.py "${RUN[@]}" --hessian "$hessian"
+    for mode in dot cosine; do
+        run python compute_influence.py "${RUN[@]}" --hessian "$hessian" --split "$QUERIES" --mode "$mode"
+    done
+done
+for mode in dot cosine; do
+    run python compute_influence.py "${RUN[@]}" --hessian none --split "$QUERIES" --mode "$mode"
+done
+run python evaluation/topic_recall.py logs/SmolLM2-135M-Instruct_pydoc_short_random64x64*_mlp/scores/topics-*
