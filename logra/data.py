@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from logra.loss import IGNORE
+from logra.store import atomic, remove
 
 HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", None),
@@ -166,6 +167,33 @@ def _cut(examples: Dataset, choice: Choice) -> Dataset:
     return examples if keep == len(examples) else examples.select(range(keep))
 
 
+def _tokenised(documents: Dataset, function: Callable, choice: Choice, options: dict, work: Path):
+    """Return (tokenised slices of the chosen documents, number of documents, number of dropped rows)."""
+    order = np.arange(len(documents))
+    if choice.shuffle_seed is not None:
+        order = np.random.default_rng(choice.shuffle_seed).permutation(order)
+    parts, tokens, examples, used, dropped = [], 0, 0, 0, 0
+    with tqdm(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
+        for start in range(0, len(order), SLICE):
+            part = documents.select(order[start : start + SLICE])
+            ids = part["id"] if "id" in documents.column_names else order[start : start + SLICE]
+            texts, ids = list(part[choice.text_column]), [str(i) for i in ids]
+            good = _good_rows(texts, ids, choice)
+            dropped, used = dropped + len(texts) - len(good), used + len(good)
+            if not good:
+                continue
+            part = Dataset.from_dict({"document_id": [ids[i] for i in good], "text": [texts[i] for i in good]})
+            cache = str(work / f"part-{start // SLICE:06d}.arrow")
+            parts.append(part.map(function, remove_columns=["text"], cache_file_name=cache, **options))
+            count = int(token_counts(parts[-1]).sum())
+            tokens, examples = tokens + count, examples + len(parts[-1])
+            bar.update(count)
+            enough = not choice.pack and examples >= (choice.max_examples or np.inf)
+            if enough or tokens >= (choice.max_tokens or np.inf):
+                break
+    return parts, used, dropped
+
+
 def build_examples(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None, work: Path
 ) -> tuple[Dataset, dict]:
@@ -188,46 +216,38 @@ def build_examples(
     if choice.text_column not in documents.column_names:
         have = ", ".join(documents.column_names)
         raise ValueError(f"expected a text column {choice.text_column!r}, got {have}; give --text_column")
-    order = np.arange(len(documents))
-    if choice.shuffle_seed is not None:
-        order = np.random.default_rng(choice.shuffle_seed).permutation(order)
-    parts, tokens, examples, used, dropped = [], 0, 0, 0, 0
-    map_options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
+    options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
     function = _tokenise(tokenizer, None if choice.pack else choice.block_size)
-    with tqdm(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
-        for start in range(0, len(order), SLICE):
-            part = documents.select(order[start : start + SLICE])
-            ids = part["id"] if "id" in documents.column_names else order[start : start + SLICE]
-            texts, ids = list(part[choice.text_column]), [str(i) for i in ids]
-            good = _good_rows(texts, ids, choice)
-            dropped, used = dropped + len(texts) - len(good), used + len(good)
-            if not good:
-                continue
-            part = Dataset.from_dict({"document_id": [ids[i] for i in good], "text": [texts[i] for i in good]})
-            cache = str(work / f"part-{start // SLICE:06d}.arrow")
-            part = part.map(function, remove_columns=["text"], cache_file_name=cache, **map_options)
-            parts.append(part)
-            count = int(token_counts(part).sum())
-            tokens, examples = tokens + count, examples + len(part)
-            bar.update(count)
-            if tokens >= (choice.max_tokens or np.inf):
-                break
-            if not choice.pack and examples >= (choice.max_examples or np.inf):
-                break
+    parts, used, dropped = _tokenised(documents, function, choice, options, work)
     if not parts:
         raise ValueError(f"expected rows with text, got {dropped} empty ones and no other; check --text_column")
     rows = datasets.concatenate_datasets(parts)
     if choice.pack:
-        rows = Dataset.from_generator(
-            _pack, gen_kwargs={"documents": rows, "block_size": choice.block_size}, cache_dir=str(work)
-        )
-    rows = _cut(rows, choice)
-    rows = rows.map(
+        packed = {"documents": rows, "block_size": choice.block_size}
+        rows = Dataset.from_generator(_pack, gen_kwargs=packed, cache_dir=str(work))
+    rows = _cut(rows, choice).map(
         lambda batch: {"text": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)},
         cache_file_name=str(work / "text.arrow"),
-        **map_options,
+        **options,
     )
     return rows, {"documents": used, "dropped_rows": dropped}
+
+
+def write_examples(
+    folder: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None
+) -> dict:
+    """Build the examples (see build_examples) into folder/train, and return their counts and fingerprint."""
+    work = folder / "work"
+    work.mkdir()
+    try:
+        examples, counts = build_examples(documents, tokenizer, choice, num_proc, work)
+        with atomic(folder / "train") as train:
+            examples.save_to_disk(train)
+    finally:
+        remove(work)
+    examples = datasets.load_from_disk(folder / "train")
+    counts |= {"examples": len(examples), "tokens": int(token_counts(examples).sum())}
+    return counts | {"fingerprint": examples_fingerprint(examples)}
 
 
 def token_lists(examples: Dataset) -> Iterator:

@@ -5,7 +5,9 @@ Notation: k = r_in * r_out of a layer. `limits` is (tokens, examples or None) in
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from logra.data import length_batches, make_batch
@@ -13,6 +15,7 @@ from logra.hooks import GradientCapture
 from logra.loss import example_losses
 from logra.projection import Projection, Shapes
 
+CALIBRATION = 256  # examples that the eigenbasis is measured on; 50 gave as good a basis as 2000
 Limits = tuple[int, int | None]
 
 
@@ -23,6 +26,17 @@ def run_batch(
     device = model.get_input_embeddings().weight.device
     batch = make_batch(token_ids, starts, device)
     return capture.backward(example_losses(model, batch.input_ids, batch.targets), batch.positions)
+
+
+def calibration_batches(examples: Dataset, seed: int, limits: Limits) -> list[list[list[int]]]:
+    """Return the token ids of a random sample of examples, in batches.
+
+    They do not depend on the number of processes, so that the basis doesn't either.
+    """
+    count = min(len(examples), CALIBRATION, max(32, len(examples) // 8))
+    chosen = np.random.default_rng(seed).choice(len(examples), count, replace=False)
+    rows = examples.select(np.sort(chosen))["input_ids"]
+    return [[rows[i] for i in batch] for batch in length_batches([len(row) for row in rows], *limits)]
 
 
 def factor_sums(

@@ -6,19 +6,23 @@ these are there.
 """
 
 import argparse
+import math
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 from datasets import Dataset, load_from_disk
 from torch import Tensor
 
-from logra import data, projection, store
+from logra import data, hessian, projection, store
 from logra.run import given_settings, run_name, with_defaults
 
 FORMAT = 1
+SHARD_BYTES = 2**28
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
 
 
@@ -84,6 +88,29 @@ class Log:
         if not path.exists() or store.file_checksum(path) != self.content.get("projections"):
             raise ValueError(f"expected {path} as it was written, got none or another; extract again with --overwrite")
         return projection.load(path, self.shapes, self.projected)
+
+    def shard_size(self, examples: int) -> dict[str, int]:
+        """Return {"shard_examples", "bytes_per_example"}: shards of at most SHARD_BYTES, and 8 of them or more."""
+        sizes = (r_out * r_in for r_out, r_in in self.projected.values())
+        size = sum(sizes) * store.DTYPES[self.settings["store_dtype"]].itemsize
+        chosen = self.settings["shard_examples"] or max(1, min(SHARD_BYTES // size, math.ceil(examples / 8)))
+        return {"shard_examples": chosen, "bytes_per_example": size}
+
+    def check_room(self, kind: str) -> None:
+        """Refuse a run whose gradients don't fit on the disk, or whose Hessian doesn't fit in memory."""
+        need, free = self.examples * self.content["data"]["bytes_per_example"], shutil.disk_usage(self.folder).free
+        written = sum(file.stat().st_size for file in self.gradients.glob("*"))
+        if need - written > free:
+            raise ValueError(
+                f"expected {need / 1e9:.3g} GB of disk for the gradients, got {free / 1e9:.3g}; use a lower --rank, "
+                "--store_dtype bfloat16 or another --log_dir"
+            )
+        need, free = hessian.memory_bytes(kind, self.projected, self.examples), psutil.virtual_memory().available
+        if need > free:
+            raise ValueError(
+                f"expected {need / 1e9:.3g} GB of memory for the Hessian {kind} of the widest layer, got "
+                f"{free / 1e9:.3g}; use --hessian ekfac, or a lower --rank"
+            )
 
     def matching_layers(self, pattern: str | None) -> list[str]:
         """Return the tracked layers whose name `pattern` matches (all without one).

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from logra.loss import check_head
-from logra.projection import Shapes
+from logra.projection import Shapes, projected_shapes
 from logra.store import atomic
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
@@ -65,18 +66,18 @@ def context_length(config) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def block_size(config, asked: int | None) -> int:
+def block_size(config, asked: int | None, say: Callable[[str], None]) -> int:
     """Return the tokens in an example: those asked for, else 512 or the model's context where that is shorter.
 
     Raises:
         ValueError: More than the context was asked for.
     """
-    context = context_length(config)
-    if asked is None:
-        return min(512, context or 512)
-    if context is not None and asked > context:
+    context = context_length(config) or 10**12
+    if asked is None and context < 512:
+        say(f"--block_size is {context}, the model's context")
+    if asked is not None and asked > context:
         raise ValueError(f"expected --block_size of at most {context}, the model's context, got {asked}; lower it")
-    return asked
+    return asked or min(512, context)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -141,6 +142,17 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
         known = ", ".join(list(shapes or _linear_names(model))[:8])
         raise ValueError(f"expected layers that match {pattern or '--mlp_only'!r}, got none; the layers: {known} ...")
     return matching
+
+
+def describe(model: PreTrainedModel, settings: dict, say: Callable[[str], None]) -> dict:
+    """Return run.json's `model` (class, fingerprint) and `layers` (name -> [d_out, d_in, r_out, r_in])."""
+    shapes = choose_layers(model, settings["mlp_only"], settings["layers"])
+    projected = projected_shapes(shapes, settings["rank_in"], settings["rank_out"])
+    narrow = sum(r == d for layer in shapes for r, d in zip(projected[layer], shapes[layer], strict=True))
+    if narrow and settings["lora"] != "none":
+        say(f"{narrow} of {2 * len(shapes)} sides of layers are no wider than the rank and not projected: exact there")
+    about = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+    return {"model": about, "layers": {layer: [*shapes[layer], *projected[layer]] for layer in shapes}}
 
 
 def _linear_names(model: nn.Module) -> list[str]:
