@@ -62,7 +62,9 @@ def main(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm, tokenizer = load_run_model(log, device)
     context = model.context_length(lm.config)
-    name, queries = load_queries(args.split, settings, tokenizer, args.query_loss, args.max_queries, context)
+    name, queries = load_queries(
+        args.split, settings, tokenizer, args.query_loss, args.max_queries, context, args.cache_dir
+    )
     grads = query_gradients(lm, log, queries, args.batch_size)
     del lm
     grads, self_influence = precondition(args, log, kind, {layer: grads[layer] for layer in layers}, device)
@@ -107,12 +109,13 @@ def precondition(
     self_influence = torch.zeros(log.examples) if wanted else None
     solved = {}
     for layer, q in tqdm(grads.items(), desc=f"Hessian {kind}", unit="layer"):
-        stats = statistics(layer)
-        train = torch.cat([block.float() for block in log.blocks(layer, every)]) if "gram" in stats else None
+        stats = {key: tensor.to(device) for key, tensor in statistics(layer).items()}
+        blocks = [block.to(device).float() for block in log.blocks(layer, every)] if "gram" in stats else None
+        train = torch.cat(blocks) if blocks else None
         solver = hessian.preconditioner(kind, stats, args.damping, args.damping_absolute, train)
-        solved[layer] = solver.solve(q)
+        solved[layer] = solver.solve(q.to(device))
         for ids, block in zip(log.shards, log.blocks(layer, every), strict=True) if wanted else ():
-            self_influence[ids.start : ids.stop] += solver.quadratic(block.float())
+            self_influence[ids.start : ids.stop] += solver.quadratic(block.to(device).float()).cpu()
     return solved, self_influence
 
 
@@ -124,7 +127,6 @@ def write_scores(
     scores = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, log.examples))
     with open(path, "r+b") as file:  # a full disk is an OSError here, and a crash in a memory-mapped write
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    queries = {layer: q.to(device) for layer, q in queries.items()}
     for index, ids in enumerate(tqdm(log.shards, desc="scoring", unit="shard")):
         block = {layer: z.to(device) for layer, z in store.load_shard(log.gradients, index, queries).items()}
         dots = influence.dot_scores(queries, block).cpu()

@@ -157,7 +157,7 @@ def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
     mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)
     total = partial(run.sum_over_ranks, accelerator=accelerator)
     tensors = tqdm(
-        hessian.statistics(kind, log, mine, total, rotated),
+        hessian.statistics(kind, log, mine, total, rotated, accelerator.device),
         total=len(layout), desc=f"Hessian {kind}", unit="tensor", disable=not accelerator.is_main_process,
     )  # fmt: skip
     if not accelerator.is_main_process:

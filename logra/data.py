@@ -103,7 +103,8 @@ class Choice(NamedTuple):
 def choice(settings: dict, max_examples: int | None) -> Choice:
     """Return how documents become examples, from a run's settings."""
     names = ("text_column", "block_size", "pack", "max_tokens", "shuffle_seed", "skip_bad_rows")
-    usual = settings["data_name"] == "wikitext" or settings["data_name"].endswith(".txt")
+    name = Path(settings["data_name"]).name
+    usual = "wikitext" in name or name.endswith(".txt")
     return Choice(**{name: settings[name] for name in names}, max_examples=max_examples, blank_is_usual=usual)
 
 
@@ -143,11 +144,11 @@ def _pack(documents: Dataset, block_size: int):
     """Yield full blocks of documents joined end to end, the last one as long as it gets, with what each holds."""
     ids, names, starts = [], [], []
     for row in documents:
-        rest = row["input_ids"]
-        while rest:
+        tokens, used = row["input_ids"], 0
+        while used < len(tokens):
             names, starts = [*names, row["document_id"]], [*starts, len(ids)]
-            room = block_size - len(ids)
-            ids, rest = ids + rest[:room], rest[room:]
+            piece = tokens[used : used + block_size - len(ids)]
+            ids, used = ids + piece, used + len(piece)
             if len(ids) == block_size:
                 yield {"input_ids": ids, "document_id": names[0], "document_ids": names, "document_starts": starts}
                 ids, names, starts = [], [], []
@@ -275,11 +276,17 @@ def examples_fingerprint(examples: Dataset) -> str:
 def length_batches(
     lengths: list[int] | np.ndarray, batch_tokens: int, batch_size: int | None = None
 ) -> list[list[int]]:
-    """Group positions into batches of like length, longest first, of at most batch_tokens with padding (or one)."""
+    """Group positions into batches of like length, longest first, of at most batch_tokens with padding (or one).
+
+    A batch that is at least an eighth full ends where the next example is a fifth shorter than its longest: little
+    padding is worth more than few batches.
+    """
     batches: list[list[int]] = []
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        full = batches and (len(batches[-1]) + 1) * max(lengths[batches[-1][0]], 1) > batch_tokens
-        if not batches or full or len(batches[-1]) == batch_size:
+        longest = max(lengths[batches[-1][0]], 1) if batches else 0
+        filled = len(batches[-1]) * longest if batches else 0
+        full = filled + longest > batch_tokens or (batches and len(batches[-1]) == batch_size)
+        if not batches or full or (lengths[i] < 0.8 * longest and filled >= batch_tokens / 8):
             batches.append([])
         batches[-1].append(i)
     return batches

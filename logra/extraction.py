@@ -86,9 +86,16 @@ def gradients(
         done: Called with the number of tokens after each batch.
 
     Raises:
-        ValueError: A gradient is NaN or infinite.
+        ValueError: A gradient is NaN or infinite, or a token id is not in the model's vocabulary.
     """
     result: dict[str, Tensor] = {}
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for i, ids in enumerate(token_ids):
+        if max(ids, default=0) >= vocabulary:
+            raise ValueError(
+                f"expected token ids below {vocabulary}, the model's vocabulary, got {max(ids)} in example "
+                f"{first_id + i}; use the model's own tokenizer"
+            )
     for rows in length_batches([len(ids) for ids in token_ids], *limits):
         batch = [token_ids[i] for i in rows]
         for layer, grad in run_batch(model, capture, batch, [starts[i] for i in rows] if starts else None).items():

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from logra.model import context_length, default_dtype, load_model, load_tokenizer, short_name
-from logra.run import non_negative, number, positive_int, seed_int
+from logra.run import non_negative, positive_int, seed_int
 from logra.store import DTYPES, atomic
 
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # ends of a turn, beside the EOS token
@@ -27,9 +27,10 @@ def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: P
     group.add_argument("--output", type=Path, help="(data/generated/<model>/queries.jsonl)")
     group.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, bfloat16 on a GPU")
     group = parser.add_argument_group("sampling")
-    limit = number(float, 0, "a number of at least 0")
     group.add_argument("--max_new_tokens", type=positive_int, default=defaults["max_new_tokens"], help="(%(default)s)")
-    group.add_argument("--temperature", type=limit, default=defaults["temperature"], help="0 is greedy (%(default)s)")
+    group.add_argument(
+        "--temperature", type=non_negative, default=defaults["temperature"], help="0 is greedy (%(default)s)"
+    )
     group.add_argument("--top_p", type=non_negative, default=defaults["top_p"], help="(%(default)s)")
     group.add_argument("--num_return_sequences", type=positive_int, default=1, help="responses a prompt (1)")
     group.add_argument("--seed", type=seed_int, default=0, help="(0)")

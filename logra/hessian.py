@@ -131,14 +131,14 @@ def covariance_sum(blocks: Iterable[Tensor], k: int) -> Tensor:
     """Return sum g g^T over blocks of gradients [n, k], as [k, k] float32."""
     total = torch.zeros(k, k)
     for block in blocks:
-        total = total.to(block.device).addmm_(block.float().T, block.float())
+        total = total.to(block.device).addmm_(block.T, block)
     return total
 
 
 def gram_rows(blocks: Iterable[Tensor], rows: list[range]) -> Tensor:
     """Return the Gram matrix G G^T of all blocks' gradients, [N, N] float32, with only the given rows filled in."""
-    grads = torch.cat([block.float() for block in blocks])
-    gram = torch.zeros(len(grads), len(grads))
+    grads = torch.cat(list(blocks))
+    gram = torch.zeros(len(grads), len(grads), device=grads.device)
     for ids in rows:
         gram[ids.start : ids.stop] = grads[ids.start : ids.stop] @ grads.T
     return gram
@@ -148,7 +148,7 @@ def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tenso
     """Return sum (U_B G~ U_A^T)^2 over blocks [n, r_out * r_in], as [r_out * r_in] float64."""
     total = torch.zeros(len(basis_out) * len(basis_in), dtype=torch.float64)
     for block in blocks:
-        g = block.float().view(-1, len(basis_out), len(basis_in))
+        g = block.view(-1, len(basis_out), len(basis_in))
         rotated = basis_out.to(g) @ g @ basis_in.to(g).T
         total += rotated.square().sum(dim=0).flatten().double().cpu()
     return total
@@ -217,7 +217,7 @@ def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:
 
 
 def statistics(
-    kind: str, log: Source, shards: range, total: Callable[[Tensor], Tensor], rotated: bool
+    kind: str, log: Source, shards: range, total: Callable[[Tensor], Tensor], rotated: bool, device: torch.device | str
 ) -> Iterator[Tensor]:
     """Yield the tensors of `layout`, in its order, each a sum over all ranks.
 
@@ -229,16 +229,20 @@ def statistics(
         shards: This rank's.
         total: Sums a tensor over ranks; every rank calls it as often.
         rotated: As for layout.
+        device: Where raw's C and ekfac's second pass are computed.
     """
+
+    def blocks(layer: str, indices: range) -> Iterator[Tensor]:
+        return (block.to(device).float() for block in log.blocks(layer, indices))
 
     def factor(key: str, shape: list[int]) -> Tensor:
         return total(sum((part.double() for part in log.factors(key, shards)), torch.zeros(shape, dtype=torch.float64)))
 
     for name, (r_out, r_in) in log.projected.items():
         if kind == "raw" and r_out * r_in <= log.examples:
-            yield total(covariance_sum(log.blocks(name, shards), r_out * r_in).cpu())
+            yield total(covariance_sum(blocks(name, shards), r_out * r_in).cpu())
         elif kind == "raw":  # every rank needs all the gradients, and computes its shards' rows
-            yield total(gram_rows(log.blocks(name, range(len(log.shards))), [log.shards[i] for i in shards]))
+            yield total(gram_rows(blocks(name, range(len(log.shards))), [log.shards[i] for i in shards]))
         elif kind == "kfac":
             yield factor(f"{name}.A", [r_in, r_in])
             yield factor(f"{name}.B", [r_out, r_out])
@@ -247,7 +251,7 @@ def statistics(
         else:
             basis_in = eigenbasis(factor(f"{name}.A", [r_in, r_in]))[1]
             basis_out = eigenbasis(factor(f"{name}.B", [r_out, r_out]))[1]
-            yield total(rotated_squares(log.blocks(name, shards), basis_in, basis_out)).view(r_out, r_in)
+            yield total(rotated_squares(blocks(name, shards), basis_in, basis_out)).view(r_out, r_in)
             yield basis_in
             yield basis_out
     yield factor("examples", []).long()

@@ -74,10 +74,10 @@ def read_query_file(
 
 
 def split_queries(
-    settings: dict, split: str, tokenizer: PreTrainedTokenizerBase, max_queries: int | None
+    settings: dict, split: str, tokenizer: PreTrainedTokenizerBase, max_queries: int | None, cache_dir: str | None
 ) -> list[Query]:
     """Take a split of the run's data set as queries: each example of at most block_size tokens is one."""
-    documents = load_documents(settings["data_name"], settings["data_config"], split, None)
+    documents = load_documents(settings["data_name"], settings["data_config"], split, cache_dir)
     choice = Choice(settings["text_column"], settings["block_size"], False, max_queries, None, None, True)
     with tempfile.TemporaryDirectory() as work:
         rows = build_examples(documents, tokenizer, choice, None, Path(work))[0].to_list()
@@ -91,6 +91,7 @@ def load_queries(
     query_loss: str = "response",
     max_queries: int | None = None,
     limit: int | None = None,
+    cache_dir: str | None = None,
 ) -> tuple[str, list[Query]]:
     """Return (name of the query set, queries).
 
@@ -101,12 +102,13 @@ def load_queries(
         query_loss: response (its tokens only) or all.
         max_queries: The first ones.
         limit: The model's context in tokens.
+        cache_dir: Where downloaded data sets are kept.
 
     Raises:
         ValueError: No queries, or one that is empty or too long.
     """
     if split in SPLITS:
-        name, queries = split, split_queries(settings, split, tokenizer, max_queries)
+        name, queries = split, split_queries(settings, split, tokenizer, max_queries, cache_dir)
     else:
         path = Path(split)
         if split == "generated":

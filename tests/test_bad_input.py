@@ -145,12 +145,13 @@ def test_missing_stages_name_the_command(cli, base):
         ('{"text": "%s"}\n' % ("river " * 90), ("64 tokens",)),
         ('{"text": 5}\n', ("row 1",)),
         ('{"prompt_ids": [1, 5], "response_ids": [6], "model": "other"}\n', ("other",)),
+        ('{"prompt_ids": [1, 5], "response_ids": [999], "model": "%s"}\n', ("vocabulary", "999")),
     ],
 )
 def test_bad_queries(cli, base, content, words):
     """Empty, too long, of another model, or no query at all; no scores folder stays."""
     assert cli("extract_log", *base)[0] == 0
-    Path("bad.jsonl").write_text(content)
+    Path("bad.jsonl").write_text(content % base[1] if "%s" in content else content)
     refused(cli("compute_influence", "--log_dir", "log", "--split", "bad.jsonl"), *words)
     assert not list(Path("log").glob("scores/*"))
 

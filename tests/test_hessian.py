@@ -44,7 +44,7 @@ def stats_of(log: FakeLog, kind: str, ranks: int = 1, rotated: bool = False) -> 
     layout = hessian.layout(kind, log.projected, log.examples, rotated)
     shares = [range(rank, len(log.shards), ranks) for rank in range(ranks)]
     if ranks == 1:
-        tensors = list(hessian.statistics(kind, log, shares[0], lambda t: t, rotated))
+        tensors = list(hessian.statistics(kind, log, shares[0], lambda t: t, rotated, "cpu"))
     else:  # a sum over ranks in lock step
         import threading
 
@@ -58,7 +58,7 @@ def stats_of(log: FakeLog, kind: str, ranks: int = 1, rotated: bool = False) -> 
                 barrier.wait()
                 return result
 
-            results[rank] = list(hessian.statistics(kind, log, shares[rank], total, rotated))
+            results[rank] = list(hessian.statistics(kind, log, shares[rank], total, rotated, "cpu"))
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
         [thread.start() for thread in threads]

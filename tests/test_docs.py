@@ -1,0 +1,131 @@
+"""Every command that the README and scripts/ show is one that the scripts take."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_processes import COMMANDS
+
+SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
+
+
+def check(command: str) -> str | None:
+    """Parse the flags of a command line of ours, and check that its files exist; return the script."""
+    words = shlex.split(command, comments=True)
+    scripts = [i for i, word in enumerate(words) if re.fullmatch(r"(evaluation/)?\w+\.py", word)]
+    if not scripts:
+        return None
+    name = words[scripts[0]]
+    assert (ROOT / name).exists(), command
+    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    try:
+        module.build_parser().parse_args(words[scripts[0] + 1 :])
+    except SystemExit as stop:
+        raise AssertionError(f"{command} is refused") from stop
+    return name
+
+
+def shown_commands(path: Path) -> list[str]:
+    """Return the command lines in a Markdown file's code blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.split(" ")[0] in ("python", "accelerate", "bash")]
+
+
+def test_readme_commands():
+    """The README's commands parse, and its scripts exist; the paper's stand there word for word."""
+    commands = shown_commands(ROOT / "README.md")
+    assert {check(c) for c in commands if not c.startswith("bash")} >= {f"{name}.py" for name in SCRIPTS}
+    assert COMMANDS in (ROOT / "README.md").read_text()
+    for command in commands:
+        if command.startswith("bash"):
+            assert (ROOT / command.split()[1]).exists(), command
+
+
+def test_commands_in_docstrings():
+    """The example at the head of each script parses."""
+    for name in (*SCRIPTS, "evaluation.topic_recall"):
+        lines = [line.strip() for line in importlib.import_module(name).__doc__.splitlines()]
+        commands = [line for line in lines if line.startswith("python ")]
+        assert commands and all(check(command) for command in commands)
+
+
+SHELL = sorted(p for folder in ("scripts", "evaluation") for p in (ROOT / folder).glob("*.sh") if p.name != "venv.sh")
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_shell_scripts(script):
+    """Each is valid bash with the header of STYLE; what it would run (DRY_RUN=1) parses."""
+    text = script.read_text()
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert "set -euo pipefail" in text
+    if script.name == "test.sh":
+        return
+    for word in ("# Reproduces:", "# Needs:", "# Takes:", "# Expect:", "# Checked:"):
+        assert word in text, word
+    flags = ["--all"] if script.name == "quickstart.sh" else []
+    for extra in ([], flags):
+        dry = os.environ | {"DRY_RUN": "1"}
+        done = subprocess.run(["bash", script, *extra], env=dry, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        commands = [line.removeprefix("+ ") for line in done.stdout.splitlines() if line.startswith("+ ")]
+        assert len([c for c in commands if check(c)]) >= 4
+
+
+def test_readme_flags_exist():
+    """Each flag in the README's table is one of the scripts'."""
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
+    actions = [action for name in SCRIPTS for action in importlib.import_module(name).build_parser()._actions]
+    known = {option for action in actions for option in action.option_strings}
+    named = {flag for row in rows for flag in re.findall(r"--\w+", row.split("|")[1])}
+    assert len(named) > 30 and named <= known, named - known
+
+
+def test_prompts():
+    """A dozen prompts of each kind, all different."""
+    from logra.generation import read_prompts
+
+    for name in ("chat", "continuation"):
+        assert len(read_prompts(ROOT / f"scripts/prompts/{name}.txt")) == 12
+    assert len(read_prompts(ROOT / "evaluation/topics.jsonl")) >= 20
+
+
+def test_requirements_are_pinned():
+    """Exact versions only."""
+    for path in ("requirements.txt", "tests/requirements.txt"):
+        lines = (ROOT / path).read_text().split()
+        assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    assert "torch==2.13.0" in (ROOT / "requirements.txt").read_text().split()
+
+
+def test_a_machine_without_python_gets_one_line():
+    """What is missing, and what to install."""
+    for script in ("quickstart.sh", "test.sh"):
+        done = subprocess.run(
+            ["bash", ROOT / "scripts" / script], env=os.environ | {"PYTHON": "false"}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+        assert "python3-venv" in done.stderr
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    """In a fresh copy, from another working directory, on the first examples only; the second time it reuses all."""
+    files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "copy/.venv").symlink_to(ROOT / ".venv")
+    command = ["bash", tmp_path / "copy/scripts/quickstart.sh", "--max_examples", "24"]
+    for again in (False, True):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("extracting" in done.stderr) != again
+        assert done.stdout.count("\n  3. ") == 4, done.stdout
+        paths = [line for line in done.stdout.splitlines() if line.endswith("top_k.jsonl")]
+        assert len(paths) == 1 and (tmp_path / "copy" / paths[0]).exists()
