@@ -29,7 +29,7 @@ def build_parser() -> run.Parser:
         "--num_proc", type=run.positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
     )
     group.add_argument(
-        "--batch_tokens", type=run.positive_int, help="tokens in a batch, with padding (2048; GPU: 16384)"
+        "--batch_tokens", type=run.positive_int, help="tokens in a batch, with padding (1024; GPU: 16384)"
     )
     group.add_argument("--batch_size", type=run.positive_int, help="examples in a batch at most (no limit)")
     group.add_argument("--overwrite", action="store_true", help="delete the run's folder first")
@@ -127,7 +127,7 @@ def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) ->
 
 def limits(args: argparse.Namespace, lm: nn.Module) -> tuple[int, int | None]:
     """Return the most tokens and examples in a batch."""
-    return args.batch_tokens or (16384 if lm.device.type == "cuda" else 2048), args.batch_size
+    return args.batch_tokens or (16384 if lm.device.type == "cuda" else 1024), args.batch_size
 
 
 def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Accelerator) -> None:
