@@ -7,6 +7,7 @@ With no arguments: the newest scores under logs/.
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
         )
     examples = log.train()
     documents = examples["document_id"]
-    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text("utf-8").splitlines()]
+    queries = [json.loads(line) for line in store.read_lines(folder / "queries.jsonl")]
     scores = read_scores(folder / "scores.npy", (len(queries), log.examples))
     rows = []
     for query, row in zip(queries, scores, strict=True):
@@ -112,14 +113,15 @@ def describe(query: dict, rank: int, score: float, example: int, row: dict, larg
 
 def readable(queries: list[dict], rows: list[dict]) -> list[str]:
     """Return the lines of top_k.txt."""
-    lines = []
+    lines, found = [], defaultdict(list)
+    for row in rows:
+        found[row["query"]].append(row)
     for query in queries:
         asked = query.get("prompt") or query.get("text", "")
         lines += ["=" * 100, f"Query {query['id']}: {asked}", query.get("response", ""), ""]
-        for row in rows:
-            if row["query"] == query["id"]:
-                place = f"{row['document']}  (example {row['example']})"
-                lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}", row["text"].strip(), ""]
+        for row in found[query["id"]]:
+            place = f"{row['document']}  (example {row['example']})"
+            lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}", row["text"].strip(), ""]
     return lines
 
 

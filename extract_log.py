@@ -24,7 +24,7 @@ def build_parser() -> run.Parser:
     """Return the command line's parser."""
     parser = run.Parser(description=__doc__)
     run.add_run_flags(parser)
-    group = parser.add_argument_group("execution (the results do not depend on these)")
+    group = parser.add_argument_group("execution (results depend on these by rounding only)")
     group.add_argument(
         "--num_proc", type=run.positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
     )
@@ -45,10 +45,12 @@ def main(args: argparse.Namespace) -> None:
     pending = unfinished_shards(log, accelerator) if log else None
     if pending != []:
         lm, log = set_up(args, folder, settings, log, accelerator)
-        log.check_room(kind)
+        if accelerator.is_main_process:
+            log.check_disk()
+            log.check_memory(kind)
         pending = unfinished_shards(log, accelerator) if pending is None else pending
         extract(args, lm, log, pending, accelerator)
-    log.check_room(kind)
+        del lm
     write_hessian(kind, log, accelerator)
     run.say(f"{log.examples} examples of {log.content['data']['documents']} documents, Hessian {kind}, in {log.folder}")
     run.say("Next: compute_influence.py with the same flags")
@@ -77,9 +79,9 @@ def set_up(args, folder: Path, settings: dict, log: Log | None, accelerator: Acc
     described = model.describe(lm, settings, run.say)
     if log:
         log.check_model(described)
-        log.check_source()
+        if accelerator.is_main_process:
+            log.check_source()
     elif accelerator.is_main_process:
-        store.remove(folder)
         prepare_data(args, Log(folder, {"settings": settings, "arguments": vars(args)} | described), tokenizer)
     accelerator.wait_for_everyone()
     log = Log.load(folder)
@@ -95,6 +97,8 @@ def prepare_data(args: argparse.Namespace, log: Log, tokenizer) -> None:
     name, config, split = (log.settings[key] for key in ("data_name", "data_config", "data_split"))
     documents = data.load_documents(name, config, split, args.cache_dir)
     choice = data.choice(log.settings, log.settings["max_examples"])
+    data.check_column(documents, choice.text_column)
+    store.remove(log.folder)
     try:
         log.save()
         counts = data.write_examples(log.folder, documents, tokenizer, choice, args.num_proc)
@@ -113,10 +117,12 @@ def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) ->
     if settings["lora"] == "random":
         projections, sizes = projection.draw(log.shapes, log.projected, settings["seed"]), log.projected
     if settings["basis"] == "eigen" or settings["lora"] == "pca":
-        batches = calibration_batches(log.train(), settings["seed"], limits(args, lm))
+        examples = log.train()
+        log.check_memory("", sizes)
+        batches = calibration_batches(data.token_counts(examples), settings["seed"], limits(args, lm))
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         with tqdm(total=len(mine), desc="calibrating", unit="batch", disable=not accelerator.is_main_process) as bar:
-            sums = factor_sums(lm, projections, sizes, mine, bar.update)
+            sums = factor_sums(lm, projections, sizes, examples, mine, bar.update)
         sums = {key: run.sum_over_ranks(total, accelerator) for key, total in sums.items()}
         for layer, p in projections.items() if accelerator.is_main_process else ():
             projections[layer] = projection.rotate(p, sums[f"{layer}.A"], sums[f"{layer}.B"], log.projected[layer])
@@ -152,6 +158,7 @@ def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if kind == "none" or log.hessian_problem(kind) is None:
         return
+    log.check_memory(kind)
     path, rotated = log.hessian_path(kind), log.settings["basis"] == "eigen"
     layout = hessian.layout(kind, log.projected, log.examples, rotated)
     mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra.log import Log
 from logra.run import Parser, guarded, positive_int
+from logra.store import read_lines
 
 
 def build_parser() -> Parser:
@@ -31,7 +32,7 @@ def build_parser() -> Parser:
 def recall(folder: Path, k: int) -> tuple[float, float, float, int]:
     """Return (share of questions with their topic in the first k, in the first, mean of 1 / rank, questions)."""
     documents = np.array(Log.load(folder.parents[1]).train()["document_id"])
-    queries = [json.loads(line)["id"] for line in (folder / "queries.jsonl").read_text("utf-8").splitlines()]
+    queries = [json.loads(line)["id"] for line in read_lines(folder / "queries.jsonl")]
     if unknown := set(queries) - set(documents):
         raise ValueError(
             f"expected query ids that are topics in {folder}, got {sorted(unknown)}; use evaluation/topics.jsonl"
@@ -44,7 +45,7 @@ def recall(folder: Path, k: int) -> tuple[float, float, float, int]:
 def chance(folder: Path, k: int) -> float:
     """Return the share that a random order of the examples would give."""
     documents = Log.load(folder.parents[1]).train()["document_id"]
-    queries = [json.loads(line)["id"] for line in (folder / "queries.jsonl").read_text("utf-8").splitlines()]
+    queries = [json.loads(line)["id"] for line in read_lines(folder / "queries.jsonl")]
     total = len(documents)
     return float(np.mean([1 - comb(total - documents.count(topic), k) / comb(total, k) for topic in queries]))
 

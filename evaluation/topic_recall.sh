@@ -19,13 +19,11 @@ run() {
 
 run python generate_llama3.py --model_name "$MODEL" --prompts evaluation/topics.jsonl --output "$QUERIES" \
     --max_new_tokens 96 --temperature 0
-for hessian in ekfac raw; do
-    run python extract_log.py "${RUN[@]}" --hessian "$hessian"
-    for mode in dot cosine; do
-        run python compute_influence.py "${RUN[@]}" --hessian "$hessian" --split "$QUERIES" --mode "$mode"
-    done
-done
+run python extract_log.py --log_dir logs/quickstart "${RUN[@]}" --hessian ekfac
+run python extract_log.py --log_dir logs/topics_raw "${RUN[@]}" --hessian raw
 for mode in dot cosine; do
-    run python compute_influence.py "${RUN[@]}" --hessian none --split "$QUERIES" --mode "$mode"
+    run python compute_influence.py --log_dir logs/quickstart --hessian ekfac --split "$QUERIES" --mode "$mode"
+    run python compute_influence.py --log_dir logs/topics_raw --hessian raw --split "$QUERIES" --mode "$mode"
+    run python compute_influence.py --log_dir logs/topics_raw --hessian none --split "$QUERIES" --mode "$mode"
 done
-run python evaluation/topic_recall.py logs/SmolLM2-135M-Instruct_pydoc_short_random64x64*_mlp/scores/topics-*
+run python evaluation/topic_recall.py logs/quickstart/scores/topics-* logs/topics_raw/scores/topics-*

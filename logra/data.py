@@ -4,7 +4,10 @@ An example is a block of at most block_size tokens of one document; with pack, d
 full blocks. Example ids are row numbers. Notation: B batch, T tokens.
 """
 
+import gc
+import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from logra.loss import IGNORE
-from logra.store import atomic, remove
+from logra.store import atomic
 
 HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", None),
@@ -108,6 +111,13 @@ def choice(settings: dict, max_examples: int | None) -> Choice:
     return Choice(**{name: settings[name] for name in names}, max_examples=max_examples, blank_is_usual=usual)
 
 
+def check_column(documents: Dataset, column: str) -> None:
+    """Raise a ValueError where there is no such column."""
+    if column not in documents.column_names:
+        have = ", ".join(documents.column_names)
+        raise ValueError(f"expected a text column {column!r}, got {have}; give --text_column")
+
+
 def _good_rows(texts: list, ids: list[str], choice: Choice) -> list[int]:
     """Return the rows that hold text; refuse bad ones unless they are to be skipped."""
     bad = [i for i, text in enumerate(texts) if not (isinstance(text, str) and text.strip())]
@@ -117,8 +127,8 @@ def _good_rows(texts: list, ids: list[str], choice: Choice) -> list[int]:
             f"{ids[i]} ({'empty' if isinstance(texts[i], str) else type(texts[i]).__name__})" for i in unusual[:5]
         )
         raise ValueError(
-            f"expected text in every row of column {choice.text_column!r}, got {len(unusual)} empty or other rows, the "
-            f"first ones: {first}; mend them or give --skip_bad_rows"
+            f"expected text in every row of column {choice.text_column!r}, got {len(unusual)} empty or other rows "
+            f"among {len(texts)}, the first ones: {first}; mend them or give --skip_bad_rows"
         )
     return sorted(set(range(len(texts))) - set(bad))
 
@@ -169,18 +179,22 @@ def _cut(examples: Dataset, choice: Choice) -> Dataset:
 
 
 def _tokenised(documents: Dataset, function: Callable, choice: Choice, options: dict, work: Path):
-    """Return (tokenised slices of the chosen documents, number of documents, number of dropped rows)."""
+    """Return (tokenised slices of the chosen documents, number of dropped rows)."""
     order = np.arange(len(documents))
     if choice.shuffle_seed is not None:
         order = np.random.default_rng(choice.shuffle_seed).permutation(order)
-    parts, tokens, examples, used, dropped = [], 0, 0, 0, 0
+    parts, tokens, examples, dropped = [], 0, 0, 0
+    limit = (choice.max_examples or np.inf) * (choice.block_size if choice.pack else 1)
     with tqdm(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE):
             part = documents.select(order[start : start + SLICE])
             ids = part["id"] if "id" in documents.column_names else order[start : start + SLICE]
-            texts, ids = list(part[choice.text_column]), [str(i) for i in ids]
+            texts, ids = list(part[choice.text_column]), list(ids)
+            if None in ids:
+                raise ValueError(f"expected an id in every row, got none in row {start + ids.index(None)}; add it")
+            ids = [str(i) for i in ids]
             good = _good_rows(texts, ids, choice)
-            dropped, used = dropped + len(texts) - len(good), used + len(good)
+            dropped += len(texts) - len(good)
             if not good:
                 continue
             part = Dataset.from_dict({"document_id": [ids[i] for i in good], "text": [texts[i] for i in good]})
@@ -189,10 +203,9 @@ def _tokenised(documents: Dataset, function: Callable, choice: Choice, options: 
             count = int(token_counts(parts[-1]).sum())
             tokens, examples = tokens + count, examples + len(parts[-1])
             bar.update(count)
-            enough = not choice.pack and examples >= (choice.max_examples or np.inf)
-            if enough or tokens >= (choice.max_tokens or np.inf):
+            if (tokens if choice.pack else examples) >= limit or tokens >= (choice.max_tokens or np.inf):
                 break
-    return parts, used, dropped
+    return parts, dropped
 
 
 def build_examples(
@@ -214,12 +227,10 @@ def build_examples(
     Raises:
         ValueError: No such column, bad rows, or nothing left.
     """
-    if choice.text_column not in documents.column_names:
-        have = ", ".join(documents.column_names)
-        raise ValueError(f"expected a text column {choice.text_column!r}, got {have}; give --text_column")
+    check_column(documents, choice.text_column)
     options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
     function = _tokenise(tokenizer, None if choice.pack else choice.block_size)
-    parts, used, dropped = _tokenised(documents, function, choice, options, work)
+    parts, dropped = _tokenised(documents, function, choice, options, work)
     if not parts:
         raise ValueError(f"expected rows with text, got {dropped} empty ones and no other; check --text_column")
     rows = datasets.concatenate_datasets(parts)
@@ -231,21 +242,26 @@ def build_examples(
         cache_file_name=str(work / "text.arrow"),
         **options,
     )
-    return rows, {"documents": used, "dropped_rows": dropped}
+    names = chain.from_iterable(rows["document_ids"]) if choice.pack else rows["document_id"]
+    return rows, {"documents": len(set(names)), "dropped_rows": dropped}
 
 
 def write_examples(
     folder: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None
 ) -> dict:
     """Build the examples (see build_examples) into folder/train, and return their counts and fingerprint."""
-    work = folder / "work"
+    work = folder / "work.tmp"
     work.mkdir()
     try:
         examples, counts = build_examples(documents, tokenizer, choice, num_proc, work)
         with atomic(folder / "train") as train:
             examples.save_to_disk(train)
+        del examples
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise OSError(f"packing failed: {error.__cause__}") from error
     finally:
-        remove(work)
+        gc.collect()  # a network file system keeps files that are still mapped
+        shutil.rmtree(work, ignore_errors=True)
     examples = datasets.load_from_disk(folder / "train")
     counts |= {"examples": len(examples), "tokens": int(token_counts(examples).sum())}
     return counts | {"fingerprint": examples_fingerprint(examples)}
@@ -314,6 +330,7 @@ def make_batch(
     for row, tokens in enumerate(token_ids):
         first = max(starts[row] if starts else 1, 1)
         ids[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
-        targets[row, first - 1 : len(tokens) - 1] = ids[row, first : len(tokens)]
-        positions[row, : max(len(tokens) - 1, 0)] = True
+        last = max(len(tokens) - 1, 0)
+        targets[row, first - 1 : last] = ids[row, first : last + 1]
+        positions[row, :last] = True
     return Batch(ids.to(device), targets.to(device), positions.to(device))

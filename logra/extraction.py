@@ -3,7 +3,7 @@
 Notation: k = r_in * r_out of a layer. `limits` is (tokens, examples or None) in a batch at most.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,27 +28,35 @@ def run_batch(
     return capture.backward(example_losses(model, batch.input_ids, batch.targets), batch.positions)
 
 
-def calibration_batches(examples: Dataset, seed: int, limits: Limits) -> list[list[list[int]]]:
-    """Return the token ids of a random sample of examples, in batches.
+def calibration_batches(lengths: np.ndarray, seed: int, limits: Limits) -> list[list[int]]:
+    """Return the ids of a random sample of examples, in batches.
 
     They do not depend on the number of processes, so that the basis doesn't either.
     """
-    count = min(len(examples), CALIBRATION, max(32, len(examples) // 8))
-    chosen = np.random.default_rng(seed).choice(len(examples), count, replace=False)
-    rows = examples.select(np.sort(chosen))["input_ids"]
-    return [[rows[i] for i in batch] for batch in length_batches([len(row) for row in rows], *limits)]
+    count = min(len(lengths), CALIBRATION, max(32, len(lengths) // 8))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(lengths), count, replace=False))
+    return [chosen[batch].tolist() for batch in length_batches(lengths[chosen], *limits)]
 
 
 def factor_sums(
-    model: nn.Module, projections: dict[str, Projection], sizes: Shapes, batches: list[list[list[int]]], done: Callable
+    model: nn.Module,
+    projections: dict[str, Projection],
+    sizes: Shapes,
+    examples: Dataset,
+    batches: list[list[int]],
+    done: Callable,
 ) -> dict[str, Tensor]:
-    """Return <layer>.A [r_in, r_in] and <layer>.B [r_out, r_out], float64 sums over batches of token ids.
+    """Return <layer>.A [r_in, r_in] and <layer>.B [r_out, r_out], float64 sums over batches of examples.
 
     Args:
         model, projections: What to measure, and through which projections.
         sizes: Layer -> (r_out, r_in) of these projections.
-        batches: Token ids of the examples of each batch; may be empty.
+        examples: With a column input_ids.
+        batches: Ids of the examples of each batch; may be empty.
         done: Called after each batch.
+
+    Raises:
+        ValueError: A sum is NaN or infinite, or a token id is not in the model's vocabulary.
     """
     sums = {}
     for layer, (r_out, r_in) in sizes.items():
@@ -56,12 +64,29 @@ def factor_sums(
         sums[f"{layer}.B"] = torch.zeros(r_out, r_out, dtype=torch.float64)
     with GradientCapture(model, projections, grads=False, factors=True) as capture:
         for batch in batches:
-            run_batch(model, capture, batch)
+            token_ids = examples[batch]["input_ids"]
+            _check_vocabulary(model, token_ids, batch)
+            run_batch(model, capture, token_ids)
             factors = capture.take_factors()
             for key, total in sums.items():
                 total += factors[key]
+                if not total.sum().isfinite():
+                    raise ValueError(
+                        f"expected finite gradients, got NaN or infinity in one of the examples {batch} "
+                        f"(layer {key[:-2]}); use --dtype float32, or leave the example out"
+                    )
             done()
     return sums
+
+
+def _check_vocabulary(model: nn.Module, token_ids: list[list[int]], examples: Sequence[int]) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for example, ids in zip(examples, token_ids, strict=True):
+        if max(ids, default=0) >= vocabulary:
+            raise ValueError(
+                f"expected token ids below {vocabulary}, the model's vocabulary, got {max(ids)} in example {example}; "
+                "use the model's own tokenizer"
+            )
 
 
 def gradients(
@@ -89,13 +114,7 @@ def gradients(
         ValueError: A gradient is NaN or infinite, or a token id is not in the model's vocabulary.
     """
     result: dict[str, Tensor] = {}
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for i, ids in enumerate(token_ids):
-        if max(ids, default=0) >= vocabulary:
-            raise ValueError(
-                f"expected token ids below {vocabulary}, the model's vocabulary, got {max(ids)} in example "
-                f"{first_id + i}; use the model's own tokenizer"
-            )
+    _check_vocabulary(model, token_ids, range(first_id, first_id + len(token_ids)))
     for rows in length_batches([len(ids) for ids in token_ids], *limits):
         batch = [token_ids[i] for i in rows]
         for layer, grad in run_batch(model, capture, batch, [starts[i] for i in rows] if starts else None).items():

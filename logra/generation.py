@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from logra.model import context_length, default_dtype, load_model, load_tokenizer, short_name
 from logra.run import non_negative, positive_int, seed_int
-from logra.store import DTYPES, atomic
+from logra.store import DTYPES, atomic, read_lines
 
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # ends of a turn, beside the EOS token
 
@@ -45,9 +45,8 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     """
     if not path.is_file():
         raise ValueError(f"expected a file of prompts, got {path}, which is none; give --prompts FILE")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = []
-    for number_, line in enumerate(lines):
+    for number_, line in enumerate(read_lines(path)):
         row = {"prompt": line}
         if path.suffix == ".jsonl":
             try:
@@ -128,6 +127,9 @@ def run_generation(args: argparse.Namespace, encode) -> Path:
     """
     if not 0 < args.top_p <= 1:
         raise ValueError(f"expected --top_p above 0 and at most 1, got {args.top_p}")
+    output = args.output or Path("data/generated") / short_name(args.model_name) / "queries.jsonl"
+    if output.is_dir():
+        raise ValueError(f"expected a file for --output, got the folder {output}; add a file name")
     prompts, tokenizer = read_prompts(args.prompts), load_tokenizer(args.model_name)
     prompt_ids = [encode(tokenizer, prompt) for _, prompt in prompts]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,7 +142,6 @@ def run_generation(args: argparse.Namespace, encode) -> Path:
         "settings": {n: getattr(args, n) for n in names} | {"dtype": dtype},
         "seed": args.seed,
     }
-    output = args.output or Path("data/generated") / short_name(args.model_name) / "queries.jsonl"
     with atomic(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for (name, prompt), ids, rows in zip(prompts, prompt_ids, responses, strict=True):
             for i, response in enumerate(rows):

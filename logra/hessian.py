@@ -45,6 +45,15 @@ def damping_lambda(trace: float, k: int, damping: float, absolute: float | None)
     return damping * trace / k if absolute is None else absolute
 
 
+def _cholesky(matrix: Tensor, shift: float) -> Tensor:
+    """Return the Cholesky factor of matrix + shift I, in float64."""
+    eye = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix.double() + shift * eye)
+    if failed:
+        raise ValueError(f"expected C + lambda I to be positive definite, got lambda {shift:.1e}; raise --damping")
+    return factor
+
+
 class Identity:
     """No Hessian: C + lambda I is replaced by the identity."""
 
@@ -89,7 +98,7 @@ class Dense:
     def __init__(self, cov: Tensor, damping: float):
         """Take C [k, k] and lambda > 0 (0 only for C = 0, which adds nothing to any score)."""
         self.zero = damping == 0
-        self.factor = cov if self.zero else torch.linalg.cholesky(cov.double() + damping * torch.eye(len(cov)).to(cov))
+        self.factor = cov if self.zero else _cholesky(cov, damping)
 
     def solve(self, g: Tensor) -> Tensor:
         """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
@@ -108,8 +117,7 @@ class Dual:
     def __init__(self, grads: Tensor, gram: Tensor, damping: float):
         """Take G [N, k], its Gram matrix [N, N], and lambda > 0 (0 only for G = 0)."""
         self.grads, self.damping = grads.double(), damping
-        eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        self.factor = torch.linalg.cholesky(gram.double() + max(len(gram) * damping, 1e-300) * eye)
+        self.factor = _cholesky(gram, max(len(gram) * damping, 1e-300))
 
     def solve(self, g: Tensor) -> Tensor:
         """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
@@ -136,11 +144,16 @@ def covariance_sum(blocks: Iterable[Tensor], k: int) -> Tensor:
 
 
 def gram_rows(blocks: Iterable[Tensor], rows: list[range]) -> Tensor:
-    """Return the Gram matrix G G^T of all blocks' gradients, [N, N] float32, with only the given rows filled in."""
+    """Return the Gram matrix G G^T of all blocks' gradients, [N, N] float64, with only the given rows filled in.
+
+    In float64, because the dual subtracts almost all of it again: N lambda is a small part of its largest eigenvalue.
+    """
     grads = torch.cat(list(blocks))
-    gram = torch.zeros(len(grads), len(grads), device=grads.device)
-    for ids in rows:
-        gram[ids.start : ids.stop] = grads[ids.start : ids.stop] @ grads.T
+    gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=grads.device)
+    for columns in grads.split(2**16, dim=1):
+        columns = columns.double()
+        for ids in rows:
+            gram[ids.start : ids.stop] += columns[ids.start : ids.stop] @ columns.T
     return gram
 
 
@@ -198,7 +211,7 @@ def layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> dict[s
     for name, (r_out, r_in) in projected.items():
         if kind == "raw":
             size, key = min((r_out * r_in, "cov"), (examples, "gram"))
-            entries[f"{name}.{key}"] = (torch.float32, [size, size])
+            entries[f"{name}.{key}"] = (torch.float64 if key == "gram" else torch.float32, [size, size])
             continue
         square = {"square": [r_out, r_in]} | (
             {} if rotated else {"basis_in": [r_in, r_in], "basis_out": [r_out, r_out]}

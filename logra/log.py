@@ -19,7 +19,9 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor
 
 from logra import data, hessian, projection, store
-from logra.run import given_settings, run_name, with_defaults
+from logra.model import same_name
+from logra.projection import Shapes
+from logra.run import given_settings, processes_here, run_name, with_defaults
 
 FORMAT = 1
 SHARD_BYTES = 2**28
@@ -43,10 +45,10 @@ class Log:
         Raises:
             ValueError: There is none, or it is of another format.
         """
-        path, remedy = folder / "run.json", "run extract_log.py first, or give the run's folder with --log_dir"
+        path, remedy = folder / "run.json", f"restore it, or delete {folder} and run extract_log.py"
         content = store.read_json(path, remedy)
         if content.get("format") != FORMAT or not {"settings", "layers"} <= set(content):
-            raise ValueError(f"expected format {FORMAT} in {path}, got {content.get('format')}; extract again")
+            raise ValueError(f"expected format {FORMAT} in {path}, got {content.get('format')}; {remedy}")
         return cls(folder, content)
 
     def save(self, **entries: object) -> None:
@@ -77,9 +79,11 @@ class Log:
             examples = load_from_disk(self.folder / "train")
             found = data.examples_fingerprint(examples)
         except Exception as error:  # Arrow has exceptions of its own
-            raise ValueError(f"expected examples in {self.folder}/train, got {error}; extract again") from error
+            raise ValueError(
+                f"expected examples in {self.folder}/train, got {error}; extract again with --overwrite"
+            ) from error
         if found != self.content["data"]["fingerprint"]:
-            raise ValueError(f"expected {self.folder}/train as it was written, got other examples; extract again")
+            raise ValueError(f"expected {self.folder}/train as it was written, got other examples; use --overwrite")
         return examples
 
     def projections(self) -> dict[str, projection.Projection]:
@@ -90,26 +94,39 @@ class Log:
         return projection.load(path, self.shapes, self.projected)
 
     def shard_size(self, examples: int) -> dict[str, int]:
-        """Return {"shard_examples", "bytes_per_example"}: shards of at most SHARD_BYTES, and 8 of them or more."""
-        sizes = (r_out * r_in for r_out, r_in in self.projected.values())
-        size = sum(sizes) * store.DTYPES[self.settings["store_dtype"]].itemsize
-        chosen = self.settings["shard_examples"] or max(1, min(SHARD_BYTES // size, math.ceil(examples / 8)))
-        return {"shard_examples": chosen, "bytes_per_example": size}
+        """Return {"shard_examples", "bytes_per_example", "factor_bytes_per_shard"}.
 
-    def check_room(self, kind: str) -> None:
-        """Refuse a run whose gradients don't fit on the disk, or whose Hessian doesn't fit in memory."""
-        need, free = self.examples * self.content["data"]["bytes_per_example"], shutil.disk_usage(self.folder).free
-        written = sum(file.stat().st_size for file in self.gradients.glob("*"))
-        if need - written > free:
-            raise ValueError(
-                f"expected {need / 1e9:.3g} GB of disk for the gradients, got {free / 1e9:.3g}; use a lower --rank, "
-                "--store_dtype bfloat16 or another --log_dir"
-            )
-        need, free = hessian.memory_bytes(kind, self.projected, self.examples), psutil.virtual_memory().available
+        Shards of at most SHARD_BYTES, or of their factors' size where that is more; and 8 of them or more.
+        """
+        size = sum(o * i for o, i in self.projected.values()) * store.DTYPES[self.settings["store_dtype"]].itemsize
+        factors = sum(4 * (o * o + i * i + o * i) for o, i in self.projected.values())
+        chosen = max(1, min(max(SHARD_BYTES, factors) // size, math.ceil(examples / 8)))
+        chosen = self.settings["shard_examples"] or chosen
+        return {"shard_examples": chosen, "bytes_per_example": size, "factor_bytes_per_shard": factors}
+
+    def check_disk(self) -> None:
+        """Refuse a run whose gradients don't fit on the disk."""
+        sizes = self.content["data"]
+        need = self.examples * sizes["bytes_per_example"] + len(self.shards) * sizes["factor_bytes_per_shard"]
+        need -= sum(file.stat().st_size for file in self.gradients.glob("*") if file.suffix != ".tmp")
+        free = shutil.disk_usage(self.folder).free
         if need > free:
             raise ValueError(
-                f"expected {need / 1e9:.3g} GB of memory for the Hessian {kind} of the widest layer, got "
-                f"{free / 1e9:.3g}; use --hessian ekfac, or a lower --rank"
+                f"expected {need / 1e9:.3g} GB of free disk for the gradients, got {free / 1e9:.3g}; use a lower "
+                "--rank, --store_dtype bfloat16 or another --log_dir"
+            )
+
+    def check_memory(self, kind: str, calibrated: Shapes | None = None) -> None:
+        """Refuse a Hessian, or a calibration with factors of these sizes, that this machine has no memory for."""
+        if calibrated is None:
+            need, what = hessian.memory_bytes(kind, self.projected, self.examples), f"the Hessian {kind} of a layer"
+        else:
+            need, what = sum(12 * (o * o + i * i) for o, i in calibrated.values()), "all layers' covariances"
+        need, free = need * processes_here(), psutil.virtual_memory().available
+        if need > free:
+            raise ValueError(
+                f"expected {need / 1e9:.3g} GB of memory for {what}, got {free / 1e9:.3g}; use --hessian ekfac, "
+                "--lora random, a lower --rank or fewer --layers"
             )
 
     def matching_layers(self, pattern: str | None) -> list[str]:
@@ -137,7 +154,7 @@ class Log:
     def check_source(self) -> None:
         """Raise a ValueError where the local data files have changed."""
         name, known = self.settings["data_name"], self.content["data"]["source"]
-        if known and data.source_fingerprint(name) not in (known, None):
+        if known and data.source_fingerprint(name) not in (known, None):  # None: moved away, and not needed
             raise ValueError(
                 f"expected {name} as it was when {self.folder} was begun, got other files; use another --log_dir"
             )
@@ -196,20 +213,21 @@ def find_log(args: argparse.Namespace, must_exist: bool, overwrite: bool = False
                 f"expected a run in {folder}, got none (runs here: {known}); run extract_log.py with the same flags "
                 "first, or give --log_dir"
             )
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
             raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
         return folder, defaults, None
+    log = Log.load(folder)
     if overwrite:
         return folder, defaults, None
-    log = Log.load(folder)
     if "data" not in log.content:  # stopped before it had examples
         if must_exist:
             raise ValueError(f"expected a finished run in {folder}, got one without examples; run extract_log.py again")
         return folder, defaults, None
     for name, value in given.items():
-        if log.settings.get(name) != value:
+        saved = log.settings.get(name)
+        if saved != value and not (name in ("model_name", "data_name") and same_name(saved, value)):
             raise ValueError(
-                f"expected --{name} {log.settings.get(name)} (from {folder / 'run.json'}), got {value}; give the "
+                f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
                 "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"
             )
     return folder, log.settings, log

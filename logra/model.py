@@ -48,7 +48,7 @@ def _load(loader, name: str, what: str, **options):
         _convert_default()
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files and missing packages have exceptions of their own
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"expected {what} in a local folder or on the Hub, got {name!r}, which can't be loaded ({reason}); "
@@ -108,6 +108,12 @@ def short_name(name: str) -> str:
     return re.sub(r"[^\w.+-]", "_", Path(name).name or "root").lstrip(".")
 
 
+def same_name(one: str, two: str) -> bool:
+    """Say whether two names of a model or data set are equal, or paths of the same place."""
+    paths = Path(one), Path(two)
+    return one == two or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+
+
 def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -> Shapes:
     """Return layer name -> (d_out, d_in) of the tracked layers, in the model's order.
 
@@ -164,7 +170,7 @@ def fingerprint(model: nn.Module) -> str:
     checksum = xxhash.xxh3_64()
     for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // 1024)][:1024].to(torch.bfloat16)
+        values = values[:: max(1, len(values) // 1024)][:1024].to(torch.bfloat16).contiguous()
         checksum.update(f"{name}{list(parameter.shape)}".encode())
         checksum.update(values.cpu().view(torch.uint8).numpy().data)
     return checksum.hexdigest()

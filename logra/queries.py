@@ -6,6 +6,7 @@ and response_ids, the exact tokens that stage 1 generated.
 
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from logra.data import Choice, build_examples, load_documents
-from logra.model import short_name
+from logra.model import same_name, short_name
+from logra.store import read_lines
 
 SPLITS = ("train", "validation", "test")
 
@@ -34,7 +36,7 @@ def _is_ids(value: object) -> bool:
 def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase, query_loss: str) -> tuple[list[int], int]:
     """Return (token ids, first position that counts) of a row, or raise a ValueError that starts with what it has."""
     if _is_ids(row.get("prompt_ids")) and _is_ids(row.get("response_ids")):
-        if row.get("model") != model_name:
+        if not same_name(str(row.get("model")), model_name):
             raise ValueError(
                 f"token ids of the model {row.get('model')}, not of {model_name}; generate with that model"
             )
@@ -59,9 +61,8 @@ def read_query_file(
     """
     if not path.is_file():
         raise ValueError(f"expected queries in {path}, got no such file; run generate.py or generate_llama3.py first")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     queries = []
-    for number, line in enumerate(lines[:max_queries]):
+    for number, line in enumerate(read_lines(path)[:max_queries]):
         try:
             row = json.loads(line)
             row = row if isinstance(row, dict) else {}
@@ -118,6 +119,8 @@ def load_queries(
         name, queries = path.stem, read_query_file(path, settings["model_name"], tokenizer, query_loss, max_queries)
     if not queries:
         raise ValueError(f"expected queries in {split}, got none; check the file or the split")
+    if double := [name for name, count in Counter(query.id for query in queries).items() if count > 1]:
+        raise ValueError(f"expected a different id for each query of {split}, got {double[0]!r} twice; change one")
     for query in queries:
         if split not in SPLITS and len(query.token_ids) <= query.start:
             raise ValueError(f"expected a token that counts in every query, got none in query {query.id}; remove it")

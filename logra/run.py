@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Print one line and exit with status 2."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -40,9 +41,10 @@ def number(kind: type, low: float, what: str) -> Callable[[str], float]:
     def parse(text: str):
         try:
             value = kind(float(text)) if kind is int and re.fullmatch(r"\d+(\.0*)?e\d+", text) else kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value >= low):
+            good = math.isfinite(value) and value >= low
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
             raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
         return value
 
@@ -129,6 +131,11 @@ def with_defaults(given: dict, hessian: str) -> dict:
     return settings
 
 
+def processes_here() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def run_name(settings: dict) -> str:
     """Return the folder name of a run: model, data, projection and layers."""
     rank = "" if settings["lora"] == "none" else f"{settings['rank_out']}x{settings['rank_in']}"
@@ -145,6 +152,11 @@ def start_processes() -> Accelerator:
 
     The long time-out is for the others while rank 0 tokenises.
     """
+    local, gpus = processes_here(), torch.cuda.device_count()
+    if 0 < gpus < local:
+        raise ValueError(
+            f"expected at most {gpus} processes on this machine, one a GPU, got {local}; lower --num_processes"
+        )
     wait = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -180,11 +192,13 @@ def guarded(main: Callable[[argparse.Namespace], None], parser: argparse.Argumen
     args = parser.parse_args()
     try:
         main(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(5)
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = f"expected room for a batch on the GPU, got none ({reason}); lower --batch_tokens or --batch_size"
         print(
             f"{parser.prog}: error: {reason}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True
         )

@@ -35,18 +35,18 @@ def sync(path: Path) -> None:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends well, flush it and rename it to `path` (a file or a folder)."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    was_folder = path.is_dir()
     temporary = path.with_name(f"{path.name}.tmp")
     remove(temporary)
     try:
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
             sync(part)
-        old = path.with_name(f"{path.name}.old.tmp")
-        remove(old)
-        if path.is_dir():  # a folder is not replaced in one step
-            path.rename(old)
+        if was_folder != temporary.is_dir() and path.exists():
+            raise ValueError(f"expected to replace {path} by one of its kind, got a folder there; choose another name")
+        if was_folder:  # a folder is not replaced in one step
+            remove(path)
         temporary.replace(path)
-        remove(old)
         sync(path.parent)
     except BaseException:
         remove(temporary)
@@ -54,8 +54,19 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Delete a file or a folder, if it is there; a folder in one step, as seen from outside."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path.with_name(f"{path.name}.deleted.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank. Only a newline ends a line, as in JSON Lines."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -148,7 +159,10 @@ def shard_problem(folder: Path, index: int, ids: range) -> str | None:
     files = shard_files(folder, index)
     if not files["manifest"].exists():
         return f"{files['manifest']} is missing"
-    manifest = read_json(files["manifest"], "delete it and extract again")
+    try:
+        manifest = read_json(files["manifest"], "")
+    except ValueError:
+        return f"{files['manifest']} was altered (it is no JSON)"
     if (manifest.get("first_example"), manifest.get("examples")) != (ids.start, len(ids)):
         return f"{files['manifest']} is not of examples {ids.start} to {ids.stop - 1}"
     for key in ("gradients", "factors"):

@@ -16,15 +16,17 @@ MODEL=models/SmolLM2-135M-Instruct
 DATA=(--data_name pydoc --data_config short)
 PROMPTS=(--prompts scripts/prompts/python.txt)
 RUN=(--lora random --rank 64 --hessian ekfac --mlp_only --block_size 256)
-MODE=cosine
 
 GENERATE=generate_llama3.py
+LOG=logs/quickstart
+[ $# -eq 0 ] || LOG+=-$(printf '%s\n' "$@" | cksum | cut -d' ' -f1)
 MORE=()
 while [ $# -gt 0 ]; do
     case $1 in
         --all) DATA=(--data_name pydoc) ;;
         --model_name) MODEL=${2:?--model_name needs a value}; shift ;;
         --data_name) DATA=(--data_name "${2:?--data_name needs a value}"); PROMPTS=(); shift ;;
+        --log_dir) LOG=${2:?--log_dir needs a value}; shift ;;
         *) MORE+=("$1") ;;
     esac
     shift
@@ -40,6 +42,6 @@ if [ "$MODEL" != models/SmolLM2-135M-Instruct ] && [ -z "${DRY_RUN:-}" ]; then  
         || GENERATE=generate.py
 fi
 run python "$GENERATE" --model_name "$MODEL" --max_new_tokens 96 --temperature 0 "${PROMPTS[@]}"
-run python extract_log.py --model_name "$MODEL" "${DATA[@]}" "${RUN[@]}" "${MORE[@]}"
-run python compute_influence.py --model_name "$MODEL" "${DATA[@]}" "${RUN[@]}" --mode "$MODE" "${MORE[@]}"
-run python analysis.py
+run python extract_log.py --log_dir "$LOG" --model_name "$MODEL" "${DATA[@]}" "${RUN[@]}" "${MORE[@]}"
+run python compute_influence.py --log_dir "$LOG" --mode cosine
+run python analysis.py --log_dir "$LOG"

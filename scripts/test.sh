@@ -4,7 +4,8 @@
 # Takes:  TEST_TIME
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/venv.sh tests/requirements.txt
+REQUIREMENTS=tests/requirements.txt
+source scripts/venv.sh
 
 SELECT=(-m "not slow")
 if [ "${1:-}" = --all ]; then

@@ -1,5 +1,5 @@
 # Sourced by the other scripts, from the root: makes .venv once, installs what is pinned, and puts it on the PATH.
-# Usage: source scripts/venv.sh [MORE_REQUIREMENTS_FILE ...]
+# REQUIREMENTS names one more file of requirements.
 
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -7,7 +7,7 @@ if ! "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 
     exit 2
 fi
 [ -x .venv/bin/pip ] || "$PYTHON" -m venv .venv
-for file in requirements.txt "$@"; do
+for file in requirements.txt ${REQUIREMENTS:-}; do
     installed=.venv/installed-${file//\//-}
     if ! cmp -s "$file" "$installed"; then
         echo "Installing $file into .venv (once)"

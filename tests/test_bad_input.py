@@ -144,6 +144,7 @@ def test_missing_stages_name_the_command(cli, base):
         ('{"id": "x", "prompt": "the river", "response": ""}\n', ("query x",)),
         ('{"text": "%s"}\n' % ("river " * 90), ("64 tokens",)),
         ('{"text": 5}\n', ("row 1",)),
+        ('{"id": "1", "text": "the river"}\n{"id": "1", "text": "the mill"}\n', ("'1'", "twice")),
         ('{"prompt_ids": [1, 5], "response_ids": [6], "model": "other"}\n', ("other",)),
         ('{"prompt_ids": [1, 5], "response_ids": [999], "model": "%s"}\n', ("vocabulary", "999")),
     ],
@@ -179,11 +180,16 @@ def test_other_bad_flags(cli, base):
     assert not Path("data").exists()
 
 
-def test_nan_names_the_example(cli, tiny, workspace):
-    """A NaN gradient stops the shard, which is not written."""
+@pytest.mark.parametrize("kind", ["raw", "ekfac"])
+def test_nan_names_the_example(cli, tiny, workspace, kind):
+    """A NaN gradient stops the shard, which is not written; the calibration names its batch."""
     write_jsonl(Path("docs.jsonl"), [{"text": t} for t in ("the river", "the mill", "a zebra", "the dog")])
     poison_model(tiny / "llama", Path("broken"), "z")
     flags = ("--model_name", "broken", "--data_name", "docs.jsonl", "--log_dir", "log", "--shard_examples", 2)
+    if kind == "ekfac":
+        refused(cli("extract_log", *flags, "--hessian", kind), "2", "NaN")
+        assert not Path("log/gradients").exists()
+        return
     refused(cli("extract_log", *flags), "example 2", "NaN")
     assert [p.name for p in sorted(Path("log/gradients").glob("*.json"))] == ["00000.json"]
 
@@ -230,3 +236,46 @@ def test_every_flag_of_a_run_is_in_run_json(cli, base):
     assert set(content["settings"]) == set(run.RUN_FLAGS)
     assert {"num_proc", "batch_tokens", "batch_size", "hessian", "cache_dir", "overwrite"} <= set(content["arguments"])
     assert all(content["settings"][name] is not None for name in ("block_size", "dtype", "basis", "rank_in"))
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_begin(cli, base):
+    """A typo in the data's name or column destroys nothing; leftovers of a killed start are no obstacle."""
+    assert cli("extract_log", *base)[0] == 0
+    before = Path("log/run.json").read_bytes()
+    refused(cli("extract_log", *base[:2], "--data_name", "gone.jsonl", *base[4:], "--overwrite"), "gone.jsonl")
+    refused(cli("extract_log", *base, "--overwrite", "--text_column", "body"), "--text_column")
+    assert Path("log/run.json").read_bytes() == before
+    Path("fresh").mkdir()
+    Path("fresh/run.json.tmp").write_text("{")
+    assert cli("extract_log", *base[:5], "fresh")[0] == 0
+    Path("odd").mkdir()
+    Path("odd/run.json").write_text('{"name": "of another program"}')
+    refused(cli("extract_log", *base[:5], "odd", "--overwrite"), "odd")
+    assert Path("odd/run.json").exists()
+
+
+def test_other_spellings_of_a_path_are_the_same_model(cli, base):
+    """models/X, ./models/X, models/X/ and the absolute path."""
+    shutil.copytree(base[1], "models/x")
+    assert cli("extract_log", "--model_name", "models/x", *base[2:])[0] == 0
+    for name in ("./models/x", "models/x/", Path("models/x").absolute()):
+        assert cli("compute_influence", "--log_dir", "log", "--model_name", name, "--split", "queries.jsonl")[0] == 0
+
+
+def test_a_folder_is_not_replaced_by_a_file(cli, base):
+    """--output of stage 1 names a file."""
+    Path("results").mkdir()
+    Path("results/thesis.txt").write_text("important")
+    Path("p.txt").write_text("the river\n")
+    flags = ("--model_name", base[1], "--prompts", "p.txt", "--max_new_tokens", 2)
+    refused(cli("generate", *flags, "--output", "results"), "results")
+    assert Path("results/thesis.txt").exists()
+
+
+def test_line_separators_inside_texts(cli, base):
+    """U+2028, which ends a line for str.splitlines, is text like any other from stage 2 to 4."""
+    write_jsonl(Path("docs.jsonl"), [{"text": "the river\u2028the mill"}, {"text": "the dog"}])
+    Path("q.jsonl").write_text('{"id": "a\u2028b", "text": "the river\u2028ran"}\n', encoding="utf-8")
+    assert cli("extract_log", *base)[0] == 0
+    assert cli("compute_influence", "--log_dir", "log", "--split", "q.jsonl")[0] == 0
+    assert cli("analysis", "--log_dir", "log")[0] == 0

@@ -107,9 +107,9 @@ def test_requirements_are_pinned():
 def test_a_machine_without_python_gets_one_line():
     """What is missing, and what to install."""
     for script in ("quickstart.sh", "test.sh"):
-        done = subprocess.run(
-            ["bash", ROOT / "scripts" / script], env=os.environ | {"PYTHON": "false"}, capture_output=True, text=True
-        )
+        environment = os.environ | {"PYTHON": "false", "DRY_RUN": ""}
+        command = ["bash", ROOT / "scripts" / script, "--all"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
         assert "python3-venv" in done.stderr
 
@@ -131,3 +131,18 @@ def test_quickstart(tmp_path):
         assert done.stdout.count("\n  3. ") == 4, done.stdout
         paths = [line for line in done.stdout.splitlines() if line.endswith("top_k.jsonl")]
         assert len(paths) == 1 and (tmp_path / "copy" / paths[0]).exists()
+
+
+def test_no_placeholder_is_left():
+    """What was to be filled in has been."""
+    for path in (ROOT / "README.md", *SHELL):
+        assert not re.findall(r"\b[A-Z]+_(?:NOTE|OUTPUT|TABLE|TIME|CHECKED|TEXT)\b", path.read_text()), path
+
+
+def test_every_flag_is_read():
+    """Each flag of each script is used by name somewhere else than in its definition."""
+    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "logra").glob("*.py")])
+    for name in SCRIPTS:
+        for action in importlib.import_module(name).build_parser()._actions:
+            forms = rf"args\.{action.dest}\b|settings\[\"{action.dest}\"\]|\"{action.dest}\"[,)\]]"
+            assert action.dest == "help" or re.search(forms, sources), action.dest

@@ -94,6 +94,26 @@ def test_inverse_is_the_dense_one(kind, examples, ranks):
         assert close(found.quadratic(g.float()), (expected * g).sum(1))
 
 
+def test_the_dual_keeps_its_precision_for_many_weights():
+    """N far below k, with a direction that all gradients share: within 1% of the exact solution."""
+    examples, k = 40, 200_000
+    grads = torch.randn(examples, k, dtype=torch.float64) + 20 * torch.randn(k, dtype=torch.float64)
+    gram = hessian.gram_rows([grads[:25].float(), grads[25:].float()], [range(40)])
+    stats = {"gram": gram, "examples": torch.tensor(examples)}
+    found = hessian.preconditioner("raw", stats, 0.1, None, grads.float())
+    grads = grads.float().double()
+    lam = 0.1 * grads.square().sum() / examples / k
+    inner = torch.linalg.solve(grads @ grads.T + examples * lam * torch.eye(examples), grads @ grads[:3].T)
+    expected = (grads[:3] - inner.T @ grads) / lam @ grads.T
+    assert close(found.solve(grads[:3].float()).double() @ grads.T, expected, 0.01)
+
+
+def test_a_damping_that_is_too_small_is_refused():
+    """A Cholesky factor that does not exist is one line, not a traceback."""
+    with pytest.raises(ValueError, match="raise --damping"):
+        hessian.Dense(-torch.eye(3), 0.5)
+
+
 def test_damping_takes_effect_each_time():
     """The same statistics with two dampings give two answers."""
     log = FakeLog(40)

@@ -178,6 +178,11 @@ def test_a_second_start_computes_only_what_is_missing(cli, tiny, workspace):
     content[-5] ^= 4
     files[2]["gradients"].write_bytes(content)
     files[3]["factors"].write_bytes(files[3]["factors"].read_bytes()[:-8])
+    files[0]["manifest"].rename("kept.json")
+    files[0]["manifest"].write_text("{")
+    status, _, err = cli("compute_influence", *QUERIES)
+    assert status == 2 and "00000.json" in err
+    Path("kept.json").rename(files[0]["manifest"])
     for index, words in ((1, "missing"), (2, "altered")):
         status, _, err = cli("compute_influence", *QUERIES)
         assert status == 2 and words in err and f"{index:05d}" in err and len(err.splitlines()) == 1
@@ -225,6 +230,16 @@ def test_score_layers_add_up(cli, tiny, workspace):
     whole, _ = influence(cli)
     parts = [influence(cli, "--score_layers", pattern)[0] for pattern in (r"\.0\.", r"\.1\.")]
     assert np.allclose(sum(parts), whole, rtol=1e-4, atol=1e-4 * np.abs(whole).max())
+
+
+def test_a_bfloat16_model(cli, tiny, workspace):
+    """--dtype bfloat16 through stages 2 and 3, which reads it from run.json: scores near float32's."""
+    extract(cli, tiny / "llama", "--rank", 4)
+    expected, _ = influence(cli)
+    log = extract(cli, tiny / "llama", "--rank", 4, "--overwrite", "--dtype", "bfloat16")
+    got, _ = influence(cli)
+    assert log.settings["dtype"] == "bfloat16"
+    assert 0 < np.linalg.norm(got - expected) < 0.3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

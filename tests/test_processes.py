@@ -87,9 +87,10 @@ def test_two_processes_give_what_one_gives(tiny, workspace, flags):
 
 def test_an_error_of_all_ranks_is_said_once(tiny, workspace):
     """Under accelerate launch rank 0 prints the line, and the status is not 0."""
-    done = launch(2, workspace, f"--model_name {tiny}/llama --data_name docs.jsonl --text_column body")
-    assert done.returncode != 0 and done.stderr.count("extract_log.py: error: ") == 1
-    assert "text_column" in done.stderr and not list(workspace.glob("logs/*/run.json"))
+    for flags, words in (("--text_column body", "text_column"), ("--layers zzz", "zzz"), ("--no_flag", "no_flag")):
+        done = launch(2, workspace, f"--model_name {tiny}/llama --data_name docs.jsonl {flags}")
+        assert done.returncode != 0 and done.stderr.count("extract_log.py: error: ") == 1, done.stderr
+        assert words in done.stderr and not list(workspace.glob("logs/*/run.json"))
 
 
 def test_an_error_of_one_rank_is_said_too(tiny, workspace):
