@@ -41,6 +41,8 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.start_processes()
     folder, settings, log = find_log(args, must_exist=False, overwrite=args.overwrite)
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
+    if log:
+        log.say_what_is_kept(args, run.say)
     kind = args.hessian or (log.content["arguments"]["hessian"] if log else None) or "raw"
     pending = unfinished_shards(log, accelerator) if log else None
     if pending != []:

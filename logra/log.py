@@ -21,7 +21,7 @@ from torch import Tensor
 from logra import data, hessian, projection, store
 from logra.model import same_name
 from logra.projection import Shapes
-from logra.run import given_settings, processes_here, run_name, with_defaults
+from logra.run import RUN_FLAGS, given_settings, processes_here, run_name, with_defaults
 
 FORMAT = 1
 SHARD_BYTES = 2**28
@@ -57,6 +57,13 @@ class Log:
         fixed = {"format": FORMAT, "versions": {"python": platform.python_version()} | packages}
         self.content = fixed | self.content | entries
         store.write_json(self.folder / "run.json", self.content)
+
+    def say_what_is_kept(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+        """Name the settings that the run was begun with and that this command line leaves out."""
+        first = {name: value for name, value in self.content["arguments"].items() if name in (*RUN_FLAGS, "rank")}
+        kept = [f"--{n} {v}" for n, v in first.items() if v is not None and getattr(args, n) is None]
+        if kept:
+            say(f"As in {self.folder / 'run.json'}: {', '.join(kept)}")
 
     @property
     def examples(self) -> int:

@@ -105,7 +105,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     for name, (default, options) in RUN_FLAGS.items():
         shown = "" if default in (None, False) else f" ({default})"
         group.add_argument(f"--{name}", default=None, **{**options, "help": options["help"] + shown})
-    group.add_argument("--rank", type=positive_int, help="sets --rank_in and --rank_out")
+    group.add_argument("--rank", type=positive_int, help="--rank_in and --rank_out, where these are not given")
     group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
     group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
     group.add_argument("--cache_dir", help="where downloaded data sets are kept")
@@ -115,8 +115,8 @@ def given_settings(args: argparse.Namespace) -> dict:
     """Return the run settings that were given on the command line."""
     given = {name: getattr(args, name) for name in RUN_FLAGS if getattr(args, name) is not None}
     for side in ("rank_in", "rank_out"):
-        if args.rank is not None and given.setdefault(side, args.rank) != args.rank:
-            raise ValueError(f"expected one rank for --{side}, got {args.rank} and {given[side]}; give one of the two")
+        if args.rank is not None:
+            given.setdefault(side, args.rank)
     return given
 
 

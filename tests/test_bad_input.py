@@ -39,7 +39,6 @@ def base(tiny, workspace):
         (("--rank", 0), ("--rank", "'0'")),
         (("--rank", -3), ("--rank",)),
         (("--rank_in", "many"), ("--rank_in", "many")),
-        (("--rank", 8, "--rank_in", 9), ("--rank_in",)),
         (("--lora", "none"), ("no rank",)),
         (("--layers", "nothing"), ("nothing", "model.layers.0")),
         (("--layers", "("), ("regular expression",)),

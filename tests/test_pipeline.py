@@ -332,3 +332,16 @@ def test_reference_loss_is_the_models(tiny):
     ids = [5, 6, 7, 8, 9]
     expected = F.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum")
     assert abs(reference.example_loss(model, ids) - expected.item()) < 1e-9
+
+
+def test_settings_that_are_read_from_the_run_are_said(cli, tiny, workspace):
+    """A second start that leaves a flag out goes on with the run's value, and says so."""
+    extract(cli, tiny / "gpt2", "--rank", 4, "--block_size", 9)
+    status, out, _ = cli("extract_log", "--model_name", tiny / "gpt2", *DATA)
+    assert status == 0 and "--block_size 9" in out and "--rank 4" in out
+    status, out, _ = cli("extract_log", "--model_name", tiny / "gpt2", *DATA, "--rank", 4, "--block_size", 9)
+    assert status == 0 and "As in" not in out
+    status, out, _ = cli(
+        "extract_log", "--log_dir", "both", *DATA[:2], "--model_name", tiny / "gpt2", "--rank", 4, "--rank_in", 3
+    )
+    assert set(map(tuple, Log.load(Path("both")).projected.values())) == {(4, 3)}, "--rank_in goes before --rank"
