@@ -60,10 +60,11 @@ def main(args: argparse.Namespace) -> None:
 
 def unfinished_shards(log: Log, accelerator: Accelerator) -> list[int]:
     """Return the shards that are missing or altered, on every rank; each rank checks its share."""
+    shards = log.shards
     if "projections" not in log.content:
-        return list(range(len(log.shards)))
-    mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)
-    problems = {index: store.shard_problem(log.gradients, index, log.shards[index]) for index in mine}
+        return list(range(len(shards)))
+    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
+    problems = {index: store.shard_problem(log.gradients, index, shards[index]) for index in mine}
     for problem in filter(None, problems.values()):
         if not problem.endswith("is missing"):
             print(f"{problem}; computing it again", flush=True)
@@ -142,14 +143,14 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Acce
     """Compute and write this rank's part of the pending shards."""
     examples, dtype = log.train(), store.DTYPES[log.settings["store_dtype"]]
     mine = pending[accelerator.process_index :: accelerator.num_processes]
-    counts = data.token_counts(examples)
+    counts, shards = data.token_counts(examples), log.shards
     bar = tqdm(
-        total=sum(int(counts[list(log.shards[index])].sum()) for index in mine), unit="tok", unit_scale=True,
+        total=sum(int(counts[list(shards[index])].sum()) for index in mine), unit="tok", unit_scale=True,
         desc=f"extracting (1 of {accelerator.num_processes})", disable=not accelerator.is_main_process,
     )  # fmt: skip
     with GradientCapture(lm, log.projections(), factors=True) as capture, bar:
         for index in mine:
-            ids = log.shards[index]
+            ids = shards[index]
             rows = examples[ids.start : ids.stop]["input_ids"]
             grads = gradients(lm, capture, rows, ids.start, limits(args, lm), dtype, done=bar.update)
             store.write_shard(log.gradients, index, ids, grads, capture.take_factors())
