@@ -35,21 +35,20 @@ def main(args: argparse.Namespace) -> None:
     """Write the best examples of each query."""
     folder, about = newest_scores(args.log_dir, args.split)
     log = Log.load(folder.parents[1])
-    if about["log"]["data"]["fingerprint"] != log.content["data"]["fingerprint"]:
+    if Log(folder, about["log"]).fingerprints != log.fingerprints:
         raise ValueError(
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )
     examples = log.train()
     documents = examples["document_id"]
     queries = [json.loads(line) for line in store.read_lines(folder / "queries.jsonl")]
-    scores = read_scores(folder / "scores.npy", (len(queries), log.examples))
+    scores = Scores(folder, len(queries), log.examples)
     rows = []
-    for query, row in zip(queries, scores, strict=True):
+    for number, query in enumerate(queries):
         for largest in [True, False] if args.bottom else [True]:
-            chosen = best_examples(
-                torch.from_numpy(np.array(row)), documents, args.top_k, largest, args.unique_documents
-            )
-            rows += [describe(query, rank, float(row[i]), i, examples[i], largest) for rank, i in enumerate(chosen, 1)]
+            chosen = best_examples(scores, number, documents, args.top_k, largest, args.unique_documents)
+            for rank, (i, score) in enumerate(chosen, 1):
+                rows.append(describe(query, rank, score, i, examples[i], largest))
     with store.atomic(folder / "top_k.jsonl") as path:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     with store.atomic(folder / "top_k.txt") as path:
@@ -70,31 +69,49 @@ def newest_scores(log_dir: Path | None, split: str | None) -> tuple[Path, dict]:
     raise ValueError(f"expected scores{wanted} under {root}, got none; run compute_influence.py first")
 
 
-def read_scores(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Memory-map scores.npy and check its shape."""
-    try:
-        scores = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected scores in {path}, got {error}; run compute_influence.py again") from error
-    if scores.shape != shape or scores.dtype != np.float32:
-        raise ValueError(
-            f"expected float32 {list(shape)} in {path}, got {list(scores.shape)}; run compute_influence.py again"
-        )
-    return scores
+class Scores:
+    """The scores of a folder: all of them, or with --top_k_only the ends."""
+
+    def __init__(self, folder: Path, queries: int, examples: int):
+        self.ends: dict[bool, dict[str, torch.Tensor]] = {}
+        try:
+            if (folder / "top.json").exists():
+                for largest, name in ((True, "top"), (False, "bottom")):
+                    entry = store.read_json(folder / f"{name}.json", "")
+                    self.ends[largest] = store.load_tensors(folder / f"{name}.safetensors", entry)
+                return
+            self.matrix = np.load(folder / "scores.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"expected scores in {folder}, got {error}; run compute_influence.py again") from error
+        if self.matrix.shape != (queries, examples) or self.matrix.dtype != np.float32:
+            raise ValueError(
+                f"expected float32 {[queries, examples]} in {folder / 'scores.npy'}, got {list(self.matrix.shape)}; "
+                "run compute_influence.py again"
+            )
+
+    def ranking(self, query: int, largest: bool) -> tuple[list[int], list[float]]:
+        """Return the example ids and scores of a query, best (or worst) first, as far as they are known."""
+        if self.ends:
+            return tuple(self.ends[largest][key][query].tolist() for key in ("ids", "scores"))
+        row = torch.from_numpy(np.array(self.matrix[query]))
+        order = top_k(row, len(row), largest)
+        return order.tolist(), row[order].tolist()
 
 
-def best_examples(scores: torch.Tensor, documents: list[str], count: int, largest: bool, unique: bool) -> list[int]:
-    """Return example ids, best first."""
-    order = top_k(scores, len(scores) if unique else count, largest).tolist()
-    if not unique:
-        return order
+def best_examples(
+    scores: Scores, query: int, documents: list[str], count: int, largest: bool, unique: bool
+) -> list[tuple[int, float]]:
+    """Return (example id, score), best first, at most `count`; with `unique` the best of each document only."""
     seen, kept = set(), []
-    for i in order:
-        if documents[i] not in seen:
-            kept.append(i)
-            seen.add(documents[i])
+    for i, score in zip(*scores.ranking(query, largest), strict=True):
+        if unique and documents[i] in seen:
+            continue
+        kept.append((i, score))
+        seen.add(documents[i])
         if len(kept) == count:
-            break
+            return kept
+    if scores.ends and len(seen) < len(set(documents)) and len(kept) < len(documents):
+        print(f"query {query}: {len(kept)} of {count} examples, since the scores were kept with --top_k_only")
     return kept
 
 
@@ -125,13 +142,13 @@ def readable(queries: list[dict], rows: list[dict]) -> list[str]:
     return lines
 
 
-def print_table(queries: list[dict], scores: np.ndarray, documents: list[str]) -> None:
+def print_table(queries: list[dict], scores: Scores, documents: list[str]) -> None:
     """Print the first documents of each query."""
-    for query, row in zip(queries, scores, strict=True):
+    for number, query in enumerate(queries):
         asked = " ".join((query.get("prompt") or query.get("text", "")).split())
         print(f"\n{query['id']}: {asked[:90]}")
-        for rank, i in enumerate(best_examples(torch.from_numpy(np.array(row)), documents, SHOWN, True, True), 1):
-            print(f"  {rank}. {row[i]:+.4g}  {documents[i]}")
+        for rank, (i, score) in enumerate(best_examples(scores, number, documents, SHOWN, True, True), 1):
+            print(f"  {rank}. {score:+.4g}  {documents[i]}")
     print()
 
 

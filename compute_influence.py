@@ -2,31 +2,35 @@
 
     python compute_influence.py --hessian ekfac --mlp_only --data_name pydoc --data_config short --mode cosine
 
-A positive score says that training on the example lowers the query's loss. Q queries, N train examples.
+A positive score says that training on the example lowers the query's loss. Q queries, N train examples, S dampings.
+On several processes (accelerate launch) each reads its share of the shards.
 """
 
 import argparse
 import json
-import os
-from pathlib import Path
+from contextlib import ExitStack
 
-import numpy as np
+import psutil
 import torch
 import xxhash
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from logra import hessian, influence, model, run, store
-from logra.extraction import gradients
+from logra.extraction import Extractor, load
 from logra.hooks import GradientCapture
-from logra.log import Log, find_log
+from logra.log import Log, find_folder, find_log
+from logra.prepare import make_extractor
 from logra.queries import Query, load_queries, query_hash
+from logra.scores import ScoreFile, SelfInfluence
 
 
 def build_parser() -> run.Parser:
     """Return the command line's parser."""
     parser = run.Parser(description=__doc__)
     run.add_run_flags(parser)
+    run.add_model_flags(parser)
     group = parser.add_argument_group("queries")
     group.add_argument(
         "--split", default="generated", help="generated, train, validation, test or a .jsonl (generated)"
@@ -35,104 +39,151 @@ def build_parser() -> run.Parser:
         "--query_loss", choices=["response", "all"], default="response", help="tokens that count (response)"
     )
     group.add_argument("--max_queries", type=run.positive_int, help="the first ones")
-    group.add_argument("--batch_size", type=run.positive_int, default=4, help="queries at a time (4)")
     group = parser.add_argument_group("scores")
     group.add_argument("--mode", choices=influence.MODES, default="dot", help="(dot)")
-    group.add_argument("--damping", type=run.positive, default=0.1, help="in units of the mean eigenvalue (0.1)")
-    group.add_argument("--damping_absolute", type=run.positive, help="added to the eigenvalues as it is, instead")
+    group.add_argument(
+        "--damping", type=run.positive, nargs="+", default=[0.1], help="in units of the mean eigenvalue (0.1)"
+    )
+    group.add_argument("--damping_absolute", type=run.positive, nargs="+", help="added to the eigenvalues, instead")
     group.add_argument("--score_layers", type=run.pattern, metavar="PATTERN", help="scores from matching layers only")
     group.add_argument("--self_influence", action="store_true", help="also write self_influence.npy [N]")
+    group.add_argument(
+        "--top_k_only", type=run.positive_int, metavar="K", help="keep the K highest and lowest scores, not all"
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Score every train example for every query."""
-    _, settings, log = find_log(args, must_exist=True)
-    kind = args.hessian or log.content["arguments"]["hessian"] or "raw"
-    if "projections" not in log.content:
-        raise ValueError(
-            f"expected a finished run in {log.folder}, got one without projections; run extract_log.py again"
-        )
-    if kind != "none" and (problem := log.hessian_problem(kind)):
-        raise ValueError(
-            f"expected the Hessian {kind}, but {problem}; run extract_log.py --log_dir {log.folder} --hessian {kind}"
-        )
+    accelerator = run.start_processes()
+    folder = find_folder(args, must_exist=True)
+    settings, log = find_log(folder, args, must_exist=True)
+    kind = log.usable_hessian(args.hessian)
     layers = log.matching_layers(args.score_layers)
-    store.check_shards(log.gradients, log.shards)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm, tokenizer = load_run_model(log, device)
-    context = model.context_length(lm.config)
+    lm, print_of_model = load(settings, args, accelerator.device)
+    log.check_model({"model": {"class": type(lm).__name__, "fingerprint": print_of_model}})
+    tokenizer, context = model.load_tokenizer(settings["model_name"]), model.context_length(lm.config)
     name, queries = load_queries(
         args.split, settings, tokenizer, args.query_loss, args.max_queries, context, args.cache_dir
     )
-    grads = query_gradients(lm, log, queries, args.batch_size)
-    del lm
-    grads, self_influence = precondition(args, log, kind, {layer: grads[layer] for layer in layers}, device)
-    damping = f"abs{args.damping_absolute:g}" if args.damping_absolute else f"{args.damping:g}"
     about = {"query_loss": args.query_loss, "layers": layers, "queries": query_hash(queries)}
-    label = f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(about).encode())[:8]}-{args.mode}-{kind}-{damping}"
-    with store.atomic(log.folder / "scores" / label) as folder:
-        folder.mkdir()
-        write_scores(folder / "scores.npy", log, grads, self_influence, args.mode, device)
-        if args.self_influence:
-            np.save(folder / "self_influence.npy", self_influence.numpy())
-        rows = [{"id": q.id, **q.row, "tokens": len(q.token_ids), "first_counted": q.start} for q in queries]
-        (folder / "queries.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
-        about |= {"split": args.split, "mode": args.mode, "hessian": kind, "damping": args.damping}
-        about |= {"damping_absolute": args.damping_absolute, "num_queries": len(queries), "num_examples": log.examples}
-        store.write_json(folder / "run.json", about | {"log": log.content})
-    print(f"{len(queries)} queries x {log.examples} examples in {log.folder / 'scores' / label}\nNext: analysis.py")
+    hashed = about | ({"top_k_only": args.top_k_only} if args.top_k_only else {})
+    label = f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(hashed).encode())[:8]}-{args.mode}-{kind}"
+    dampings = args.damping_absolute or args.damping
+    folders = [folder / "scores" / f"{label}-{'abs' if args.damping_absolute else ''}{value:g}" for value in dampings]
+    about |= {"split": args.split, "mode": args.mode, "hessian": kind, "num_queries": len(queries)}
+    about |= {"num_examples": log.examples, "top_k_only": args.top_k_only}
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(run.locked(folder / "scores" / f"{label}.lock", f"{folder}/scores/{label}"))
+            for path in folders:
+                stack.enter_context(store.atomic(path)).mkdir()
+        files = [ScoreFile(store.temporary(path), len(queries), log.examples, args.top_k_only) for path in folders]
+        own = SelfInfluence(log, kind, layers, dampings, bool(args.damping_absolute)) if wants_own(args) else None
+        score(args, log, kind, layers, lm, queries, files, own, accelerator)
+        for file, value in zip(files, dampings, strict=True) if accelerator.is_main_process else ():
+            damping = {"damping": None if args.damping_absolute else value}
+            damping |= {"damping_absolute": value if args.damping_absolute else None}
+            values = own.of(value) if args.self_influence else None
+            file.describe(queries, about | damping | {"log": log.content}, values)
+    accelerator.wait_for_everyone()
+    for path in folders:
+        run.say(f"{len(queries)} queries x {log.examples} examples in {path}")
+    run.say("Next: analysis.py")
 
 
-def load_run_model(log: Log, device: str):
-    """Return the run's model and tokenizer; refuse another model of the same name."""
-    name = log.settings["model_name"]
-    lm = model.load_model(name, store.DTYPES[log.settings["dtype"]], device)
-    log.check_model({"model": {"class": type(lm).__name__, "fingerprint": model.fingerprint(lm)}})
-    return lm, model.load_tokenizer(name)
+def wants_own(args: argparse.Namespace) -> bool:
+    """Say whether the train examples' self-influence is needed."""
+    return args.mode != "dot" or args.self_influence
 
 
-def query_gradients(lm, log: Log, queries: list[Query], batch_size: int) -> dict[str, Tensor]:
-    """Return the queries' projected gradients, {layer: [Q, k]} float32."""
-    token_ids, starts = [query.token_ids for query in queries], [query.start for query in queries]
-    bar = tqdm(total=sum(map(len, token_ids)), desc="query gradients", unit="tok", unit_scale=True)
-    with GradientCapture(lm, log.projections()) as capture, bar:
-        return gradients(lm, capture, token_ids, 0, (10**12, batch_size), starts=starts, done=bar.update)
+def score(
+    args, log: Log, kind: str, layers: list[str], lm, queries: list[Query], files: list[ScoreFile],
+    own: SelfInfluence | None, accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """Fill the score files: groups of queries that fit in memory, each past all shards once."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    size = 4 * sum(o * i for o, i in log.projected.values()) * (1 + len(files))
+    group = max(1, int(psutil.virtual_memory().available / 4 / run.processes_here()) // size)
+    if accelerator.is_main_process:
+        for file in files:
+            file.create()
+    accelerator.wait_for_everyone()
+    with GradientCapture(lm, log.projections()) as capture:
+        extractor = make_extractor(args, lm, capture, log)
+        for first in range(0, len(queries), group):
+            part = queries[first : first + group]
+            grads = query_gradients(extractor, log, part, accelerator)
+            solved, solvers = precondition(args, log, kind, {layer: grads[layer] for layer in layers}, own, accelerator)
+            padded = influence.pad_queries(solved, accelerator.device)
+            mine = range(rank, len(log.shards), ranks)
+            blocks = influence.read_blocks(log.open_shard, mine, layers, accelerator.device.type == "cuda")
+            found = influence.score_shards(blocks, padded, solvers)
+            for shard, dots, selves in tqdm(found, total=len(mine), desc="scoring", unit="shard", disable=rank > 0):
+                ids = log.shards[shard]
+                if selves:
+                    own.put(ids, selves)
+                for s, file in enumerate(files):
+                    rows = dots.T[s * len(part) : (s + 1) * len(part)].cpu()
+                    selves = own.values[s, ids.start : ids.stop] if own else None
+                    file.put(first, ids, influence.finish(rows, selves, args.mode))
+            if own and not own.whole:
+                own.save(run.sum_over_ranks, accelerator)
+    for file in files:
+        file.close(run.gather_list, accelerator)
+    accelerator.wait_for_everyone()
+
+
+def query_gradients(
+    extractor: Extractor, log: Log, queries: list[Query], accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Return the queries' projected gradients, {layer: [Q, k]} float32, on every rank; each computes its share."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    token_ids, counted = [q.token_ids for q in queries[rank::ranks]], [q.counted for q in queries[rank::ranks]]
+    with tqdm(total=sum(map(len, token_ids)), desc="query gradients", unit="tok", disable=rank > 0) as bar:
+        mine, _ = extractor.gradients(token_ids, counted, done=bar.update).wait()
+        extractor.finish()
+    grads = {}
+    for layer, (r_out, r_in) in log.projected.items():
+        grads[layer] = torch.zeros(len(queries), r_out * r_in)
+        if mine:
+            grads[layer][rank::ranks] = mine[layer]
+        grads[layer] = run.sum_over_ranks(grads[layer], accelerator)
+    return grads
 
 
 def precondition(
-    args, log: Log, kind: str, grads: dict[str, Tensor], device: str
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return (C + lambda I)^-1 q, {layer: [Q, k]}, and z^T (C + lambda I)^-1 z, [N], where it is needed."""
+    args, log: Log, kind: str, grads: dict[str, Tensor], own: SelfInfluence | None, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], dict[str, list[influence.Solver]]]:
+    """Return (C + lambda I)^-1 q, {layer: [S * Q, k]}, and what computes self-influence while the shards stream by.
+
+    A layer is one rank's work. raw's self-influence is added here, layer by layer: its factors don't fit in memory.
+    """
     statistics, every = log.statistics(kind), range(len(log.shards))
-    wanted = args.mode != "dot" or args.self_influence
-    self_influence = torch.zeros(log.examples) if wanted else None
-    solved = {}
-    for layer, q in tqdm(grads.items(), desc=f"Hessian {kind}", unit="layer"):
-        stats = {key: tensor.to(device) for key, tensor in statistics(layer).items()}
-        blocks = [block.to(device).float() for block in log.blocks(layer, every)] if "gram" in stats else None
-        train = torch.cat(blocks) if blocks else None
-        solver = hessian.preconditioner(kind, stats, args.damping, args.damping_absolute, train)
-        solved[layer] = solver.solve(q.to(device))
-        for ids, block in zip(log.shards, log.blocks(layer, every), strict=True) if wanted else ():
-            self_influence[ids.start : ids.stop] += solver.quadratic(block.to(device).float()).cpu()
-    return solved, self_influence
-
-
-def write_scores(
-    path: Path, log: Log, queries: dict[str, Tensor], self_influence: Tensor | None, mode: str, device: str
-) -> None:
-    """Stream the shards past the preconditioned queries into scores.npy, [Q, N] float32."""
-    count = len(next(iter(queries.values())))
-    scores = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, log.examples))
-    with open(path, "r+b") as file:  # a full disk is an OSError here, and a crash in a memory-mapped write
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    for index, ids in enumerate(tqdm(log.shards, desc="scoring", unit="shard")):
-        block = {layer: z.to(device) for layer, z in store.load_shard(log.gradients, index, queries).items()}
-        dots = influence.dot_scores(queries, block).cpu()
-        part = None if self_influence is None else self_influence[ids.start : ids.stop]
-        scores[:, ids.start : ids.stop] = influence.finish(dots, part, mode).numpy()
-    scores.flush()
+    solved, solvers, device = {}, {layer: [] for layer in grads}, accelerator.device
+    dampings = [(0.0, v) for v in args.damping_absolute] if args.damping_absolute else [(v, None) for v in args.damping]
+    bar = tqdm(grads.items(), desc=f"Hessian {kind}", unit="layer", disable=not accelerator.is_main_process)
+    for number, (layer, q) in enumerate(bar):
+        mine = number % accelerator.num_processes == accelerator.process_index
+        solved[layer] = torch.zeros(len(dampings) * len(q), q.shape[1])
+        streamed = own and not own.whole and kind != "raw"
+        if mine or streamed:
+            stats = {key: tensor.to(device) for key, tensor in statistics(layer).items()}
+            blocks = [block.to(device).float() for block in log.blocks(layer, every)] if "gram" in stats else None
+            train = torch.cat(blocks) if blocks else None
+            found = [hessian.preconditioner(kind, stats, *damping, train) for damping in dampings]
+        if mine:
+            solved[layer] = torch.cat([solver.solve(q.to(device)) for solver in found]).cpu()
+        if streamed:
+            solvers[layer] = [solver.quadratic for solver in found]
+        elif own and not own.whole and mine:
+            for ids, block in zip(log.shards, log.blocks(layer, every), strict=True):
+                own.put(ids, [solver.quadratic(block.to(device).float()) for solver in found])
+        if accelerator.num_processes > 1:
+            solved[layer] = run.sum_over_ranks(solved[layer], accelerator)
+    if own and not own.whole and kind == "raw":
+        own.save(run.sum_over_ranks, accelerator)
+    return solved, solvers
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ A run that was stopped goes on where it was, on any number of processes.
 """
 
 import argparse
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,39 +16,53 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from logra import data, hessian, model, projection, run, store
-from logra.extraction import calibration_batches, factor_sums, gradients
+from logra import data, hessian, model, run, store
+from logra.extraction import HostGradients, load
 from logra.hooks import GradientCapture
-from logra.log import Log, find_log
+from logra.log import Log, find_folder, find_log
+from logra.prepare import make_extractor, make_projections, prepare_data, with_data_flags
 
 
 def build_parser() -> run.Parser:
     """Return the command line's parser."""
     parser = run.Parser(description=__doc__)
     run.add_run_flags(parser)
-    group = parser.add_argument_group("execution (results depend on these by rounding only)")
+    group = run.add_model_flags(parser)
     group.add_argument(
         "--num_proc", type=run.positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
     )
-    group.add_argument(
-        "--batch_tokens", type=run.positive_int, help="tokens in a batch, with padding (1024; GPU: 16384)"
-    )
-    group.add_argument("--batch_size", type=run.positive_int, help="examples in a batch at most (no limit)")
     group.add_argument("--overwrite", action="store_true", help="delete the run's folder first")
+    group.add_argument("--extend", action="store_true", help="add the documents of --data_name to the run in --log_dir")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Make what the run still lacks: run.json, train/, projections, shards, Hessian."""
+    if args.extend and not (args.log_dir and args.data_name and not args.overwrite):
+        raise ValueError(
+            "expected --extend with --log_dir and --data_name, and not --overwrite; give the run and the data"
+        )
     accelerator = run.start_processes()
-    folder, settings, log = find_log(args, must_exist=False, overwrite=args.overwrite)
-    accelerator.wait_for_everyone()  # all have looked before rank 0 writes
-    if log:
-        log.say_what_is_kept(args, run.say)
+    folder = find_folder(args, must_exist=args.extend)
+    lock = run.locked(folder.with_name(f"{folder.name}.lock"), str(folder))
+    with lock if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        settings, log = find_log(folder, args, args.extend, args.overwrite, args.extend)
+        accelerator.wait_for_everyone()  # all have looked before rank 0 writes
+        if log:
+            log.say_what_is_kept(args, run.say)
+        complete_run(args, folder, settings, log, accelerator)
+        accelerator.wait_for_everyone()
+
+
+def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator) -> None:
+    """Find out what is missing, and make it."""
     kind = args.hessian or (log.content["arguments"]["hessian"] if log else None) or "raw"
-    pending = unfinished_shards(log, accelerator) if log else None
+    further = with_data_flags(settings, args) if args.extend else None
+    extend = bool(further and not log.is_part(further))
+    pending = unfinished_shards(log, accelerator) if log and not extend else None
     if pending != []:
-        lm, log = set_up(args, folder, settings, log, accelerator)
+        lm, log = set_up(args, folder, settings, log, accelerator, further if extend else None)
         if accelerator.is_main_process:
             log.check_disk()
             log.check_memory(kind)
@@ -54,7 +70,8 @@ def main(args: argparse.Namespace) -> None:
         extract(args, lm, log, pending, accelerator)
         del lm
     write_hessian(kind, log, accelerator)
-    run.say(f"{log.examples} examples of {log.content['data']['documents']} documents, Hessian {kind}, in {log.folder}")
+    documents = sum(part["documents"] for part in log.parts)
+    run.say(f"{log.examples} examples of {documents} documents, Hessian {kind}, in {log.folder}")
     run.say("Next: compute_influence.py with the same flags")
 
 
@@ -71,21 +88,24 @@ def unfinished_shards(log: Log, accelerator: Accelerator) -> list[int]:
     return sorted(run.gather_list([index for index, problem in problems.items() if problem], accelerator))
 
 
-def set_up(args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator) -> tuple[nn.Module, Log]:
-    """Load the model; write run.json, train/ and projections.safetensors where they are missing."""
+def set_up(
+    args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator, further: dict | None
+) -> tuple[nn.Module, Log]:
+    """Load the model; write run.json, train/ (or an extension) and projections.safetensors where they are missing."""
     name = settings["model_name"]
     with accelerator.main_process_first():  # the embedded model is converted once
         config, tokenizer = model.load_config(name), model.load_tokenizer(name)
     settings["block_size"] = model.block_size(config, settings["block_size"], run.say)
     settings["dtype"] = settings["dtype"] or model.default_dtype(accelerator.device)
-    lm = model.load_model(name, store.DTYPES[settings["dtype"]], accelerator.device)
-    described = model.describe(lm, settings, run.say)
+    lm, print_of_model = load(settings, args, accelerator.device)
+    described = model.describe(lm, print_of_model, settings, run.say)
     if log:
         log.check_model(described)
-        if accelerator.is_main_process:
-            log.check_source()
-    elif accelerator.is_main_process:
-        prepare_data(args, Log(folder, {"settings": settings, "arguments": vars(args)} | described), tokenizer)
+    if accelerator.is_main_process and log:
+        log.check_source()
+    if accelerator.is_main_process and (further or not log):
+        begun = log or Log(folder, {"settings": settings, "arguments": vars(args)} | described)
+        prepare_data(args, begun, tokenizer, further)
     accelerator.wait_for_everyone()
     log = Log.load(folder)
     accelerator.wait_for_everyone()  # all have read before rank 0 writes on
@@ -95,52 +115,8 @@ def set_up(args, folder: Path, settings: dict, log: Log | None, accelerator: Acc
     return lm, Log.load(folder)
 
 
-def prepare_data(args: argparse.Namespace, log: Log, tokenizer) -> None:
-    """Write run.json, tokenise into train/, then enter the data's counts and fingerprints in run.json."""
-    name, config, split = (log.settings[key] for key in ("data_name", "data_config", "data_split"))
-    documents = data.load_documents(name, config, split, args.cache_dir)
-    choice = data.choice(log.settings, log.settings["max_examples"])
-    data.check_column(documents, choice.text_column)
-    store.remove(log.folder)
-    try:
-        log.save()
-        counts = data.write_examples(log.folder, documents, tokenizer, choice, args.num_proc)
-    except BaseException:
-        store.remove(log.folder)  # nothing of a run is there yet
-        raise
-    log.save(data=counts | log.shard_size(counts["examples"]) | {"source": data.source_fingerprint(name)})
-    if counts["dropped_rows"]:
-        run.say(f"dropped {counts['dropped_rows']} rows without text")
-
-
-def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) -> None:
-    """Draw the projections, rotate them into the eigenbasis of a sample where that is asked for, and save them."""
-    settings = log.settings
-    projections, sizes = projection.identity(log.shapes), log.shapes
-    if settings["lora"] == "random":
-        projections, sizes = projection.draw(log.shapes, log.projected, settings["seed"]), log.projected
-    if settings["basis"] == "eigen" or settings["lora"] == "pca":
-        examples = log.train()
-        log.check_memory("", sizes)
-        batches = calibration_batches(data.token_counts(examples), settings["seed"], limits(args, lm))
-        mine = batches[accelerator.process_index :: accelerator.num_processes]
-        with tqdm(total=len(mine), desc="calibrating", unit="batch", disable=not accelerator.is_main_process) as bar:
-            sums = factor_sums(lm, projections, sizes, examples, mine, bar.update)
-        sums = {key: run.sum_over_ranks(total, accelerator) for key, total in sums.items()}
-        for layer, p in projections.items() if accelerator.is_main_process else ():
-            projections[layer] = projection.rotate(p, sums[f"{layer}.A"], sums[f"{layer}.B"], log.projected[layer])
-    if accelerator.is_main_process:
-        path = log.folder / "projections.safetensors"
-        log.save(projections=store.save_tensors(path, projection.to_tensors(projections)))
-
-
-def limits(args: argparse.Namespace, lm: nn.Module) -> tuple[int, int | None]:
-    """Return the most tokens and examples in a batch."""
-    return args.batch_tokens or (16384 if lm.device.type == "cuda" else 1024), args.batch_size
-
-
 def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Accelerator) -> None:
-    """Compute and write this rank's part of the pending shards."""
+    """Compute and write this rank's part of the pending shards; a thread writes one while the next is computed."""
     examples, dtype = log.train(), store.DTYPES[log.settings["store_dtype"]]
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     counts, shards = data.token_counts(examples), log.shards
@@ -148,12 +124,21 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Acce
         total=sum(int(counts[list(shards[index])].sum()) for index in mine), unit="tok", unit_scale=True,
         desc=f"extracting (1 of {accelerator.num_processes})", disable=not accelerator.is_main_process,
     )  # fmt: skip
-    with GradientCapture(lm, log.projections(), factors=True) as capture, bar:
+
+    def write(index: int, result: HostGradients) -> None:
+        store.write_shard(log.gradients, index, shards[index], *result.wait())
+
+    with GradientCapture(lm, log.projections(), factors=True) as capture, bar, ThreadPoolExecutor(1) as writer:
+        extractor, written = make_extractor(args, lm, capture, log), Future()
+        written.set_result(None)
         for index in mine:
             ids = shards[index]
-            rows = examples[ids.start : ids.stop]["input_ids"]
-            grads = gradients(lm, capture, rows, ids.start, limits(args, lm), dtype, done=bar.update)
-            store.write_shard(log.gradients, index, ids, grads, capture.take_factors())
+            rows = examples[ids.start : ids.stop]
+            result = extractor.gradients(rows["input_ids"], rows.get("counted"), ids.start, dtype, bar.update)
+            written.result()
+            written = writer.submit(write, index, result)
+        extractor.finish()
+        written.result()
 
 
 def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
@@ -161,7 +146,7 @@ def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if kind == "none" or log.hessian_problem(kind) is None:
         return
-    log.check_memory(kind)
+    run.say(f"Hessian {kind}: at most {log.check_memory(kind) / 1e9:.2g} GB a process")
     path, rotated = log.hessian_path(kind), log.settings["basis"] == "eigen"
     layout = hessian.layout(kind, log.projected, log.examples, rotated)
     mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)

@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     for name, values in results.items():
         peak = max(memory for _, memory in values) / 1e9
         print(
-            f"{name:28s} {speeds[name]:9.0f} tokens/s   {speeds[name] / speeds['forward']:.2f} of forward   {peak:.2f} GB"
+            f"{name:28s} {speeds[name]:9.0f} tokens/s  {speeds[name] / speeds['forward']:.2f} of forward  {peak:.2f} GB"
         )
     about = {"benchmark": "extraction", **vars(args), "device": device, "torch": torch.__version__}
     about |= {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "layers": len(shapes)}

@@ -1,26 +1,24 @@
-"""Data sets, tokenising, blocks with stable ids, batches of like length.
+"""Data sets, tokenising, blocks with stable ids.
 
 An example is a block of at most block_size tokens of one document; with pack, documents are joined end to end into
-full blocks. Example ids are row numbers. Notation: B batch, T tokens.
+full blocks. Example ids are row numbers.
 """
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
-import torch
 import xxhash
 from datasets import Dataset
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from logra.loss import IGNORE
+from logra.rows import FORMS, bad_value, encoder, row_form
 from logra.store import atomic
 
 HUB_NAMES = {
@@ -100,51 +98,51 @@ class Choice(NamedTuple):
     max_tokens: int | None = None
     shuffle_seed: int | None = None
     skip_bad_rows: bool = False
+    response: bool = False  # the response's tokens only count in an example's loss
     blank_is_usual: bool = False  # wikitext and text files: blank lines are dropped and counted anyway
+    first_row: int = 0  # number of the first row, which is the document's id where the data have none
 
 
-def choice(settings: dict, max_examples: int | None) -> Choice:
-    """Return how documents become examples, from a run's settings."""
-    names = ("text_column", "block_size", "pack", "max_tokens", "shuffle_seed", "skip_bad_rows")
+def choice(settings: dict, **changes: object) -> Choice:
+    """Return how documents become examples, from a run's settings; `changes` go before these."""
     name = Path(settings["data_name"]).name
     usual = "wikitext" in name or name.endswith(".txt")
-    return Choice(**{name: settings[name] for name in names}, max_examples=max_examples, blank_is_usual=usual)
+    flags = ("text_column", "block_size", "pack", "max_examples", "max_tokens", "shuffle_seed", "skip_bad_rows")
+    return Choice(
+        **{flag: settings[flag] for flag in flags}
+        | {"response": settings["train_loss"] == "response", "blank_is_usual": usual}
+        | changes
+    )
 
 
-def check_column(documents: Dataset, column: str) -> None:
-    """Raise a ValueError where there is no such column."""
-    if column not in documents.column_names:
-        have = ", ".join(documents.column_names)
-        raise ValueError(f"expected a text column {column!r}, got {have}; give --text_column")
-
-
-def _good_rows(texts: list, ids: list[str], choice: Choice) -> list[int]:
+def _good_rows(form: str, rows: list[tuple], ids: list[str], choice: Choice) -> list[int]:
     """Return the rows that hold text; refuse bad ones unless they are to be skipped."""
-    bad = [i for i, text in enumerate(texts) if not (isinstance(text, str) and text.strip())]
-    unusual = [i for i in bad if not (choice.blank_is_usual and isinstance(texts[i], str))]
+    bad = {i: problem for i, row in enumerate(rows) if (problem := bad_value(form, row))}
+    unusual = [i for i, problem in bad.items() if not (choice.blank_is_usual and problem == "empty")]
     if unusual and not choice.skip_bad_rows:
-        first = ", ".join(
-            f"{ids[i]} ({'empty' if isinstance(texts[i], str) else type(texts[i]).__name__})" for i in unusual[:5]
-        )
         raise ValueError(
-            f"expected text in every row of column {choice.text_column!r}, got {len(unusual)} empty or other rows "
-            f"among {len(texts)}, the first ones: {first}; mend them or give --skip_bad_rows"
+            f"expected text in every row, got {len(unusual)} empty or other rows among {len(rows)}, the first ones: "
+            f"{', '.join(f'{ids[i]} ({bad[i]})' for i in unusual[:5])}; mend them or give --skip_bad_rows"
         )
-    return sorted(set(range(len(texts))) - set(bad))
+    return [i for i in range(len(rows)) if i not in bad]
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, block_size: int | None) -> Callable[[dict], dict]:
+def _tokenise(
+    encode: Callable, columns: Sequence[str], block_size: int | None, response: bool
+) -> Callable[[dict], dict]:
     """Return a function for Dataset.map: documents to blocks (whole documents where block_size is None)."""
 
     def tokenise(batch: dict) -> dict:
-        rows: dict = {"input_ids": [], "document_id": [], "block": []}
-        encoded = tokenizer(batch["text"], return_attention_mask=False)["input_ids"]
-        for ids, document in zip(encoded, batch["document_id"], strict=True):
+        rows: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
+        encoded = encode(list(zip(*(batch[column] for column in columns), strict=True)))
+        for (ids, counted), document in zip(encoded, batch["document_id"], strict=True):
             size = block_size or max(len(ids), 1)
             for block, start in enumerate(range(0, max(len(ids), 1), size)):
                 rows["input_ids"].append(ids[start : start + size])
                 rows["document_id"].append(document)
                 rows["block"].append(block)
+                if response:
+                    rows["counted"].append(counted[start : start + size])
         return rows
 
     return tokenise
@@ -152,18 +150,20 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, block_size: int | None) -> Cal
 
 def _pack(documents: Dataset, block_size: int):
     """Yield full blocks of documents joined end to end, the last one as long as it gets, with what each holds."""
-    ids, names, starts = [], [], []
+    kept = [name for name in ("input_ids", "counted") if name in documents.column_names]
+    block, names, starts = {name: [] for name in kept}, [], []
     for row in documents:
-        tokens, used = row["input_ids"], 0
-        while used < len(tokens):
-            names, starts = [*names, row["document_id"]], [*starts, len(ids)]
-            piece = tokens[used : used + block_size - len(ids)]
-            ids, used = ids + piece, used + len(piece)
-            if len(ids) == block_size:
-                yield {"input_ids": ids, "document_id": names[0], "document_ids": names, "document_starts": starts}
-                ids, names, starts = [], [], []
-    if ids:
-        yield {"input_ids": ids, "document_id": names[0], "document_ids": names, "document_starts": starts}
+        used = 0
+        while used < len(row["input_ids"]):
+            filled = len(block["input_ids"])
+            names, starts = [*names, row["document_id"]], [*starts, filled]
+            block = {name: block[name] + row[name][used : used + block_size - filled] for name in kept}
+            used += block_size - filled
+            if len(block["input_ids"]) == block_size:
+                yield block | {"document_id": names[0], "document_ids": names, "document_starts": starts}
+                block, names, starts = {name: [] for name in kept}, [], []
+    if names:
+        yield block | {"document_id": names[0], "document_ids": names, "document_starts": starts}
 
 
 def _cut(examples: Dataset, choice: Choice) -> Dataset:
@@ -178,28 +178,31 @@ def _cut(examples: Dataset, choice: Choice) -> Dataset:
     return examples if keep == len(examples) else examples.select(range(keep))
 
 
-def _tokenised(documents: Dataset, function: Callable, choice: Choice, options: dict, work: Path):
+def _tokenised(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, options: dict, work: Path
+) -> tuple[list[Dataset], int]:
     """Return (tokenised slices of the chosen documents, number of dropped rows)."""
     order = np.arange(len(documents))
     if choice.shuffle_seed is not None:
         order = np.random.default_rng(choice.shuffle_seed).permutation(order)
+    form = row_form(documents.column_names, choice.text_column, choice.response)
+    columns = FORMS.get(form, (choice.text_column,))
+    size = None if choice.pack else choice.block_size
+    function = _tokenise(encoder(form, tokenizer), columns, size, choice.response)
     parts, tokens, examples, dropped = [], 0, 0, 0
     limit = (choice.max_examples or np.inf) * (choice.block_size if choice.pack else 1)
     with tqdm(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE):
-            part = documents.select(order[start : start + SLICE])
-            ids = part["id"] if "id" in documents.column_names else order[start : start + SLICE]
-            texts, ids = list(part[choice.text_column]), list(ids)
-            if None in ids:
-                raise ValueError(f"expected an id in every row, got none in row {start + ids.index(None)}; add it")
-            ids = [str(i) for i in ids]
-            good = _good_rows(texts, ids, choice)
-            dropped += len(texts) - len(good)
+            part, ids = _slice(documents, order[start : start + SLICE], choice.first_row)
+            rows = list(zip(*(part[column][:] for column in columns), strict=True))
+            good = _good_rows(form, rows, ids, choice)
+            dropped += len(rows) - len(good)
             if not good:
                 continue
-            part = Dataset.from_dict({"document_id": [ids[i] for i in good], "text": [texts[i] for i in good]})
+            table = {column: [rows[i][c] for i in good] for c, column in enumerate(columns)}
+            part = Dataset.from_dict(table | {"document_id": [ids[i] for i in good]})
             cache = str(work / f"part-{start // SLICE:06d}.arrow")
-            parts.append(part.map(function, remove_columns=["text"], cache_file_name=cache, **options))
+            parts.append(part.map(function, remove_columns=part.column_names, cache_file_name=cache, **options))
             count = int(token_counts(parts[-1]).sum())
             tokens, examples = tokens + count, examples + len(parts[-1])
             bar.update(count)
@@ -208,29 +211,38 @@ def _tokenised(documents: Dataset, function: Callable, choice: Choice, options: 
     return parts, dropped
 
 
+def _slice(documents: Dataset, numbers: np.ndarray, first_row: int) -> tuple[Dataset, list[str]]:
+    """Return some rows and their documents' ids."""
+    part = documents.select(numbers)
+    ids = part["id"][:] if "id" in documents.column_names else (numbers + first_row).tolist()
+    if None in ids:
+        raise ValueError(f"expected an id in every row, got none in row {numbers[ids.index(None)]}; add it")
+    return part, [str(i) for i in ids]
+
+
 def build_examples(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None, work: Path
 ) -> tuple[Dataset, dict]:
     """Tokenise documents into examples.
 
     Args:
-        documents: With choice.text_column and perhaps `id`, which becomes the document id (else the row number).
+        documents: Rows of text, of prompt and response, or of messages (see rows.row_form), and perhaps with `id`,
+            which becomes the document id (else the row number).
         tokenizer: Adds the tokens that it adds itself, and no others.
         choice: Which documents, and how they become examples.
         num_proc: Processes that tokenise.
         work: Folder for intermediate files.
 
     Returns:
-        Examples with columns input_ids, document_id, text and block (its number in the document) or, packed,
-        document_ids and document_starts; and {"documents", "dropped_rows"}, counts.
+        Examples with columns input_ids, document_id, text, counted (with choice.response: which tokens count), and
+        block (its number in the document) or, packed, document_ids and document_starts; and counts, {"documents",
+        "dropped_rows", "rows"}.
 
     Raises:
         ValueError: No such column, bad rows, or nothing left.
     """
-    check_column(documents, choice.text_column)
     options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
-    function = _tokenise(tokenizer, None if choice.pack else choice.block_size)
-    parts, dropped = _tokenised(documents, function, choice, options, work)
+    parts, dropped = _tokenised(documents, tokenizer, choice, options, work)
     if not parts:
         raise ValueError(f"expected rows with text, got {dropped} empty ones and no other; check --text_column")
     rows = datasets.concatenate_datasets(parts)
@@ -243,94 +255,49 @@ def build_examples(
         **options,
     )
     names = chain.from_iterable(rows["document_ids"]) if choice.pack else rows["document_id"]
-    return rows, {"documents": len(set(names)), "dropped_rows": dropped}
+    return rows, {"documents": len(set(names)), "dropped_rows": dropped, "rows": len(documents)}
 
 
 def write_examples(
-    folder: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None
+    path: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None
 ) -> dict:
-    """Build the examples (see build_examples) into folder/train, and return their counts and fingerprint."""
-    work = folder / "work.tmp"
+    """Build the examples (see build_examples) into the folder `path`, and return their counts and fingerprint."""
+    work = path.with_name("work.tmp")
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         examples, counts = build_examples(documents, tokenizer, choice, num_proc, work)
-        with atomic(folder / "train") as train:
-            examples.save_to_disk(train)
+        with atomic(path) as temporary:
+            examples.save_to_disk(temporary)
         del examples
     except datasets.exceptions.DatasetGenerationError as error:
         raise OSError(f"packing failed: {error.__cause__}") from error
     finally:
         gc.collect()  # a network file system keeps files that are still mapped
         shutil.rmtree(work, ignore_errors=True)
-    examples = datasets.load_from_disk(folder / "train")
+    examples = datasets.load_from_disk(path)
     counts |= {"examples": len(examples), "tokens": int(token_counts(examples).sum())}
     return counts | {"fingerprint": examples_fingerprint(examples)}
 
 
-def token_lists(examples: Dataset) -> Iterator:
-    """Yield input_ids as Arrow list arrays, a thousand examples at a time."""
-    for table in examples.with_format("arrow").select_columns(["input_ids"]).iter(1000):
-        yield table["input_ids"].combine_chunks()
+def _lists(examples: Dataset, column: str) -> Iterator:
+    """Yield a column as Arrow list arrays, a thousand examples at a time."""
+    for table in examples.with_format("arrow").select_columns([column]).iter(1000):
+        yield table[column].combine_chunks()
 
 
 def token_counts(examples: Dataset) -> np.ndarray:
     """Return the number of tokens of each example, [N] int64."""
-    counts = [np.diff(np.asarray(lists.offsets)) for lists in token_lists(examples)]
+    counts = [np.diff(np.asarray(lists.offsets)) for lists in _lists(examples, "input_ids")]
     return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
 
 
 def examples_fingerprint(examples: Dataset) -> str:
-    """Return a hash of all token ids, lengths and document ids, in order."""
+    """Return a hash of all token ids, lengths, document ids and what counts in a response's loss, in order."""
     checksum = xxhash.xxh3_64()
-    for lists in token_lists(examples):
-        checksum.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
+    for column in ("input_ids", "counted"):
+        for lists in _lists(examples, column) if column in examples.column_names else ():
+            checksum.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
     checksum.update(token_counts(examples))
     checksum.update("\0".join(examples["document_id"]).encode())
     return checksum.hexdigest()
-
-
-def length_batches(
-    lengths: list[int] | np.ndarray, batch_tokens: int, batch_size: int | None = None
-) -> list[list[int]]:
-    """Group positions into batches of like length, longest first, of at most batch_tokens with padding (or one).
-
-    A batch that is at least an eighth full ends where the next example is a fifth shorter than its longest: little
-    padding is worth more than few batches.
-    """
-    batches: list[list[int]] = []
-    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        longest = max(lengths[batches[-1][0]], 1) if batches else 0
-        filled = len(batches[-1]) * longest if batches else 0
-        full = filled + longest > batch_tokens or (batches and len(batches[-1]) == batch_size)
-        if not batches or full or (lengths[i] < 0.8 * longest and filled >= batch_tokens / 8):
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-class Batch(NamedTuple):
-    """Right-padded token ids [B, T], targets [B, T] (see loss.example_losses) and gradient positions [B, T] bool."""
-
-    input_ids: Tensor
-    targets: Tensor
-    positions: Tensor
-
-
-def make_batch(
-    token_ids: list[list[int]], starts: list[int] | None = None, device: torch.device | str = "cpu"
-) -> Batch:
-    """Pad token ids on the right. With starts, only tokens from that position on count in an example's loss."""
-    width = max(1, *map(len, token_ids))
-    shape = (len(token_ids), width)
-    ids, targets, positions = (
-        torch.zeros(shape, dtype=torch.long),
-        torch.full(shape, IGNORE),
-        torch.zeros(shape, dtype=torch.bool),
-    )
-    for row, tokens in enumerate(token_ids):
-        first = max(starts[row] if starts else 1, 1)
-        ids[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
-        last = max(len(tokens) - 1, 0)
-        targets[row, first - 1 : last] = ids[row, first : last + 1]
-        positions[row, :last] = True
-    return Batch(ids.to(device), targets.to(device), positions.to(device))

@@ -1,132 +1,314 @@
-"""From token ids to projected gradients: calibration sums, the gradients of a shard, of queries.
+"""From token ids to projected gradients: batches that fit in memory, calibration sums, the gradients of a shard.
 
-Notation: k = r_in * r_out of a layer. `limits` is (tokens, examples or None) in a batch at most.
+Notation: k = r_in * r_out of a layer, n examples. `counted` says for each token of an example whether it counts.
 """
 
-from collections.abc import Callable, Sequence
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from logra.data import length_batches, make_batch
+from logra.batches import length_batches, make_batch
+from logra.fsdp import Lockstep, load_sharded
 from logra.hooks import GradientCapture
 from logra.loss import example_losses
-from logra.projection import Projection, Shapes
+from logra.model import checkpoint_blocks, fingerprint, load_model, out_of_memory
+from logra.projection import Shapes
+from logra.store import DTYPES
 
 CALIBRATION = 256  # examples that the eigenbasis is measured on; 50 gave as good a basis as 2000
-Limits = tuple[int, int | None]
+CPU_TOKENS = 1024  # in a batch; more was slower on a CPU
+Counted = list[list[bool]] | None
+
+
+def load(settings: dict, args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, str]:
+    """Return the run's model, placed as the command line says, and its fingerprint."""
+    name, dtype = settings["model_name"], DTYPES[settings["dtype"]]
+    if args.fsdp and (args.device_map or settings["quantize"]):
+        raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
+    if args.fsdp:
+        lm, print_of_model = load_sharded(name, dtype, device)
+    else:
+        lm = load_model(name, dtype, device, settings["quantize"], args.device_map)
+        print_of_model = fingerprint(lm)
+    if args.gradient_checkpointing or args.device_map:  # without it, the backward pass would hold all offloaded weights
+        checkpoint_blocks(lm)
+    return lm, print_of_model
 
 
 def run_batch(
-    model: nn.Module, capture: GradientCapture, token_ids: list[list[int]], starts: list[int] | None = None
+    model: nn.Module, capture: GradientCapture, token_ids: list[list[int]], counted: Counted = None
 ) -> dict[str, Tensor]:
-    """Return {layer: [B, k]} of the summed losses of some examples, from position starts[i] on where given."""
+    """Return {layer: [B, k]} of the summed losses of some examples, over the tokens that count."""
     device = model.get_input_embeddings().weight.device
-    batch = make_batch(token_ids, starts, device)
-    return capture.backward(example_losses(model, batch.input_ids, batch.targets), batch.positions)
+    batch = make_batch(token_ids, counted, device if device.type != "meta" else "cpu")
+    return capture.backward(example_losses(model, batch.input_ids, batch.targets, batch.rows), batch.positions)
 
 
-def calibration_batches(lengths: np.ndarray, seed: int, limits: Limits) -> list[list[int]]:
+class HostGradients:
+    """Gradients of n examples on their way to the CPU, and the factor sums that go with them.
+
+    On a GPU the copies run on a stream of their own, into pinned memory, while the next batch is computed.
+    """
+
+    def __init__(self, examples: int, dtype: torch.dtype, first_id: int):
+        self.examples, self.dtype, self.first_id = examples, dtype, first_id
+        self.grads: dict[str, Tensor] = {}
+        self.factors: dict[str, Tensor] = {}
+        self.order: list[int] = []
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def add(self, rows: list[int], grads: dict[str, Tensor]) -> None:
+        """Begin to copy the gradients of these rows, {layer: [len(rows), k]}."""
+        begin, end = len(self.order), len(self.order) + len(rows)
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            for layer, grad in grads.items():
+                if layer not in self.grads:
+                    size, pinned = (self.examples, grad.shape[1]), self.stream is not None
+                    self.grads[layer] = torch.empty(size, dtype=self.dtype, pin_memory=pinned)
+                self.grads[layer][begin:end].copy_(grad.to(self.dtype), non_blocking=True)
+                if self.stream:
+                    grad.record_stream(self.stream)
+        self.order += rows
+
+    def wait(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the gradients {layer: [n, k]}, rows in their own order, and the factor sums, on the CPU.
+
+        Raises:
+            ValueError: A gradient is NaN or infinite.
+        """
+        if self.stream:
+            self.stream.synchronize()
+        places = torch.from_numpy(np.argsort(self.order))
+        result = {}
+        for layer in list(self.grads):
+            result[layer] = grad = self.grads.pop(layer)[places]
+            bad = (~grad.sum(dim=1, dtype=torch.float32).isfinite()).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"expected finite gradients, got NaN or infinity in example {self.first_id + int(bad[0])} (layer "
+                    f"{layer}); use --dtype float32 and --store_dtype float32, or leave the example out"
+                )
+        return result, {key: value.cpu() for key, value in self.factors.items()}
+
+
+class Extractor:
+    """Runs examples through a model in batches that fit: a batch that memory runs out for is halved.
+
+    Args:
+        model: Of transformers; with `together` one of fsdp.load_sharded, and every rank calls the same methods.
+        capture: Of the model, and entered.
+        batch_tokens: In a batch at most, with padding (an example that is longer is a batch of its own).
+        batch_size: Examples in a batch at most.
+        together: The model is sharded over the ranks, which step together.
+        say: Called with a line when batches become smaller.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: GradientCapture,
+        batch_tokens: int,
+        batch_size: int | None = None,
+        together: bool = False,
+        say: Callable[[str], object] = print,
+    ):
+        self.model, self.capture, self.say = model, capture, say
+        self.batch_tokens, self.batch_size = batch_tokens, batch_size
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.lockstep = Lockstep(model, self._empty) if together else None
+
+    def _empty(self) -> dict[str, Tensor]:
+        """Run a batch without a loss, for the sake of the other ranks."""
+        grads = run_batch(self.model, self.capture, [[0]])
+        self.capture.forget_last()
+        return grads
+
+    def _attempt(self, token_ids: list[list[int]], counted: Counted) -> dict[str, Tensor] | None:
+        """Return a batch's gradients, or None where memory ran out, on this rank or, in step, on any."""
+
+        def batch() -> dict[str, Tensor]:
+            return run_batch(self.model, self.capture, token_ids, counted)
+
+        if self.lockstep:
+            grads = self.lockstep.step(batch)
+        else:
+            try:
+                grads = batch()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                grads = None
+        if grads is None:
+            self.capture.forget_last()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return grads
+
+    def run(self, token_ids: list[list[int]], counted: Counted = None) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Yield (rows, {layer: [len(rows), k]}) of the parts of a batch that fit in memory; each row once.
+
+        Raises:
+            ValueError: Memory runs out for a single example.
+        """
+        parts = [list(range(len(token_ids)))]
+        while parts:
+            rows = parts.pop(0)
+            size = len(rows) * max(len(token_ids[i]) for i in rows)
+            fits, grads = len(rows) == 1 or size <= self.batch_tokens, None
+            if fits:
+                if self.lockstep:
+                    self.lockstep.any(True)  # this rank goes on; see finish
+                grads = self._attempt([token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None)
+            if grads is not None:
+                yield rows, grads
+                continue
+            if fits:
+                self._give_way(size, len(rows))
+            half = len(rows) // 2
+            parts[:0] = [part for part in (rows[:half], rows[half:]) if part]
+
+    def _give_way(self, size: int, examples: int) -> None:
+        """Make batches smaller after memory ran out for one of `size` tokens; in step, on this rank or on another.
+
+        Ranks with a single example try again as long as another one can halve its batch.
+        """
+        can_halve = examples > 1
+        if not (self.lockstep.any(can_halve) if self.lockstep else can_halve):
+            raise ValueError(
+                f"expected memory for an example of {size} tokens, got too little; use --gradient_checkpointing, "
+                "--fsdp, --device_map auto or a smaller --block_size"
+            )
+        if can_halve:
+            self.batch_tokens = size // 2
+            self.say(f"out of memory with {size} tokens in a batch; going on with {size // 2}")
+
+    def gradients(
+        self,
+        token_ids: list[list[int]],
+        counted: Counted = None,
+        first_id: int = 0,
+        dtype: torch.dtype = torch.float32,
+        done: Callable[[int], object] = lambda tokens: None,
+    ) -> HostGradients:
+        """Compute the gradients of n examples, in batches of like length; see HostGradients.wait.
+
+        Args:
+            token_ids, counted: Of the examples; without `counted` all tokens count.
+            first_id: Id of the first example, for messages.
+            dtype: Of the result.
+            done: Called with the number of tokens after each batch.
+
+        Raises:
+            ValueError: A token id is not in the model's vocabulary, or memory runs out for a single example.
+        """
+        self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
+        result = HostGradients(len(token_ids), dtype, first_id)
+        for batch in length_batches([len(ids) for ids in token_ids], self.batch_tokens, self.batch_size):
+            ids, counts = [token_ids[i] for i in batch], [counted[i] for i in batch] if counted else None
+            for rows, grads in self.run(ids, counts):
+                result.add([batch[i] for i in rows], grads)
+            done(sum(map(len, ids)))
+        if self.capture.want_factors:
+            result.factors = self.capture.take_factors()
+        return result
+
+    def finish(self) -> None:
+        """Run empty batches as long as another rank has examples."""
+        while self.lockstep and self.lockstep.any(False):
+            if self.lockstep.step(self._empty) is None:
+                self._give_way(1, 1)
+
+    def check_vocabulary(self, token_ids: list[list[int]], examples: Sequence[int]) -> None:
+        """Raise a ValueError where a token id is not in the model's vocabulary; `examples` are ids for the message."""
+        for example, ids in zip(examples, token_ids, strict=True):
+            if max(ids, default=0) >= self.vocabulary:
+                raise ValueError(
+                    f"expected token ids below {self.vocabulary}, the model's vocabulary, got {max(ids)} in example "
+                    f"{example}; use the model's own tokenizer"
+                )
+
+    def find_batch_tokens(self, length: int, most: int) -> int:
+        """Set, and return, the largest batch_tokens that fit, by trying 1, 2, 4 ... examples of a length.
+
+        Args:
+            length: Tokens of each example.
+            most: Examples at most.
+
+        It ends at the first size that memory runs out for, or that is not 3% faster than the one before.
+        """
+        best, fastest, examples = length, 0.0, 1
+        while examples <= most:
+            begin, self.batch_tokens = 0.0, examples * length
+            for _ in range(2):  # the first one warms up
+                begin = time.perf_counter()
+                grads = self._attempt([[i % self.vocabulary for i in range(length)]] * examples, None)
+                self.capture.forget_last()
+                if grads is None:
+                    break
+                if grads:
+                    next(iter(grads.values())).sum().item()  # waits for the device
+            seconds = time.perf_counter() - begin
+            seconds = self.lockstep.largest(seconds) if self.lockstep else seconds
+            speed = examples / seconds
+            if grads is None or speed < 1.03 * fastest:
+                break
+            best, fastest, examples = self.batch_tokens, speed, 2 * examples
+        self.batch_tokens = best
+        return best
+
+
+def calibration_batches(lengths: np.ndarray, seed: int, batch_tokens: int, batch_size: int | None) -> list[list[int]]:
     """Return the ids of a random sample of examples, in batches.
 
-    They do not depend on the number of processes, so that the basis doesn't either.
+    The sample does not depend on the number of processes, so that the basis doesn't either.
     """
     count = min(len(lengths), CALIBRATION, max(32, len(lengths) // 8))
     chosen = np.sort(np.random.default_rng(seed).choice(len(lengths), count, replace=False))
-    return [chosen[batch].tolist() for batch in length_batches(lengths[chosen], *limits)]
+    return [chosen[batch].tolist() for batch in length_batches(lengths[chosen], batch_tokens, batch_size)]
 
 
 def factor_sums(
-    model: nn.Module,
-    projections: dict[str, Projection],
-    sizes: Shapes,
-    examples: Dataset,
-    batches: list[list[int]],
-    done: Callable,
+    extractor: Extractor, sizes: Shapes, examples: Dataset, batches: list[list[int]], done: Callable
 ) -> dict[str, Tensor]:
     """Return <layer>.A [r_in, r_in] and <layer>.B [r_out, r_out], float64 sums over batches of examples.
 
     Args:
-        model, projections: What to measure, and through which projections.
-        sizes: Layer -> (r_out, r_in) of these projections.
-        examples: With a column input_ids.
+        extractor: With a capture of factors.
+        sizes: Layer -> (r_out, r_in) of its projections.
+        examples: With a column input_ids, and perhaps counted.
         batches: Ids of the examples of each batch; may be empty.
         done: Called after each batch.
 
     Raises:
-        ValueError: A sum is NaN or infinite, or a token id is not in the model's vocabulary.
+        ValueError: A sum is NaN or infinite, or as Extractor.gradients.
     """
     sums = {}
     for layer, (r_out, r_in) in sizes.items():
         sums[f"{layer}.A"] = torch.zeros(r_in, r_in, dtype=torch.float64)
         sums[f"{layer}.B"] = torch.zeros(r_out, r_out, dtype=torch.float64)
-    with GradientCapture(model, projections, grads=False, factors=True) as capture:
-        for batch in batches:
-            token_ids = examples[batch]["input_ids"]
-            _check_vocabulary(model, token_ids, batch)
-            run_batch(model, capture, token_ids)
-            factors = capture.take_factors()
-            for key, total in sums.items():
-                total += factors[key]
-                if not total.sum().isfinite():
-                    raise ValueError(
-                        f"expected finite gradients, got NaN or infinity in one of the examples {batch} "
-                        f"(layer {key[:-2]}); use --dtype float32, or leave the example out"
-                    )
-            done()
+    for batch in batches:
+        rows = examples[batch]
+        extractor.check_vocabulary(rows["input_ids"], batch)
+        for _ in extractor.run(rows["input_ids"], rows.get("counted")):
+            pass
+        factors = extractor.capture.take_factors()
+        for key, total in sums.items():
+            total += factors[key].cpu()
+            if not total.sum().isfinite():
+                raise ValueError(
+                    f"expected finite gradients, got NaN or infinity in one of the examples {batch} "
+                    f"(layer {key[:-2]}); use --dtype float32, or leave the example out"
+                )
+        done()
+    extractor.finish()
     return sums
-
-
-def _check_vocabulary(model: nn.Module, token_ids: list[list[int]], examples: Sequence[int]) -> None:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for example, ids in zip(examples, token_ids, strict=True):
-        if max(ids, default=0) >= vocabulary:
-            raise ValueError(
-                f"expected token ids below {vocabulary}, the model's vocabulary, got {max(ids)} in example {example}; "
-                "use the model's own tokenizer"
-            )
-
-
-def gradients(
-    model: nn.Module,
-    capture: GradientCapture,
-    token_ids: list[list[int]],
-    first_id: int,
-    limits: Limits,
-    dtype: torch.dtype = torch.float32,
-    starts: list[int] | None = None,
-    done: Callable[[int], object] = lambda tokens: None,
-) -> dict[str, Tensor]:
-    """Return {layer: [n, k]} on the CPU, rows in the order of token_ids, computed in batches of like length.
-
-    Args:
-        model, capture: The model, and its capture, which must be entered.
-        token_ids: Of n examples.
-        first_id: Id of the first one, for messages.
-        limits: Of a batch.
-        dtype: Of the result.
-        starts: First position that counts in each example's loss.
-        done: Called with the number of tokens after each batch.
-
-    Raises:
-        ValueError: A gradient is NaN or infinite, or a token id is not in the model's vocabulary.
-    """
-    result: dict[str, Tensor] = {}
-    _check_vocabulary(model, token_ids, range(first_id, first_id + len(token_ids)))
-    for rows in length_batches([len(ids) for ids in token_ids], *limits):
-        batch = [token_ids[i] for i in rows]
-        for layer, grad in run_batch(model, capture, batch, [starts[i] for i in rows] if starts else None).items():
-            if layer not in result:
-                result[layer] = torch.empty(len(token_ids), grad.shape[1], dtype=dtype)
-            result[layer][rows] = grad.to(dtype).cpu()
-        done(sum(map(len, batch)))
-    for layer, grad in result.items():
-        bad = (~grad.sum(dim=1, dtype=torch.float32).isfinite()).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"expected finite gradients, got NaN or infinity in example {first_id + int(bad[0])} (layer {layer}); "
-                "use --dtype float32 and --store_dtype float32, or leave the example out"
-            )
-    return result

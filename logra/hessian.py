@@ -239,7 +239,7 @@ def statistics(
     Args:
         kind: raw, kfac or ekfac.
         log: Yields blocks of gradients and factor sums by shard; see log.Log.
-        shards: This rank's.
+        shards: This rank's: range(rank, shards, ranks). A layer's eigenvectors are one rank's work.
         total: Sums a tensor over ranks; every rank calls it as often.
         rotated: As for layout.
         device: Where raw's C and ekfac's second pass are computed.
@@ -251,7 +251,7 @@ def statistics(
     def factor(key: str, shape: list[int]) -> Tensor:
         return total(sum((part.double() for part in log.factors(key, shards)), torch.zeros(shape, dtype=torch.float64)))
 
-    for name, (r_out, r_in) in log.projected.items():
+    for number, (name, (r_out, r_in)) in enumerate(log.projected.items()):
         if kind == "raw" and r_out * r_in <= log.examples:
             yield total(covariance_sum(blocks(name, shards), r_out * r_in).cpu())
         elif kind == "raw":  # every rank needs all the gradients, and computes its shards' rows
@@ -262,8 +262,10 @@ def statistics(
         elif rotated:
             yield factor(f"{name}.square", [r_out * r_in]).view(r_out, r_in)
         else:
-            basis_in = eigenbasis(factor(f"{name}.A", [r_in, r_in]))[1]
-            basis_out = eigenbasis(factor(f"{name}.B", [r_out, r_out]))[1]
+            basis_in, basis_out = (
+                total(eigenbasis(cov)[1] if number % shards.step == shards.start else torch.zeros_like(cov))
+                for cov in (factor(f"{name}.A", [r_in, r_in]), factor(f"{name}.B", [r_out, r_out]))
+            )
             yield total(rotated_squares(blocks(name, shards), basis_in, basis_out)).view(r_out, r_in)
             yield basis_in
             yield basis_out

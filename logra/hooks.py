@@ -26,9 +26,17 @@ class _Tap(torch.autograd.Function):
         return d, None, None, None
 
 
-def _project(x: Tensor, p: Tensor | None) -> Tensor:
-    x = x if p is None else x @ p.T
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class _Side:
+    """One side's projection of a layer, in the dtype and on the device of what it is applied to."""
+
+    def __init__(self, p: Tensor | None):
+        self.p = p
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.p is not None:
+            self.p = self.p.to(x)  # at the first call
+            x = x @ self.p.T
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GradientCapture:
@@ -53,7 +61,7 @@ class GradientCapture:
         self.want_grads, self.want_factors = grads, factors
         self._grads: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
-        self._examples = self._tokens = 0
+        self._last: dict[str, Tensor] = {}  # sums of the last batch, until the next one begins
 
     def __enter__(self) -> "GradientCapture":
         self._training = {m: m.training for m in self.model.modules()}
@@ -61,9 +69,8 @@ class GradientCapture:
         self.model.eval().requires_grad_(False)
         self._handles = []
         for name, (p_in, p_out) in self.projections.items():
-            layer = self.model.get_submodule(name)
-            sides = [None if p is None else p.to(layer.weight) for p in (p_in, p_out)]
-            self._handles.append(layer.register_forward_hook(self._hook(name, *sides)))
+            hook = self._hook(name, _Side(p_in), _Side(p_out))
+            self._handles.append(self.model.get_submodule(name).register_forward_hook(hook))
         return self
 
     def __exit__(self, *_) -> None:
@@ -73,13 +80,13 @@ class GradientCapture:
             module.training = training
         for parameter, trainable in self._trainable.items():
             parameter.requires_grad_(trainable)
-        self._grads, self._sums = {}, {}
+        self._grads, self._sums, self._last = {}, {}, {}
 
-    def _hook(self, name: str, p_in: Tensor | None, p_out: Tensor | None):
+    def _hook(self, name: str, p_in: _Side, p_out: _Side):
         def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             anchor = torch.empty(0, device=output.device, requires_grad=True)
-            x = _project(args[0].detach(), p_in)
-            return _Tap.apply(output, x, anchor, lambda x, d: self._sink(name, x, _project(d, p_out)))
+            x = p_in(args[0].detach())
+            return _Tap.apply(output, x, anchor, lambda x, d: self._sink(name, x, p_out(d)))
 
         return hook
 
@@ -95,13 +102,13 @@ class GradientCapture:
             grad = torch.bmm(d.mT, x).flatten(1)  # [B, r_out * r_in]
             self._grads[name] = self._grads[name] + grad if name in self._grads else grad
         if self.want_factors:
-            x = x[self._positions]  # [tokens, r_in]: padding and an example's last token have x but no d
-            d = d.flatten(0, 1)
-            self._add(f"{name}.A", x.T @ x)
-            self._add(f"{name}.B", d.T @ d)
+            real = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
+            x, d = (x * real).flatten(0, 1), d.flatten(0, 1)
+            self._add(self._last, {f"{name}.A": x.T @ x, f"{name}.B": d.T @ d})
 
-    def _add(self, key: str, value: Tensor) -> None:
-        self._sums[key] = self._sums[key].add_(value) if key in self._sums else value
+    def _add(self, sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            sums[key] = sums[key].add_(value) if key in sums else value
 
     def backward(self, losses: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """Run the backward pass of losses [B] and return {layer: [B, r_out * r_in]}, float32 or wider.
@@ -110,7 +117,8 @@ class GradientCapture:
             losses: One loss an example, not yet summed.
             positions: [B, T] bool, the positions that can carry a gradient: real tokens before the last counted one.
         """
-        self._positions, self._grads = positions, {}
+        self._add(self._sums, self._last)
+        self._last, self._positions, self._grads = {}, positions, {}
         losses.sum().backward()
         grads, self._grads = self._grads, {}
         missing = set(self.projections) - set(grads) if self.want_grads else set()
@@ -120,19 +128,20 @@ class GradientCapture:
                 f"({len(missing)} such layers); leave them out with --layers"
             )
         if self.want_factors:
-            self._examples += len(losses)
-            self._tokens += int(positions.sum())
-            for name, grad in grads.items():
-                self._add(f"{name}.square", grad.square().sum(dim=0))
+            counts = {"examples": torch.tensor(len(losses)), "tokens": positions.sum()}
+            self._last |= {f"{name}.square": grad.square().sum(dim=0) for name, grad in grads.items()} | counts
         return grads
 
+    def forget_last(self) -> None:
+        """Leave the last batch, finished or not, out of the factor sums."""
+        self._last, self._grads = {}, {}
+
     def take_factors(self) -> dict[str, Tensor]:
-        """Return the sums since the last call, and start anew.
+        """Return the sums since the last call, on the device, and start anew.
 
         <layer>.A [r_in, r_in], <layer>.B [r_out, r_out], <layer>.square [r_out * r_in] (with grads), and the counts
-        `examples` and `tokens` (int64); on the CPU.
+        `examples` and `tokens` (int64).
         """
-        factors = {key: value.cpu() for key, value in self._sums.items()}
-        factors |= {"examples": torch.tensor(self._examples), "tokens": torch.tensor(self._tokens)}
-        self._sums, self._examples, self._tokens = {}, 0, 0
+        self._add(self._sums, self._last)
+        factors, self._sums, self._last = self._sums, {}, {}
         return factors

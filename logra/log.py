@@ -1,8 +1,9 @@
 """The run directory: run.json, and what the stages read through it.
 
 run.json holds `settings` (run.RUN_FLAGS), `arguments` (as given), `versions`, `model` (class, fingerprint), `layers`
-(name -> [d_out, d_in, r_out, r_in]), then `data` (counts and fingerprints) and `projections` (size and checksum) once
-these are there.
+(name -> [d_out, d_in, r_out, r_in]), then `data` (settings, counts and fingerprints of train/), `extensions` (the same
+of train-00001/ and so on, which extract_log.py --extend added) and `projections` (size and checksums) once these are
+there.
 """
 
 import argparse
@@ -11,17 +12,18 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 
 from logra import data, hessian, projection, store
 from logra.model import same_name
 from logra.projection import Shapes
-from logra.run import RUN_FLAGS, given_settings, processes_here, run_name, with_defaults
+from logra.run import DATA_FLAGS, RUN_FLAGS, given_settings, processes_here, run_name, with_defaults
 
 FORMAT = 1
 SHARD_BYTES = 2**28
@@ -56,6 +58,7 @@ class Log:
         packages = {name: version(name) for name in PACKAGES}
         fixed = {"format": FORMAT, "versions": {"python": platform.python_version()} | packages}
         self.content = fixed | self.content | entries
+        self.__dict__.pop("shards", None)
         store.write_json(self.folder / "run.json", self.content)
 
     def say_what_is_kept(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
@@ -66,39 +69,64 @@ class Log:
             say(f"As in {self.folder / 'run.json'}: {', '.join(kept)}")
 
     @property
-    def examples(self) -> int:
-        """Number of train examples, N."""
-        return self.content["data"]["examples"]
+    def parts(self) -> list[dict]:
+        """What run.json says of train/ and of each extension, in order."""
+        return [self.content["data"], *self.content.get("extensions", [])]
 
     @property
+    def examples(self) -> int:
+        """Number of train examples, N."""
+        return sum(part["examples"] for part in self.parts)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Fingerprint of each part's examples."""
+        return [part["fingerprint"] for part in self.parts]
+
+    @cached_property
     def shards(self) -> list[range]:
-        """Example ids of each shard."""
-        return store.shard_ids(self.examples, self.content["data"]["shard_examples"])
+        """Example ids of each shard. A shard is of one part."""
+        shards: list[range] = []
+        for part in self.parts:
+            first, size = shards[-1].stop if shards else 0, part["shard_examples"]
+            end = first + part["examples"]
+            shards += [range(i, min(i + size, end)) for i in range(first, end, size)]
+        return shards
 
     @property
     def gradients(self) -> Path:
         """Folder of the shards."""
         return self.folder / "gradients"
 
+    def train_folder(self, part: int) -> Path:
+        """Return the folder of a part's examples."""
+        return self.folder / (f"train-{part:05d}" if part else "train")
+
     def train(self) -> Dataset:
         """Load the train examples, and check that they are those of run.json."""
-        try:
-            examples = load_from_disk(self.folder / "train")
-            found = data.examples_fingerprint(examples)
-        except Exception as error:  # Arrow has exceptions of its own
-            raise ValueError(
-                f"expected examples in {self.folder}/train, got {error}; extract again with --overwrite"
-            ) from error
-        if found != self.content["data"]["fingerprint"]:
-            raise ValueError(f"expected {self.folder}/train as it was written, got other examples; use --overwrite")
-        return examples
+        loaded = []
+        for number, part in enumerate(self.parts):
+            folder = self.train_folder(number)
+            try:
+                loaded.append(load_from_disk(folder))
+                found = data.examples_fingerprint(loaded[-1])
+            except Exception as error:  # Arrow has exceptions of its own
+                raise ValueError(
+                    f"expected examples in {folder}, got {error}; extract again with --overwrite"
+                ) from error
+            if found != part["fingerprint"]:
+                raise ValueError(f"expected {folder} as it was written, got other examples; use --overwrite")
+        return concatenate_datasets(loaded) if len(loaded) > 1 else loaded[0]
 
     def projections(self) -> dict[str, projection.Projection]:
         """Load the projections, and check that they are those of run.json."""
         path = self.folder / "projections.safetensors"
-        if not path.exists() or store.file_checksum(path) != self.content.get("projections"):
-            raise ValueError(f"expected {path} as it was written, got none or another; extract again with --overwrite")
-        return projection.load(path, self.shapes, self.projected)
+        try:
+            return projection.from_tensors(
+                store.load_tensors(path, self.content.get("projections")), self.shapes, self.projected
+            )
+        except ValueError as error:
+            raise ValueError(f"expected the run's projections, but {error}; extract again with --overwrite") from error
 
     def shard_size(self, examples: int) -> dict[str, int]:
         """Return {"shard_examples", "bytes_per_example", "factor_bytes_per_shard"}.
@@ -113,7 +141,7 @@ class Log:
 
     def check_disk(self) -> None:
         """Refuse a run whose gradients don't fit on the disk."""
-        sizes = self.content["data"]
+        sizes = self.shard_size(self.examples)
         need = self.examples * sizes["bytes_per_example"] + len(self.shards) * sizes["factor_bytes_per_shard"]
         need -= sum(file.stat().st_size for file in self.gradients.glob("*") if file.suffix != ".tmp")
         free = shutil.disk_usage(self.folder).free
@@ -123,17 +151,30 @@ class Log:
                 "--rank, --store_dtype bfloat16 or another --log_dir"
             )
 
-    def check_memory(self, kind: str, calibrated: Shapes | None = None) -> None:
-        """Refuse a Hessian, or a calibration with factors of these sizes, that this machine has no memory for."""
+    def check_memory(self, kind: str, calibrated: Shapes | None = None) -> int:
+        """Refuse a Hessian, or a calibration with factors of these sizes, that this machine has no memory for.
+
+        Returns:
+            An upper bound of the bytes that one process needs for it.
+        """
         if calibrated is None:
             need, what = hessian.memory_bytes(kind, self.projected, self.examples), f"the Hessian {kind} of a layer"
         else:
             need, what = sum(12 * (o * o + i * i) for o, i in calibrated.values()), "all layers' covariances"
-        need, free = need * processes_here(), psutil.virtual_memory().available
-        if need > free:
+        every, free = need * processes_here(), psutil.virtual_memory().available
+        if every > free:
             raise ValueError(
-                f"expected {need / 1e9:.3g} GB of memory for {what}, got {free / 1e9:.3g}; use --hessian ekfac, "
+                f"expected {every / 1e9:.3g} GB of memory for {what}, got {free / 1e9:.3g}; use --hessian ekfac, "
                 "--lora random, a lower --rank or fewer --layers"
+            )
+        return need
+
+    def check_new_documents(self, folder: Path) -> None:
+        """Raise a ValueError where an extension's examples are of a document that the run has already."""
+        if double := set(self.train()["document_id"]) & set(load_from_disk(folder)["document_id"]):
+            raise ValueError(
+                f"expected further documents, got {len(double)} that {self.folder} has already, e.g. "
+                f"{min(double)}; leave them out, or give them other ids"
             )
 
     def matching_layers(self, pattern: str | None) -> list[str]:
@@ -160,11 +201,32 @@ class Log:
 
     def check_source(self) -> None:
         """Raise a ValueError where the local data files have changed."""
-        name, known = self.settings["data_name"], self.content["data"]["source"]
-        if known and data.source_fingerprint(name) not in (known, None):  # None: moved away, and not needed
-            raise ValueError(
-                f"expected {name} as it was when {self.folder} was begun, got other files; use another --log_dir"
-            )
+        for part in self.parts:
+            name, known = part["settings"]["data_name"], part["source"]
+            if known and data.source_fingerprint(name) not in (known, None):  # None: moved away, and not needed
+                raise ValueError(
+                    f"expected {name} as it was when {self.folder} was begun, got other files; use another --log_dir"
+                )
+
+    def is_part(self, settings: dict) -> bool:
+        """Say whether the documents that these settings name are in the run already (--extend).
+
+        Raises:
+            ValueError: Others of the same name are.
+        """
+        for part in self.parts:
+            before = part["settings"]
+            if same_name(before["data_name"], settings["data_name"]) and all(
+                before[key] == settings[key] for key in ("data_config", "data_split")
+            ):
+                same = all(before[key] == settings[key] for key in DATA_FLAGS if key != "data_name")
+                if same and part["source"] in (None, data.source_fingerprint(settings["data_name"])):
+                    return True
+                raise ValueError(
+                    f"expected further documents for {self.folder}, got {settings['data_name']}, which it was "
+                    "extracted from with other content or limits; put the further ones into a file of their own"
+                )
+        return False
 
     def hessian_path(self, kind: str) -> Path:
         """Return the file of a kind of Hessian; its size and checksum are beside it, in .json."""
@@ -176,36 +238,72 @@ class Log:
         if not path.exists() or not path.with_suffix(".json").exists():
             return f"{path} is missing"
         entry = store.read_json(path.with_suffix(".json"), "delete it and run extract_log.py again")
-        if entry != store.file_checksum(path) | {"examples": self.examples}:
-            return f"{path} was altered or is of other examples"
+        if entry.get("examples") != self.examples:
+            return f"{path} is of {entry.get('examples')} examples, not of {self.examples}"
+        try:
+            store.load_tensors(path, entry)
+        except ValueError as error:
+            return str(error)
         return None
+
+    def usable_hessian(self, asked: str | None) -> str:
+        """Return the kind of Hessian to score with: the one asked for, or the run's.
+
+        Raises:
+            ValueError: The run is not finished, or has no whole Hessian of that kind.
+        """
+        kind = asked or self.content["arguments"]["hessian"] or "raw"
+        if "projections" not in self.content:
+            raise ValueError(
+                f"expected a finished run in {self.folder}, got one without projections; run extract_log.py again"
+            )
+        if kind != "none" and (problem := self.hessian_problem(kind)):
+            raise ValueError(
+                f"expected the Hessian {kind}, but {problem}; "
+                f"run extract_log.py --log_dir {self.folder} --hessian {kind}"
+            )
+        return kind
 
     def statistics(self, kind: str) -> Callable[[str], dict[str, Tensor]]:
         """Return a function layer -> its tensors of a Hessian file, for hessian.preconditioner."""
         if kind == "none":
             return lambda layer: {}
-        tensors = store.load_tensors(self.hessian_path(kind))
-        counts = {key: tensors[key] for key in ("examples", "tokens")}
+        path = self.hessian_path(kind)
+        file = store.TensorFile(path, store.read_json(path.with_suffix(".json"), "delete it and run extract_log.py"))
+        counts = {key: file.read(key) for key in ("examples", "tokens")}
         keys = ("cov", "gram", "A", "B", "square", "basis_in", "basis_out")
-        return lambda layer: counts | {k: tensors[f"{layer}.{k}"] for k in keys if f"{layer}.{k}" in tensors}
+        return lambda layer: counts | {k: file.read(f"{layer}.{k}") for k in keys if f"{layer}.{k}" in file.header}
 
     def blocks(self, layer: str, shards: Iterable[int]) -> Iterator[Tensor]:
-        """Yield a layer's gradients, [n, r_out * r_in], shard by shard."""
-        for index in shards:
-            yield store.load_shard(self.gradients, index, [layer])[layer]
+        """Yield a layer's gradients, [n, r_out * r_in], shard by shard, checked."""
+        return self._read(layer, shards, "gradients")
 
     def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]:
-        """Yield one of the factor sums, shard by shard."""
+        """Yield one of the factor sums, shard by shard, checked."""
+        return self._read(key, shards, "factors")
+
+    def _read(self, name: str, shards: Iterable[int], kind: str) -> Iterator[Tensor]:
         for index in shards:
-            yield store.load_shard(self.gradients, index, [key], factors=True)[key]
+            with self.open_shard(index, kind) as file:
+                yield file.read(name)
+
+    def open_shard(self, index: int, kind: str = "gradients") -> store.TensorFile:
+        """Open a shard's gradients or factors.
+
+        Raises:
+            ValueError: The shard is missing or was altered.
+        """
+        try:
+            return store.open_shard(self.gradients, index, self.shards[index], kind)
+        except ValueError as error:
+            raise ValueError(
+                f"expected {len(self.shards)} whole shards, but {error}; "
+                f"run extract_log.py --log_dir {self.folder} again"
+            ) from error
 
 
-def find_log(args: argparse.Namespace, must_exist: bool, overwrite: bool = False) -> tuple[Path, dict, Log | None]:
-    """Return (folder, settings, log or None where it has to be made) for the flags of a command line.
-
-    Raises:
-        ValueError: A given flag differs from run.json; or no such run although there must be one.
-    """
+def find_folder(args: argparse.Namespace, must_exist: bool) -> Path:
+    """Return the run's folder for the flags of a command line."""
     given = given_settings(args)
     defaults = with_defaults(given, args.hessian or "raw")
     folder = Path(args.log_dir) if args.log_dir else Path("logs") / run_name(defaults)
@@ -213,6 +311,21 @@ def find_log(args: argparse.Namespace, must_exist: bool, overwrite: bool = False
         other = "projected" if defaults["basis"] == "eigen" else "eigen"
         candidate = Path("logs") / run_name(defaults | {"basis": other})
         folder = candidate if (candidate / "run.json").exists() else folder
+    return folder
+
+
+def find_log(
+    folder: Path, args: argparse.Namespace, must_exist: bool, overwrite: bool = False, extend: bool = False
+) -> tuple[dict, Log | None]:
+    """Return (settings, log or None where it has to be made) of a folder, for the flags of a command line.
+
+    With `extend` the flags of the data are about further documents, and may differ from run.json's.
+
+    Raises:
+        ValueError: A given flag differs from run.json; or no such run although there must be one.
+    """
+    given = given_settings(args)
+    defaults = with_defaults(given, args.hessian or "raw")
     if not (folder / "run.json").exists():
         if must_exist:
             known = ", ".join(sorted(str(path.parent) for path in Path("logs").glob("*/run.json"))) or "none"
@@ -222,19 +335,21 @@ def find_log(args: argparse.Namespace, must_exist: bool, overwrite: bool = False
             )
         if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
             raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
-        return folder, defaults, None
+        return defaults, None
     log = Log.load(folder)
     if overwrite:
-        return folder, defaults, None
+        return defaults, None
     if "data" not in log.content:  # stopped before it had examples
         if must_exist:
             raise ValueError(f"expected a finished run in {folder}, got one without examples; run extract_log.py again")
-        return folder, defaults, None
+        return defaults, None
     for name, value in given.items():
         saved = log.settings.get(name)
-        if saved != value and not (name in ("model_name", "data_name") and same_name(saved, value)):
+        if saved == value or (extend and name in DATA_FLAGS):
+            continue
+        if not (name in ("model_name", "data_name") and same_name(saved, value)):
             raise ValueError(
                 f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
                 "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"
             )
-    return folder, log.settings, log
+    return log.settings, log

@@ -5,6 +5,7 @@ negative log-likelihoods of its counted tokens, so it does not depend on what el
 """
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,10 +17,9 @@ class _FusedLoss(torch.autograd.Function):
     """Losses [B] from hidden states [B, T, d]; the gradient of the hidden states comes from chunks of logits."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap):
+    def forward(ctx, hidden, weight, bias, targets, counted, scale, softcap):
         flat, grad = hidden.reshape(-1, hidden.shape[-1]), torch.zeros_like(hidden)
         losses = hidden.new_zeros(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        counted = (targets.flatten() != IGNORE).nonzero().squeeze(1)
         for rows in counted.split(max(16, CHUNK // len(weight))):
             target = targets.flatten()[rows, None]
             z = F.linear(flat[rows], weight, bias).to(losses.dtype).mul_(scale)
@@ -40,7 +40,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_losses):
         (grad,) = ctx.saved_tensors
-        return grad * d_losses[:, None, None].to(grad.dtype), None, None, None, None, None
+        return grad * d_losses[:, None, None].to(grad.dtype), None, None, None, None, None, None
 
 
 def logit_transform(model: nn.Module) -> tuple[float, float | None]:
@@ -56,18 +56,24 @@ def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Tensor) -> Tens
     return model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
 
 
-def example_losses(model: nn.Module, input_ids: Tensor, targets: Tensor, **inputs: Tensor) -> Tensor:
+def example_losses(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, rows: Tensor | None = None, **inputs: Tensor
+) -> Tensor:
     """Return each example's summed next-token loss, [B], float32 or wider.
 
     Args:
         model: A causal LM of transformers with a linear head.
         input_ids: [B, T]. Right padding needs no attention_mask: causal attention never looks there.
         targets: [B, T], the token that position t should predict; IGNORE where nothing counts.
+        rows: Flat positions of the targets that count. To find them here makes the CPU wait for a GPU.
         inputs: Passed on to the model, e.g. attention_mask and position_ids for left padding.
     """
     head = model.get_output_embeddings()
+    rows = (targets.flatten() != IGNORE).nonzero().squeeze(1) if rows is None else rows
     hidden = hidden_states(model, input_ids, **inputs)
-    return _FusedLoss.apply(hidden, head.weight, head.bias, targets, *logit_transform(model))
+    with align_module_device(head):  # brings offloaded weights back
+        hidden, targets, rows = (t.to(head.weight.device) for t in (hidden, targets, rows))
+        return _FusedLoss.apply(hidden, head.weight, head.bias, targets, rows, *logit_transform(model))
 
 
 @torch.no_grad()

@@ -1,16 +1,28 @@
 """Load a causal language model and its tokenizer, choose the layers to track, fingerprint the weights."""
 
 import importlib.util
+import json
 import re
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import xxhash
+from accelerate.utils import align_module_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes
@@ -57,8 +69,18 @@ def _load(loader, name: str, what: str, **options):
 
 
 def load_config(name: str):
-    """Return the model's configuration."""
-    return _load(AutoConfig, name, "a model")
+    """Return the model's configuration; for an adapter (peft) its base model's."""
+    return _load(AutoConfig, _base_name(name), "a model")
+
+
+def _base_name(name: str) -> str:
+    """Return the name of the model that a folder of adapters belongs to, or the name itself."""
+    file = find_adapter_config_file(name) if not (Path(name) / "config.json").exists() else None
+    if file is None:
+        return name
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"expected the package peft, to load the adapter {name}, got none; run pip install peft")
+    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def context_length(config) -> int | None:
@@ -81,21 +103,67 @@ def block_size(config, asked: int | None, say: Callable[[str], None]) -> int:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer."""
-    tokenizer = _load(AutoTokenizer, name, "a tokenizer")
+    """Return the model's tokenizer; an adapter without one of its own has its base model's."""
+    own = not Path(name).exists() or any(Path(name).glob("tokenizer*"))
+    tokenizer = _load(AutoTokenizer, name if own else _base_name(name), "a tokenizer")
     tokenizer.model_max_length = 10**12  # the context is checked here; no warnings about it
     return tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Return the model in eval mode on the device.
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
+    device_map: str | dict | None = None,
+) -> PreTrainedModel:
+    """Return the model in eval mode.
+
+    Args:
+        name: A local folder or Hub id, of a model or of a peft adapter.
+        dtype: Of the weights.
+        device: Where to, without a device_map.
+        quantize: 8bit or 4bit: bitsandbytes' weights, by transformers' quantization_config. A GPU only.
+        device_map: Passed on to transformers: `auto` spreads the layers over GPUs, main memory and disk.
 
     Raises:
         ValueError: It can't be found, or its loss can't be reproduced (see loss.check_head).
     """
-    model = _load(AutoModelForCausalLM, name, "a causal language model", dtype=dtype).to(device).eval()
+    options: dict = {"dtype": dtype}
+    if quantize:
+        if not torch.cuda.is_available():
+            raise ValueError(f"expected a GPU for --quantize {quantize}, got none; leave it out")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantize == "8bit", load_in_4bit=quantize == "4bit", bnb_4bit_compute_dtype=dtype
+        )
+        device_map = device_map or {"": torch.device(device)}
+    if device_map:
+        options |= {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="offload-")}
+    _base_name(name)  # an adapter needs peft
+    model = _load(AutoModelForCausalLM, name, "a causal language model", **options).eval()
+    if not device_map:
+        model = model.to(device)
     check_head(model)
     return model
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the model's transformer blocks: the longest list of modules in it."""
+    return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Keep only each block's input for the backward pass, and run the block again there (gradient checkpointing).
+
+    transformers' own way works in training mode only, where dropout is on.
+    """
+    for block in blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Say whether an error means that the device's, or this machine's, memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def default_dtype(device: torch.device | str) -> str:
@@ -126,18 +194,21 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
         ValueError: No layer matches; or, without a pattern, a matrix belongs to no layer that can be tracked.
     """
     head, shapes, others = model.get_output_embeddings(), {}, []
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}  # peft's
+    inside = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
-        for key, weight in module.named_parameters(recurse=False):
-            if module is head or isinstance(module, nn.Embedding) or weight.dim() < 2:
-                continue
-            if mlp_only and not re.search(MLP_PATTERN, name, re.IGNORECASE):
-                continue
-            if isinstance(module, nn.Linear):
-                shapes[name] = (module.out_features, module.in_features)
-            elif isinstance(module, Conv1D):
-                shapes[name] = (weight.shape[1], weight.shape[0])
-            else:
-                others.append(f"{name}.{key} {list(weight.shape)}")
+        if module is head or isinstance(module, nn.Embedding) or name.startswith(inside):
+            continue
+        if mlp_only and not re.search(MLP_PATTERN, name, re.IGNORECASE):
+            continue
+        layer = adapted[name].base_layer if name in adapted else module  # its hook sees base and adapter added up
+        if isinstance(layer, nn.Linear):
+            shapes[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, Conv1D):
+            shapes[name] = (layer.weight.shape[1], layer.weight.shape[0])
+        elif name not in adapted:
+            weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
+            others += [f"{name}.{key} {list(weight.shape)}" for key, weight in weights]
     if others and not pattern:
         raise ValueError(
             f"expected every matrix in an nn.Linear or Conv1D, got {len(others)} that can't be tracked, "
@@ -150,14 +221,14 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
     return matching
 
 
-def describe(model: PreTrainedModel, settings: dict, say: Callable[[str], None]) -> dict:
+def describe(model: PreTrainedModel, print_of_model: str, settings: dict, say: Callable[[str], None]) -> dict:
     """Return run.json's `model` (class, fingerprint) and `layers` (name -> [d_out, d_in, r_out, r_in])."""
     shapes = choose_layers(model, settings["mlp_only"], settings["layers"])
     projected = projected_shapes(shapes, settings["rank_in"], settings["rank_out"])
     narrow = sum(r == d for layer in shapes for r, d in zip(projected[layer], shapes[layer], strict=True))
     if narrow and settings["lora"] != "none":
         say(f"{narrow} of {2 * len(shapes)} sides of layers are no wider than the rank and not projected: exact there")
-    about = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+    about = {"class": type(model).__name__, "fingerprint": print_of_model}
     return {"model": about, "layers": {layer: [*shapes[layer], *projected[layer]] for layer in shapes}}
 
 
@@ -167,10 +238,13 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of up to 1024 values of every parameter, rounded to bfloat16 so that it holds in any dtype."""
-    checksum = xxhash.xxh3_64()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // 1024)][:1024].to(torch.bfloat16).contiguous()
-        checksum.update(f"{name}{list(parameter.shape)}".encode())
-        checksum.update(values.cpu().view(torch.uint8).numpy().data)
-    return checksum.hexdigest()
+    names, parts = {name for name, _ in model.named_parameters()}, {}  # of tied ones the first
+    for prefix, module in model.named_modules():
+        with align_module_device(module):  # brings offloaded weights back
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                values = parameter.detach().flatten()
+                values = values[:: max(1, len(values) // 1024)][:1024].to(torch.bfloat16).contiguous()
+                parts[name] = (
+                    f"{name}{list(parameter.shape)}".encode() + values.cpu().view(torch.uint8).numpy().tobytes()
+                )
+    return xxhash.xxh3_64_hexdigest(b"".join(parts[name] for name in sorted(names)))

@@ -1,16 +1,13 @@
-"""Projections P_in and P_out of each tracked layer: draw, rotate, save, load.
+"""Projections P_in and P_out of each tracked layer: draw, rotate, to and from tensors.
 
 Notation: d_in/d_out layer sizes, r_in/r_out projected sizes. G~ = P_out G P_in^T, [r_out, r_in].
 A side that is None is not projected (the identity).
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (d_out, d_in)
@@ -92,20 +89,16 @@ def to_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
     return {key: p for key, p in sides.items() if p is not None}
 
 
-def load(path: Path, shapes: Shapes, projected: Shapes) -> dict[str, Projection]:
-    """Load projections.safetensors.
+def from_tensors(tensors: dict[str, Tensor], shapes: Shapes, projected: Shapes) -> dict[str, Projection]:
+    """Return the projections that the content of projections.safetensors holds.
 
     Raises:
-        ValueError: The file can't be read, or a tensor has not the shape that run.json says.
+        ValueError: A tensor has not the shape that run.json says.
     """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"expected projections in {path}, got {error}; extract again with --overwrite") from error
     for name in shapes:
         for side, rank, width in zip(("out", "in"), projected[name], shapes[name], strict=True):
             p = tensors.get(f"{name}.{side}")
             if (rank, width) != ((width, width) if p is None else tuple(p.shape)):
                 got = "none" if p is None else list(p.shape)
-                raise ValueError(f"{path}: expected {[rank, width]} for {name}.{side}, got {got}; use --overwrite")
+                raise ValueError(f"expected {[rank, width]} for {name}.{side}, got {got}")
     return {name: Projection(tensors.get(f"{name}.in"), tensors.get(f"{name}.out")) for name in shapes}

@@ -1,7 +1,7 @@
 """Query sets: the sentences whose training examples are looked for.
 
-A row holds `text` (every token counts), or `prompt` and `response` (the response's tokens count), or also prompt_ids
-and response_ids, the exact tokens that stage 1 generated.
+A row holds `text` (every token counts), or `prompt` and `response` (the response's tokens count), or `messages` (the
+assistant's turns count), or also prompt_ids and response_ids, the exact tokens that stage 1 generated.
 """
 
 import json
@@ -13,19 +13,20 @@ from typing import NamedTuple
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from logra.data import Choice, build_examples, load_documents
+from logra import data
 from logra.model import same_name, short_name
+from logra.rows import Encoded, bad_value, encode_messages, encode_prompt
 from logra.store import read_lines
 
 SPLITS = ("train", "validation", "test")
 
 
 class Query(NamedTuple):
-    """One query: its id, token ids, the first position whose token counts, and its row."""
+    """One query: its id, token ids, whether each of them counts, and its row."""
 
     id: str
     token_ids: list[int]
-    start: int
+    counted: list[bool]
     row: dict
 
 
@@ -33,22 +34,25 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
-def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase, query_loss: str) -> tuple[list[int], int]:
-    """Return (token ids, first position that counts) of a row, or raise a ValueError that starts with what it has."""
+def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase, query_loss: str) -> Encoded:
+    """Return a row's token ids and which count, or raise a ValueError that starts with what the row has."""
     if _is_ids(row.get("prompt_ids")) and _is_ids(row.get("response_ids")):
         if not same_name(str(row.get("model")), model_name):
             raise ValueError(
                 f"token ids of the model {row.get('model')}, not of {model_name}; generate with that model"
             )
         prompt, response = row["prompt_ids"], row["response_ids"]
+        ids, counted = prompt + response, [False] * len(prompt) + [True] * len(response)
     elif isinstance(row.get("text"), str):
-        return tokenizer(row["text"])["input_ids"], 1
+        ids = tokenizer(row["text"])["input_ids"]
+        counted = [True] * len(ids)
     elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        ids, counted = encode_prompt(tokenizer, row["prompt"], row["response"])
+    elif not bad_value("messages", (row.get("messages"),)):
+        ids, counted = encode_messages(tokenizer, row["messages"])
     else:
-        raise ValueError("neither `text` nor `prompt` and `response`; add them")
-    return prompt + response, max(len(prompt), 1) if query_loss == "response" else 1
+        raise ValueError("neither `text`, nor `prompt` and `response`, nor `messages` with an answer; add them")
+    return ids, counted if query_loss == "response" else [True] * len(ids)
 
 
 def read_query_file(
@@ -66,11 +70,11 @@ def read_query_file(
         try:
             row = json.loads(line)
             row = row if isinstance(row, dict) else {}
-            token_ids, start = _encode(row, model_name, tokenizer, query_loss)
+            token_ids, counted = _encode(row, model_name, tokenizer, query_loss)
         except ValueError as error:
             raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
-        shown = {key: row[key] for key in ("text", "prompt", "response") if key in row}
-        queries.append(Query(str(row.get("id", number)), token_ids, start, shown))
+        shown = {key: row[key] for key in ("text", "prompt", "response", "messages") if key in row}
+        queries.append(Query(str(row.get("id", number)), token_ids, counted, shown))
     return queries
 
 
@@ -78,11 +82,16 @@ def split_queries(
     settings: dict, split: str, tokenizer: PreTrainedTokenizerBase, max_queries: int | None, cache_dir: str | None
 ) -> list[Query]:
     """Take a split of the run's data set as queries: each example of at most block_size tokens is one."""
-    documents = load_documents(settings["data_name"], settings["data_config"], split, cache_dir)
-    choice = Choice(settings["text_column"], settings["block_size"], False, max_queries, None, None, True)
+    documents = data.load_documents(settings["data_name"], settings["data_config"], split, cache_dir)
+    limits = {"max_examples": max_queries, "max_tokens": None, "shuffle_seed": None}
+    choice = data.choice(settings, pack=False, skip_bad_rows=True, **limits)
     with tempfile.TemporaryDirectory() as work:
-        rows = build_examples(documents, tokenizer, choice, None, Path(work))[0].to_list()
-    return [Query(f"{r['document_id']}-{r['block']}", r["input_ids"], 1, {"text": r["text"]}) for r in rows]
+        rows = data.build_examples(documents, tokenizer, choice, None, Path(work))[0].to_list()
+    return [
+        Query(f"{r['document_id']}-{r['block']}", ids, r.get("counted", [True] * len(ids)), {"text": r["text"]})
+        for r in rows
+        for ids in [r["input_ids"]]
+    ]
 
 
 def load_queries(
@@ -122,7 +131,7 @@ def load_queries(
     if double := [name for name, count in Counter(query.id for query in queries).items() if count > 1]:
         raise ValueError(f"expected a different id for each query of {split}, got {double[0]!r} twice; change one")
     for query in queries:
-        if split not in SPLITS and len(query.token_ids) <= query.start:
+        if split not in SPLITS and not any(query.counted[1:]):
             raise ValueError(f"expected a token that counts in every query, got none in query {query.id}; remove it")
         if limit is not None and len(query.token_ids) > limit:
             raise ValueError(

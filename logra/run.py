@@ -4,20 +4,27 @@ import argparse
 import math
 import os
 import re
+import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import xxhash
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
+from filelock import SoftFileLease, Timeout
 from torch import Tensor
 
 from logra.hessian import KINDS
 from logra.model import DEFAULT_MODEL, short_name
 from logra.store import DTYPES
+
+LEASE = 60.0  # seconds; see locked
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,6 +90,10 @@ RUN_FLAGS: dict[str, tuple[object, dict]] = {
         False,
         {"action": "store_const", "const": True, "help": "drop rows without text, and count them"},
     ),
+    "train_loss": (
+        "all",
+        {"choices": ["all", "response"], "help": "tokens that count; response needs prompt and response, or messages"},
+    ),
     "lora": ("random", {"choices": ["random", "pca", "none"], "help": "projection of the gradients"}),
     "rank_in": (64, {"type": positive_int, "help": "projected size of a layer's inputs"}),
     "rank_out": (64, {"type": positive_int, "help": "projected size of a layer's output gradients"}),
@@ -94,9 +105,16 @@ RUN_FLAGS: dict[str, tuple[object, dict]] = {
     ),
     "shard_examples": (None, {"type": positive_int, "help": "examples in a shard (chosen from their size)"}),
     "dtype": (None, {"choices": list(DTYPES), "help": "of the model: float32 on a CPU, bfloat16 on a GPU"}),
+    "quantize": (None, {"choices": ["8bit", "4bit"], "help": "load the model's weights so (bitsandbytes, a GPU)"}),
     "store_dtype": ("float32", {"choices": list(DTYPES), "help": "of the stored gradients"}),
     "seed": (0, {"type": seed_int, "help": "of the projections and the calibration sample"}),
 }
+
+
+DATA_FLAGS = (  # which documents; an extension has others
+    "data_name", "data_config", "data_split", "text_column",
+    "max_examples", "max_tokens", "shuffle_seed", "skip_bad_rows",
+)  # fmt: skip
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +127,24 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
     group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
     group.add_argument("--cache_dir", help="where downloaded data sets are kept")
+
+
+def batch_tokens(text: str) -> int | str:
+    """Return an argparse value that is a positive whole number or `auto`."""
+    return text if text == "auto" else positive_int(text)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that say how the model runs, in stages 2 and 3, and return their group."""
+    group = parser.add_argument_group("execution (results depend on these by rounding only)")
+    group.add_argument(
+        "--batch_tokens", type=batch_tokens, help="tokens in a batch, with padding; auto: what fits (1024; GPU: auto)"
+    )
+    group.add_argument("--batch_size", type=positive_int, help="examples in a batch at most (no limit)")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third slower")
+    group.add_argument("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
+    group.add_argument("--device_map", choices=["auto"], help="spread the model over GPUs, main memory and disk")
+    return group
 
 
 def given_settings(args: argparse.Namespace) -> dict:
@@ -158,6 +194,8 @@ def start_processes() -> Accelerator:
             f"expected at most {gpus} processes on this machine, one a GPU, got {local}; lower --num_processes"
         )
     wait = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    if "RANK" in os.environ:
+        end_with_parent()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
@@ -165,6 +203,50 @@ def start_processes() -> Accelerator:
             f"expected {world} processes (WORLD_SIZE), got {accelerator.num_processes}; use accelerate launch"
         )
     return accelerator
+
+
+def end_with_parent() -> None:
+    """End this process, from a thread, as soon as the launcher that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file inside the block. No lock of the kernel is used, so it holds on network file systems too.
+
+    A dead owner's lock is taken over: at once on this host, else after LEASE seconds without a sign of life.
+
+    Args:
+        path: The lock file; it is removed in the end.
+        what: What it stands for, for the message.
+
+    Raises:
+        ValueError: A living process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = SoftFileLease(path, lease_duration=LEASE, timeout=1)
+    try:
+        try:
+            lock.acquire()
+        except Timeout:
+            if path.exists() and f"host={socket.gethostname()}\n" in path.read_text():
+                raise
+            lock.acquire(timeout=LEASE + 10)
+    except Timeout:
+        raise ValueError(
+            f"expected {what} for this run alone, got another one at work there (see {path}); wait until it ends"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def gather_list(mine: list, accelerator: Accelerator) -> list:

@@ -3,6 +3,9 @@
 gradients/00000.safetensors          a tensor <layer> [n, r_out * r_in] for each layer
 gradients/00000.factors.safetensors  factor sums of the same examples (hooks.GradientCapture.take_factors)
 gradients/00000.json                 manifest, written last: first id, count, sizes and checksums (xxh3)
+
+A file of tensors comes with an entry {"bytes", "header", "tensors"}: its size, and the checksums of its header and of
+each tensor, so that whoever reads one tensor checks just that one.
 """
 
 import json
@@ -11,15 +14,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+_TYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def sync(path: Path) -> None:
@@ -31,25 +35,32 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def temporary(path: Path, tag: str = "") -> Path:
+    """Return where the content of `path` is written before it is whole."""
+    return path.with_name(f"{path.name}{tag}.tmp")
+
+
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well, flush it and rename it to `path` (a file or a folder)."""
+def atomic(path: Path, tag: str = "") -> Iterator[Path]:
+    """Yield a temporary path; when the block ends well, flush it and rename it to `path` (a file or a folder).
+
+    Writers that may meet at one path give different tags.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    was_folder = path.is_dir()
-    temporary = path.with_name(f"{path.name}.tmp")
-    remove(temporary)
+    was_folder, made = path.is_dir(), temporary(path, tag)
+    remove(made)
     try:
-        yield temporary
-        for part in [*temporary.rglob("*"), temporary]:
+        yield made
+        for part in [*made.rglob("*"), made]:
             sync(part)
-        if was_folder != temporary.is_dir() and path.exists():
+        if was_folder != made.is_dir() and path.exists():
             raise ValueError(f"expected to replace {path} by one of its kind, got a folder there; choose another name")
         if was_folder:  # a folder is not replaced in one step
             remove(path)
-        temporary.replace(path)
+        made.replace(path)
         sync(path.parent)
     except BaseException:
-        remove(temporary)
+        remove(made)
         raise
 
 
@@ -69,10 +80,10 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict, tag: str = "") -> None:
     """Write JSON atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic(path, tag) as made:
+        made.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, remedy: str) -> dict:
@@ -87,12 +98,9 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def write_tensors(path: Path, layout: dict[str, tuple[torch.dtype, list[int]]], tensors: Iterable[Tensor]) -> dict:
-    """Write tensors, one at a time in the layout's order, to `path` in the safetensors format.
+    """Write tensors, one at a time in the layout's order, to `path` in the safetensors format; return its entry.
 
     safetensors' own save needs all tensors in memory at once and gives no checksum.
-
-    Returns:
-        {"bytes": size of the file, "xxh3": its checksum}
     """
     header, offset = {}, 0
     for name, (dtype, shape) in layout.items():
@@ -101,43 +109,80 @@ def write_tensors(path: Path, layout: dict[str, tuple[torch.dtype, list[int]]], 
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    checksum, size = xxhash.xxh3_64(), 0
+    text = len(text).to_bytes(8, "little") + text
+    checksums = {}
     with open(path, "wb") as file:
-
-        def put(data) -> None:
-            nonlocal size
-            file.write(data)
-            checksum.update(data)
-            size += len(data)
-
-        put(len(text).to_bytes(8, "little") + text)
+        file.write(text)
         for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
             if tensor.dtype != dtype or list(tensor.shape) != list(shape):
                 raise ValueError(f"expected {dtype} {shape} for {name}, got {tensor.dtype} {list(tensor.shape)}")
-            put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {"bytes": size, "xxh3": checksum.hexdigest()}
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            checksums[name] = xxhash.xxh3_64_hexdigest(data)
+    return {"bytes": len(text) + offset, "header": xxhash.xxh3_64_hexdigest(text), "tensors": checksums}
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
-    """Write a dict of tensors atomically; see write_tensors."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], tag: str = "") -> dict:
+    """Write a dict of tensors atomically; return the file's entry."""
     layout = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
-        return write_tensors(temporary, layout, tensors.values())
+    with atomic(path, tag) as made:
+        return write_tensors(made, layout, tensors.values())
 
 
-def file_checksum(path: Path) -> dict:
-    """Return {"bytes", "xxh3"} of a file, as write_tensors does."""
-    checksum, size = xxhash.xxh3_64(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            checksum.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "xxh3": checksum.hexdigest()}
+class TensorFile:
+    """A file of write_tensors, open for reading. What is read is checked against the file's entry.
+
+    Raises:
+        ValueError: The file is missing or was altered; so does `read`. The message names the file.
+    """
+
+    def __init__(self, path: Path, entry: object):
+        self.path, self.entry = path, entry
+        try:
+            self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing") from None
+        size = int.from_bytes(self.file.read(8), "little")
+        known = isinstance(entry, dict) and isinstance(entry.get("tensors"), dict)
+        if not known or os.fstat(self.file.fileno()).st_size != entry.get("bytes") or size > entry["bytes"]:
+            self._altered("its size differs")
+        text = size.to_bytes(8, "little") + self.file.read(size)
+        if xxhash.xxh3_64_hexdigest(text) != entry.get("header"):
+            self._altered("the checksum of its header differs")
+        self.header, self.start = json.loads(text[8:]), 8 + size
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def _altered(self, how: str) -> NoReturn:
+        self.file.close()
+        raise ValueError(f"{self.path} was altered ({how})")
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a tensor."""
+        first, end = self.header[name]["data_offsets"]
+        return end - first
+
+    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        """Return a tensor, in `buffer` (uint8, large enough) or in memory of its own."""
+        about = self.header[name]
+        first, size = about["data_offsets"][0], self.size(name)
+        data = (torch.empty(size, dtype=torch.uint8) if buffer is None else buffer)[:size]
+        view, done = memoryview(data.numpy()), 0
+        while done < size and (got := os.preadv(self.file.fileno(), [view[done:]], self.start + first + done)):
+            done += got
+        if done < size or xxhash.xxh3_64_hexdigest(view) != self.entry["tensors"].get(name):
+            self._altered(f"the checksum of {name} differs")
+        return data.view(_TYPES[about["dtype"]]).view(about["shape"])
 
 
-def shard_ids(examples: int, shard_examples: int) -> list[range]:
-    """Return the example ids of each shard."""
-    return [range(i, min(i + shard_examples, examples)) for i in range(0, examples, shard_examples)]
+def load_tensors(path: Path, entry: object) -> dict[str, Tensor]:
+    """Return all tensors of a file, checked."""
+    with TensorFile(path, entry) as file:
+        return {name: file.read(name) for name in file.header}
 
 
 def shard_files(folder: Path, index: int) -> dict[str, Path]:
@@ -154,40 +199,31 @@ def write_shard(folder: Path, index: int, ids: range, grads: dict[str, Tensor], 
     write_json(files["manifest"], manifest)
 
 
-def shard_problem(folder: Path, index: int, ids: range) -> str | None:
-    """Say what is wrong with a shard: missing, of other examples, or altered; None where it is whole."""
+def open_shard(folder: Path, index: int, ids: range, kind: str = "gradients") -> TensorFile:
+    """Open a shard's gradients {layer: [n, k]} or its factors.
+
+    Raises:
+        ValueError: The shard is missing, of other examples, or altered.
+    """
     files = shard_files(folder, index)
     if not files["manifest"].exists():
-        return f"{files['manifest']} is missing"
+        raise ValueError(f"{files['manifest']} is missing")
     try:
         manifest = read_json(files["manifest"], "")
     except ValueError:
-        return f"{files['manifest']} was altered (it is no JSON)"
+        raise ValueError(f"{files['manifest']} was altered (it is no JSON)") from None
     if (manifest.get("first_example"), manifest.get("examples")) != (ids.start, len(ids)):
-        return f"{files['manifest']} is not of examples {ids.start} to {ids.stop - 1}"
-    for key in ("gradients", "factors"):
-        if not files[key].exists():
-            return f"{files[key]} is missing"
-        if file_checksum(files[key]) != manifest.get(key):
-            return f"{files[key]} was altered (its checksum differs)"
+        raise ValueError(f"{files['manifest']} is not of examples {ids.start} to {ids.stop - 1}")
+    return TensorFile(files[kind], manifest.get(kind))
+
+
+def shard_problem(folder: Path, index: int, ids: range) -> str | None:
+    """Say what is wrong with a shard: missing, of other examples, or altered; None where it is whole."""
+    try:
+        for kind in ("gradients", "factors"):
+            with open_shard(folder, index, ids, kind) as file:
+                for name in file.header:
+                    file.read(name)
+    except ValueError as error:
+        return str(error)
     return None
-
-
-def check_shards(folder: Path, shards: list[range]) -> None:
-    """Raise a ValueError that names the first shard which is missing or altered."""
-    for index, ids in enumerate(shards):
-        if problem := shard_problem(folder, index, ids):
-            raise ValueError(f"expected {len(shards)} whole shards, but {problem}; run extract_log.py again")
-
-
-def load_shard(folder: Path, index: int, layers: Iterable[str], factors: bool = False) -> dict[str, Tensor]:
-    """Return {layer: tensor} of one shard, memory-mapped; of its factor file with factors=True."""
-    path = shard_files(folder, index)["factors" if factors else "gradients"]
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in layers}
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, memory-mapped."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

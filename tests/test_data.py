@@ -6,6 +6,7 @@ from conftest import WORDS, make_texts, make_tokenizer, write_jsonl
 from datasets import Dataset
 
 from logra import data
+from logra.batches import length_batches
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def test_blocks_are_of_one_document(tokenizer, tmp_path):
     texts = make_texts(15)
     documents = Dataset.from_dict({"text": texts})
     rows, counts = build(documents, tokenizer, tmp_path, block_size=7)
-    assert counts == {"documents": len(texts), "dropped_rows": 0}
+    assert counts == {"documents": len(texts), "dropped_rows": 0, "rows": len(texts)}
     for i, text in enumerate(texts):
         blocks = [row for row in rows if row["document_id"] == str(i)]
         assert [b["block"] for b in blocks] == list(range(len(blocks)))
@@ -119,11 +120,11 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
 def test_length_batches():
     """Every position once, within the budget, of like length."""
     lengths = [5, 90, 3, 40, 41, 7, 0, 200]
-    batches = data.length_batches(lengths, 100)
+    batches = length_batches(lengths, 100)
     assert sorted(sum(batches, [])) == list(range(8))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 100 for b in batches)
-    assert max(len(b) for b in data.length_batches(lengths, 10**6, 3)) == 3
-    assert len(data.length_batches([1] * 10, 10**6)) == 1
+    assert max(len(b) for b in length_batches(lengths, 10**6, 3)) == 3
+    assert len(length_batches([1] * 10, 10**6)) == 1
 
 
 def test_source_fingerprint(tmp_path):

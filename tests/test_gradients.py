@@ -7,14 +7,19 @@ import reference
 import torch
 from conftest import OTHERS, VOCAB, make_model
 
-from logra import data, loss, projection
-from logra.extraction import gradients, run_batch
+from logra import loss, projection
+from logra.batches import make_batch
+from logra.extraction import Extractor, run_batch
 from logra.hooks import GradientCapture
 from logra.model import choose_layers
 
 
 def random_ids(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,)).tolist() for n in lengths]
+
+
+def gradients(model, capture, ids, first_id, limits):
+    return Extractor(model, capture, *limits).gradients(ids, first_id=first_id).wait()[0]
 
 
 def setup(model, rank_in=5, rank_out=4, mlp_only=False):
@@ -83,10 +88,10 @@ def test_a_gradient_does_not_depend_on_the_padding_side(model):
     """Left padding with a mask gives what right padding without one gives."""
     _, projections = setup(model)
     ids = random_ids([6, 11])
-    right = data.make_batch(ids)
+    right = make_batch(ids)
     pad = [11 - len(row) for row in ids]
     mask = torch.tensor([[0] * n + [1] * (11 - n) for n in pad])
-    left = [torch.stack([t[row].roll(n) for row, n in enumerate(pad)]) for t in right]
+    left = [torch.stack([t[row].roll(n) for row, n in enumerate(pad)]) for t in right[:3]]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with GradientCapture(model, projections, factors=True) as capture:
         expected = capture.backward(loss.example_losses(model, *right[:2]), right.positions)
@@ -105,7 +110,8 @@ def test_response_only(model):
     shapes, projections = setup(model)
     ids = random_ids([14, 10])
     with GradientCapture(model, projections) as capture:
-        grads = run_batch(model, capture, ids, [6, 9])
+        counted = [[i >= start for i in range(len(row))] for row, start in zip(ids, [6, 9], strict=True)]
+        grads = run_batch(model, capture, ids, counted)
     for row, start in enumerate([6, 9]):
         for layer, g in reference.full_gradient(model, shapes, ids[row], start).items():
             assert relative(grads[layer][row], reference.project(g, *projections[layer])) < 1e-5
@@ -115,7 +121,7 @@ def test_losses(model):
     """The fused loss is the plain one, to 1e-5, whatever the chunk."""
     ids = random_ids([14, 10, 2])
     expected = torch.tensor([reference.example_loss(model, row) for row in ids])
-    batch = data.make_batch(ids)
+    batch = make_batch(ids)
     for chunk in (2**25, 16 * VOCAB):
         loss.CHUNK, before = chunk, loss.CHUNK
         assert relative(loss.example_losses(model, batch.input_ids, batch.targets).detach(), expected) < 1e-5
@@ -140,8 +146,7 @@ def test_factor_sums(model):
     shapes, projections = setup(model)
     ids = random_ids([9, 4, 1, 12])
     with GradientCapture(model, projections, factors=True) as capture:
-        grads = gradients(model, capture, ids, 0, (30, None))
-        sums = capture.take_factors()
+        grads, sums = Extractor(model, capture, 30).gradients(ids).wait()
     assert sums["examples"] == 4 and sums["tokens"] == 8 + 3 + 0 + 11
     expected_a, expected_b = dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0)
     for row in ids:

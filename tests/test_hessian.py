@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from logra import hessian, influence, projection, store
+from logra import hessian, influence, projection
 
 R_OUT, R_IN, TOKENS = 4, 5, 6
 K = R_OUT * R_IN
@@ -15,7 +15,7 @@ class FakeLog:
 
     def __init__(self, examples: int, per_shard: int = 7):
         self.projected, self.examples = {"layer": (R_OUT, R_IN)}, examples
-        self.shards = store.shard_ids(examples, per_shard)
+        self.shards = [range(i, min(i + per_shard, examples)) for i in range(0, examples, per_shard)]
         self.xs = [
             torch.randn(TOKENS, R_IN, dtype=torch.float64) @ torch.diag(torch.arange(1.0, 6).double())
             for _ in range(examples)
@@ -172,7 +172,15 @@ def test_scores_by_definition(mode, kind):
     solved = {str(i): s.solve(q.float()) for i, (s, q) in enumerate(zip(solvers, queries, strict=True))}
     block = {str(i): log.grads.float() for i, log in enumerate(logs)}
     self_influence = sum(s.quadratic(log.grads.float()) for s, log in zip(solvers, logs, strict=True))
-    assert close(influence.finish(influence.dot_scores(solved, block), self_influence, mode), expected)
+    dots = sum(p @ block[layer].T for layer, p in solved.items())
+    assert close(influence.finish(dots, self_influence, mode), expected)
+    blocks = [(0, layer, z[:20]) for layer, z in block.items()] + [(1, layer, z[20:]) for layer, z in block.items()]
+    own = {str(i): [s.quadratic] for i, s in enumerate(solvers)}
+    padded = influence.pad_queries({layer: torch.cat([p, p]) for layer, p in solved.items()}, "cpu")
+    for (shard, streamed, selves), n in zip(influence.score_shards(blocks, padded, own), (20, 10), strict=True):
+        part = slice(20 * shard, 20 * shard + n)
+        assert close(streamed[:, :4].T, dots[:, part].double()) and close(streamed[:, 4:8].T, dots[:, part].double())
+        assert close(selves[0], self_influence[part].double())
 
 
 def test_zero_gradients_add_nothing():

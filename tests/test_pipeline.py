@@ -37,6 +37,11 @@ def stored_gradients(log: Log) -> dict[str, torch.Tensor]:
     return {layer: torch.cat(list(log.blocks(layer, every))) for layer in log.layers}
 
 
+def hessian_tensors(log: Log, kind: str) -> dict[str, torch.Tensor]:
+    path = log.hessian_path(kind)
+    return store.load_tensors(path, json.loads(path.with_suffix(".json").read_text()))
+
+
 @pytest.mark.parametrize("mode", ["dot", "cosine", "l2"])
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied"])
 def test_unprojected_raw_is_the_exact_fisher_influence(cli, tiny, workspace, name, mode):
@@ -209,14 +214,14 @@ def test_another_hessian_needs_no_model_and_no_data(cli, tiny, workspace):
     for kind in ("kfac", "ekfac"):
         fresh = ("--log_dir", f"log_{kind}", "--hessian", kind, "--basis", "projected", "--rank", 4)
         assert cli("extract_log", "--model_name", "model", "--data_name", "docs.jsonl", *fresh)[0] == 0
-        expected[kind] = store.load_tensors(Path(f"log_{kind}/hessian/{kind}.safetensors"))
+        expected[kind] = hessian_tensors(Log.load(Path(f"log_{kind}")), kind)
     shutil.move("model", "elsewhere")
     Path("docs.jsonl").unlink()
     for kind in ("kfac", "ekfac"):
         status, _, err = cli("compute_influence", *QUERIES, "--hessian", kind)
         assert status == 2 and f"extract_log.py --log_dir log --hessian {kind}" in err
         assert cli("extract_log", "--log_dir", "log", "--hessian", kind)[0] == 0
-        for key, tensor in store.load_tensors(Path(f"log/hessian/{kind}.safetensors")).items():
+        for key, tensor in hessian_tensors(Log.load(Path("log")), kind).items():
             assert torch.allclose(tensor, expected[kind][key], rtol=1e-4, atol=1e-6)
     shutil.move("elsewhere", "model")
     kfac, _ = influence(cli, "--hessian", "kfac")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, make_texts, save_model, write_jsonl
-from test_pipeline import stored_gradients
+from test_pipeline import hessian_tensors, stored_gradients
 
 from logra import store
 from logra.log import Log
@@ -73,7 +73,7 @@ def test_two_processes_give_what_one_gives(tiny, workspace, flags):
     for layer in one:
         assert (one[layer] - two[layer]).norm() < 1e-5 * one[layer].norm()
     kind = flags.split()[1]
-    hessians = [store.load_tensors(log.hessian_path(kind)) for log in logs]
+    hessians = [hessian_tensors(log, kind) for log in logs]
     for key in hessians[0]:
         one_sum, two_sum = (tensors[key].double() for tensors in hessians)
         assert (one_sum - two_sum).norm() <= 1e-5 * one_sum.norm()

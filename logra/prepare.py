@@ -1,0 +1,85 @@
+"""What stands in a run before its first shard: run.json, the train examples, the projections."""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from logra import data, projection, run, store
+from logra.extraction import CPU_TOKENS, Extractor, calibration_batches, factor_sums
+from logra.hooks import GradientCapture
+from logra.log import Log
+
+
+def with_data_flags(settings: dict, args: argparse.Namespace) -> dict:
+    """Return a run's settings with the flags of the data as they were given, or their defaults."""
+    given = {name: getattr(args, name) for name in run.DATA_FLAGS}
+    return settings | {name: run.RUN_FLAGS[name][0] if value is None else value for name, value in given.items()}
+
+
+def prepare_data(args: argparse.Namespace, log: Log, tokenizer, further: dict | None) -> None:
+    """Write run.json, tokenise into train/ (or an extension), then enter the data's counts and fingerprints."""
+    settings = further or log.settings
+    name, config, split = (settings[key] for key in ("data_name", "data_config", "data_split"))
+    documents = data.load_documents(name, config, split, args.cache_dir)
+    first_row = sum(part["rows"] for part in log.parts) if further else 0
+    choice = data.choice(settings, first_row=first_row)
+    data.row_form(documents.column_names, choice.text_column, choice.response)
+    part = log.train_folder(len(log.parts) if further else 0)
+    store.remove(part if further else log.folder)
+    try:
+        if not further:
+            log.save()
+        counts = data.write_examples(part, documents, tokenizer, choice, args.num_proc)
+        if further:
+            log.check_new_documents(part)
+    except BaseException:
+        store.remove(part if further else log.folder)  # nothing of it is there yet
+        raise
+    counts |= log.shard_size(counts["examples"]) | {"source": data.source_fingerprint(name)}
+    counts |= {"settings": {flag: settings[flag] for flag in run.DATA_FLAGS}}
+    log.save(**({"extensions": [*log.parts[1:], counts]} if further else {"data": counts}))
+    if counts["dropped_rows"]:
+        run.say(f"dropped {counts['dropped_rows']} rows without text")
+
+
+def make_extractor(args: argparse.Namespace, lm: nn.Module, capture: GradientCapture, log: Log) -> Extractor:
+    """Return what runs the model, with the size of batch that was asked for or that fits."""
+    tokens = args.batch_tokens or ("auto" if torch.cuda.is_available() else CPU_TOKENS)
+    extractor = Extractor(lm, capture, 0 if tokens == "auto" else tokens, args.batch_size, args.fsdp, run.say)
+    if tokens == "auto":
+        most = min(args.batch_size or 2**20, max(map(len, log.shards)))
+        run.say(f"--batch_tokens {extractor.find_batch_tokens(log.settings['block_size'], most)}")
+    return extractor
+
+
+def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) -> None:
+    """Draw the projections, rotate them into the eigenbasis of a sample where that is asked for, and save them."""
+    settings = log.settings
+    projections, sizes = projection.identity(log.shapes), log.shapes
+    if settings["lora"] == "random":
+        projections, sizes = projection.draw(log.shapes, log.projected, settings["seed"]), log.projected
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if settings["basis"] == "eigen" or settings["lora"] == "pca":
+        examples = log.train()
+        log.check_memory("", sizes)
+        with GradientCapture(lm, projections, grads=False, factors=True) as capture:
+            extractor = make_extractor(args, lm, capture, log)
+            batches = calibration_batches(
+                data.token_counts(examples), settings["seed"], extractor.batch_tokens, args.batch_size
+            )
+            mine = batches[rank::ranks]
+            with tqdm(total=len(mine), desc="calibrating", unit="batch", disable=rank > 0) as bar:
+                sums = factor_sums(extractor, sizes, examples, mine, bar.update)
+        rotated = []
+        for i, (layer, p) in enumerate(projections.items()):
+            covs = [run.sum_over_ranks(sums.pop(f"{layer}.{side}"), accelerator) for side in "AB"]
+            if i % ranks == rank:  # the eigenvectors of a layer are one rank's work
+                rotated.append((layer, projection.rotate(p, *covs, log.projected[layer])))
+        rotated = dict(run.gather_list(rotated, accelerator))
+        projections = {layer: rotated[layer] for layer in projections}
+    if accelerator.is_main_process:
+        path = log.folder / "projections.safetensors"
+        log.save(projections=store.save_tensors(path, projection.to_tensors(projections)))

@@ -1,0 +1,132 @@
+"""Files of scores: scores.npy, or with --top_k_only the ends of it; and the train examples' self-influence.
+
+scores/<label>/scores.npy                          [Q, N] float32, or
+               top.safetensors, bottom.safetensors  scores [Q, K] float32 and ids [Q, K] int64, best first
+self_influence/<label>.safetensors                 values [N] float32; kept, since it does not depend on the queries
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from accelerate import Accelerator
+from torch import Tensor
+
+from logra import store
+from logra.influence import RunningTopK
+from logra.log import Log
+from logra.queries import Query
+
+
+class ScoreFile:
+    """The scores of one damping, written by all ranks, each its shards' columns.
+
+    Args:
+        folder: Where to.
+        queries, examples: Q and N.
+        top_k_only: Keep this many of the highest and of the lowest scores of each query only.
+    """
+
+    def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None):
+        self.folder, self.shape, self.k = folder, (queries, examples), top_k_only
+        self.matrix: np.ndarray | None = None
+        self.ends: dict[int, dict[str, RunningTopK]] = {}  # by the number of a group's first query
+
+    def create(self) -> None:
+        """Make an empty scores.npy; on one rank, before the others write. A full disk is an OSError here."""
+        if self.k is None:
+            path = self.folder / "scores.npy"
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=self.shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk would be a crash in a memory-mapped write
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+    def put(self, first: int, ids: range, scores: Tensor) -> None:
+        """Take scores [queries of the group, n] of a group of queries from number `first` on, for examples ids."""
+        if self.k is not None:
+            if first not in self.ends:
+                self.ends[first] = {end: RunningTopK(len(scores), self.k, end == "top") for end in ("top", "bottom")}
+            for end in self.ends[first].values():
+                end.add(scores, torch.arange(ids.start, ids.stop))
+            return
+        if self.matrix is None:
+            self.matrix = np.load(self.folder / "scores.npy", mmap_mode="r+")
+        self.matrix[first : first + len(scores), ids.start : ids.stop] = scores.numpy()
+
+    def close(self, gather: Callable, accelerator: Accelerator) -> None:
+        """Flush what this rank has; merge the ranks' top k, on every rank."""
+        if self.matrix is not None:
+            self.matrix.flush()
+        if self.k is None:
+            return
+        mine = [(first, name, end) for first, ends in self.ends.items() for name, end in ends.items()]
+        found = gather([(first, name, end.scores, end.ids) for first, name, end in mine], accelerator)
+        for name in ("top", "bottom"):
+            groups: dict[int, RunningTopK] = {}
+            for first, _, scores, ids in (entry for entry in found if entry[1] == name):
+                groups.setdefault(first, RunningTopK(len(scores), self.k, name == "top")).add(scores, ids)
+            ordered = [groups[first] for first in sorted(groups)]
+            tensors = {key: torch.cat([getattr(end, key) for end in ordered]) for key in ("scores", "ids")}
+            if accelerator.is_main_process:
+                entry = store.save_tensors(self.folder / f"{name}.safetensors", tensors)
+                store.write_json(self.folder / f"{name}.json", entry)
+
+    def describe(self, queries: list[Query], about: dict, self_influence: Tensor | None) -> None:
+        """Write queries.jsonl, run.json and, where given, self_influence.npy."""
+        rows = [{"id": q.id, **q.row, "tokens": len(q.token_ids), "counted": sum(q.counted)} for q in queries]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.folder / "queries.jsonl").write_text(text, "utf-8")
+        if self_influence is not None:
+            np.save(self.folder / "self_influence.npy", self_influence.numpy())
+        store.write_json(self.folder / "run.json", about)
+
+
+class SelfInfluence:
+    """z^T (C + lambda I)^-1 z of all train examples for S dampings: `values` [S, N], and `whole` once it is known.
+
+    Kept in the run's folder for the next scores with the same Hessian, layers and dampings.
+    """
+
+    def __init__(self, log: Log, kind: str, layers: list[str], dampings: list[float], absolute: bool):
+        self.dampings = dampings
+        known = log.hessian_path(kind).with_suffix(".json").read_text() if kind != "none" else ""
+        self.key = {"hessian": xxhash.xxh3_64_hexdigest(known.encode()), "examples": log.examples}
+        self.key |= {"fingerprints": log.fingerprints}
+        chosen = xxhash.xxh3_64_hexdigest(json.dumps(layers).encode())[:8]
+        sign = "abs" if absolute else ""
+        names = [f"{kind}-{sign}{value:g}-{chosen}.safetensors" for value in dampings]
+        self.paths = [log.folder / "self_influence" / name for name in names]
+        self.values = torch.zeros(len(dampings), log.examples)
+        stored = [self._load(path) for path in self.paths]
+        self.whole = all(values is not None for values in stored)
+        if self.whole:
+            self.values = torch.stack(stored)
+
+    def _load(self, path: Path) -> Tensor | None:
+        """Return what is stored, if it is whole and of the same Hessian and examples."""
+        try:
+            entry = store.read_json(path.with_suffix(".json"), "")
+            values = store.load_tensors(path, entry)["values"]
+        except ValueError:
+            return None
+        return values if all(entry.get(key) == value for key, value in self.key.items()) else None
+
+    def of(self, damping: float) -> Tensor:
+        """Return the values [N] of one damping."""
+        return self.values[self.dampings.index(damping)]
+
+    def put(self, ids: range, parts: list[Tensor]) -> None:
+        """Add a layer's (or all layers') share, S times [n], of the examples ids."""
+        self.values[:, ids.start : ids.stop] += torch.stack(parts).cpu()
+
+    def save(self, total: Callable, accelerator: Accelerator) -> None:
+        """Sum over ranks, and keep it."""
+        self.values, self.whole = total(self.values, accelerator), True
+        for path, values in zip(self.paths, self.values, strict=True) if accelerator.is_main_process else ():
+            tag = f".{os.getpid()}"  # other queries may be scored at the same time
+            entry = store.save_tensors(path, {"values": values.contiguous()}, tag)
+            store.write_json(path.with_suffix(".json"), entry | self.key, tag)
