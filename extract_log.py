@@ -146,7 +146,7 @@ def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if kind == "none" or log.hessian_problem(kind) is None:
         return
-    run.say(f"Hessian {kind}: at most {log.check_memory(kind) / 1e9:.2g} GB a process")
+    run.say(f"Hessian {kind}: at most {log.check_memory(kind) / 1e6:,.0f} MB of memory a process")
     path, rotated = log.hessian_path(kind), log.settings["basis"] == "eigen"
     layout = hessian.layout(kind, log.projected, log.examples, rotated)
     mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)

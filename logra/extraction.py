@@ -129,7 +129,7 @@ class Extractor:
     def _empty(self) -> dict[str, Tensor]:
         """Run a batch without a loss, for the sake of the other ranks."""
         grads = run_batch(self.model, self.capture, [[0]])
-        self.capture.forget_last()
+        self.capture.rollback()
         return grads
 
     def _attempt(self, token_ids: list[list[int]], counted: Counted) -> dict[str, Tensor] | None:
@@ -147,8 +147,10 @@ class Extractor:
                 if not out_of_memory(error):
                     raise
                 grads = None
-        if grads is None:
-            self.capture.forget_last()
+        if grads is not None:
+            self.capture.commit()
+        else:
+            self.capture.rollback()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -252,7 +254,7 @@ class Extractor:
             for _ in range(2):  # the first one warms up
                 begin = time.perf_counter()
                 grads = self._attempt([[i % self.vocabulary for i in range(length)]] * examples, None)
-                self.capture.forget_last()
+                self.capture.take_factors()
                 if grads is None:
                     break
                 if grads:

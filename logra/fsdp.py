@@ -4,6 +4,7 @@ Every rank works on examples of its own, but each layer's weights are gathered f
 rank has to make the same all-gathers in the same order, whatever happens to its batch.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from logra.model import blocks, fingerprint, load_config, load_model, out_of_memory
 
 T = TypeVar("T")
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done in place to it here
 
 
 def load_sharded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, str]:
@@ -62,7 +64,7 @@ class _RecordedAllGather(AllGather):
 
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
         self.calls.append((output_tensor.numel(), output_tensor.dtype, output_tensor.device, group))
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class Lockstep:
@@ -97,7 +99,7 @@ class Lockstep:
             self.lm.base_model.reset_iter_state()
             for size, dtype, device, group in self.plan[len(self.gather.calls) :]:
                 output = torch.zeros(size, dtype=dtype, device=device)
-                dist.all_gather_into_tensor(output, output.chunk(group.size())[0].clone(), group=group)
+                dist.all_gather_single(output, output.chunk(group.size())[0].clone(), group=group)
         return None if self.any(result is None) else result
 
     def any(self, mine: bool) -> bool:

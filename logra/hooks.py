@@ -61,7 +61,7 @@ class GradientCapture:
         self.want_grads, self.want_factors = grads, factors
         self._grads: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
-        self._last: dict[str, Tensor] = {}  # sums of the last batch, until the next one begins
+        self._last: dict[str, Tensor] = {}  # sums of the last batch, until they are committed
 
     def __enter__(self) -> "GradientCapture":
         self._training = {m: m.training for m in self.model.modules()}
@@ -117,8 +117,8 @@ class GradientCapture:
             losses: One loss an example, not yet summed.
             positions: [B, T] bool, the positions that can carry a gradient: real tokens before the last counted one.
         """
-        self._add(self._sums, self._last)
-        self._last, self._positions, self._grads = {}, positions, {}
+        self.commit()
+        self._positions, self._grads = positions, {}
         losses.sum().backward()
         grads, self._grads = self._grads, {}
         missing = set(self.projections) - set(grads) if self.want_grads else set()
@@ -132,8 +132,13 @@ class GradientCapture:
             self._last |= {f"{name}.square": grad.square().sum(dim=0) for name, grad in grads.items()} | counts
         return grads
 
-    def forget_last(self) -> None:
-        """Leave the last batch, finished or not, out of the factor sums."""
+    def commit(self) -> None:
+        """Count the last batch in the factor sums for good; the next one, and take_factors, do so too."""
+        self._add(self._sums, self._last)
+        self._last = {}
+
+    def rollback(self) -> None:
+        """Leave the batch since the last commit, finished or not, out of the factor sums."""
         self._last, self._grads = {}, {}
 
     def take_factors(self) -> dict[str, Tensor]:
@@ -142,6 +147,6 @@ class GradientCapture:
         <layer>.A [r_in, r_in], <layer>.B [r_out, r_out], <layer>.square [r_out * r_in] (with grads), and the counts
         `examples` and `tokens` (int64).
         """
-        self._add(self._sums, self._last)
-        factors, self._sums, self._last = self._sums, {}, {}
+        self.commit()
+        factors, self._sums = self._sums, {}
         return factors

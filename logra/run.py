@@ -238,7 +238,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         except Timeout:
             if path.exists() and f"host={socket.gethostname()}\n" in path.read_text():
                 raise
-            lock.acquire(timeout=LEASE + 10)
+            lock.acquire(timeout=2 * LEASE)
     except Timeout:
         raise ValueError(
             f"expected {what} for this run alone, got another one at work there (see {path}); wait until it ends"

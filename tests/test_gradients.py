@@ -7,11 +7,11 @@ import reference
 import torch
 from conftest import OTHERS, VOCAB, make_model
 
-from logra import loss, projection
+from logra import extraction, loss, projection
 from logra.batches import make_batch
 from logra.extraction import Extractor, run_batch
 from logra.hooks import GradientCapture
-from logra.model import choose_layers
+from logra.model import blocks, checkpoint_blocks, choose_layers
 
 
 def random_ids(lengths: list[int]) -> list[list[int]]:
@@ -159,6 +159,52 @@ def test_factor_sums(model):
         assert relative(sums[f"{layer}.A"], expected_a[layer]) < 1e-5
         assert relative(sums[f"{layer}.B"], expected_b[layer]) < 1e-5
         assert relative(sums[f"{layer}.square"], grads[layer].square().sum(0)) < 1e-5
+
+
+def test_batches_give_way_to_memory(model, monkeypatch):
+    """Where memory runs out for a batch it is halved, and later ones are smaller; rows and sums stay exact."""
+    _, projections = setup(model)
+    ids, said = random_ids([12, 3, 20, 1, 9, 20, 20, 18]), []
+    with GradientCapture(model, projections, factors=True) as capture:
+        expected, sums = Extractor(model, capture, 10**6).gradients(ids).wait()
+        original, sizes = extraction.run_batch, []
+
+        def short(model, capture, token_ids, counted=None):
+            sizes.append(len(token_ids) * max(map(len, token_ids)))
+            grads = original(model, capture, token_ids, counted)
+            if sizes[-1] > 45:
+                raise torch.OutOfMemoryError("simulated")
+            return grads
+
+        monkeypatch.setattr(extraction, "run_batch", short)
+        extractor = Extractor(model, capture, 10**6, say=said.append)
+        got, factors = extractor.gradients(ids).wait()
+        assert said[0] == "out of memory with 160 tokens in a batch; going on with 80" and len(said) == 2
+        assert all(relative(got[layer], expected[layer]) < 1e-5 for layer in expected)
+        assert all(relative(factors[key], total) < 1e-5 for key, total in sums.items())
+        sizes.clear()
+        extractor.gradients(ids).wait()
+        assert max(sizes) <= 45, "what was found out is kept"
+        assert extractor.find_batch_tokens(10, 100) in (10, 20, 40) and max(sizes) <= 80
+        with pytest.raises(ValueError, match=r"memory for an example of 46 tokens.*--gradient_checkpointing"):
+            extractor.gradients(random_ids([46]))
+
+
+def test_gradient_checkpointing(model):
+    """The same gradients and sums, from blocks that run twice."""
+    _, projections = setup(model)
+    ids, results, runs = random_ids([12, 3, 20]), [], []
+    blocks(model)[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    for again in (False, True):
+        if again:
+            checkpoint_blocks(model)
+            inner = next(blocks(model)[1].children())
+            inner.register_forward_pre_hook(lambda *_: runs.append(2))
+        with GradientCapture(model, projections, factors=True) as capture:
+            results.append(Extractor(model, capture, 10**6).gradients(ids).wait())
+    for one, two in zip(*results, strict=True):
+        assert all(relative(one[key], two[key]) < 1e-5 for key in one)
+    assert runs.count(2) == 2
 
 
 def test_the_model_is_left_alone(model):
