@@ -1,10 +1,11 @@
 """Speed and memory of extraction against the bare forward pass, in one process and one run, interleaved.
 
-Times a batch of random tokens through: the plain forward pass with logits; forward and full backward (every weight's
-gradient); and ours (projected per-example gradients, factor sums, copied to the shard's buffer). Prints medians, the
-ratio, and one JSON line.
+Times batches of random tokens through: the plain forward pass with logits; forward and full backward (every weight's
+gradient); ours (projected per-example gradients and factor sums, written to a store); and ours without the factor
+sums, which kfac and ekfac need. Prints medians, the median of the pairwise ratios, and one JSON line. Several values
+of a flag are a sweep.
 
-    python benchmarks/extraction.py --model_name models/SmolLM2-135M-Instruct --block_size 256
+    python benchmarks/extraction.py --block_size 128 256 512
 """
 
 import argparse
@@ -14,17 +15,19 @@ import platform
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import model, projection, run
-from logra.extraction import gradients
+from logra import model, projection, run, store
+from logra.extraction import Extractor
 from logra.hooks import GradientCapture
 from logra.store import DTYPES
 
@@ -33,11 +36,13 @@ def build_parser() -> run.Parser:
     """Return the command line's parser."""
     parser = run.Parser(description=__doc__)
     parser.add_argument("--model_name", default=model.DEFAULT_MODEL, help="(%(default)s)")
-    parser.add_argument("--block_size", type=run.positive_int, default=256, help="tokens in an example (256)")
-    parser.add_argument("--batch_size", type=run.positive_int, default=4, help="examples in a batch (4)")
-    parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
+    several = {"type": run.positive_int, "nargs": "+"}
+    parser.add_argument("--block_size", **several, default=[256], help="tokens in an example (256)")
+    parser.add_argument("--batch_size", **several, default=[4], help="examples in a batch (4)")
+    parser.add_argument("--rank", **several, default=[64], help="(64)")
+    parser.add_argument("--batches", type=run.positive_int, default=2, help="in a measurement (2)")
     parser.add_argument("--all_layers", action="store_true", help="attention too, not the MLP only")
-    parser.add_argument("--repeats", type=run.positive_int, default=7, help="of each, interleaved (7)")
+    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
     return parser
 
 
@@ -75,48 +80,60 @@ def timed(function) -> tuple[float, int]:
     return seconds, memory.bytes
 
 
-def main(args: argparse.Namespace) -> None:
-    """Time the three, print a table and a JSON line."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = model.load_model(args.model_name, DTYPES[model.default_dtype(device)], device)
+def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank: int) -> dict:
+    """Time the four at one setting; print and return the medians."""
     shapes = model.choose_layers(lm, not args.all_layers, None)
-    projections = projection.draw(shapes, projection.projected_shapes(shapes, args.rank, args.rank), seed=0)
-    rows = torch.randint(0, lm.config.vocab_size, (args.batch_size, args.block_size)).tolist()
-    ids = torch.tensor(rows, device=device)
+    projections = projection.draw(shapes, projection.projected_shapes(shapes, rank, rank), seed=0)
+    rows = torch.randint(0, lm.config.vocab_size, (args.batches * batch_size, block_size)).tolist()
+    batches = torch.tensor(rows, device=lm.device).split(batch_size)
 
     def forward() -> None:
         with torch.no_grad():
-            lm(input_ids=ids, use_cache=False)
+            for ids in batches:
+                lm(input_ids=ids, use_cache=False)
 
     def backward() -> None:
         lm.requires_grad_(True)
-        lm(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        lm.zero_grad(set_to_none=True)
+        for ids in batches:
+            lm(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            lm.zero_grad(set_to_none=True)
         lm.requires_grad_(False)
 
-    def ours() -> None:
-        gradients(lm, capture, rows, 0, (args.batch_size * args.block_size, None))
+    def ours(factors: bool) -> None:
+        with GradientCapture(lm, projections, factors=factors) as capture, TemporaryDirectory() as folder:
+            extractor = Extractor(lm, capture, batch_size * block_size)
+            store.write_shard(Path(folder), 0, range(len(rows)), *extractor.gradients(rows).wait())
 
-    runs = {"forward": forward, "forward and full backward": backward, "ours": ours}
+    runs = {"forward": forward, "forward and full backward": backward}
+    runs |= {"ours": partial(ours, True), "ours, without factors": partial(ours, False)}
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
-    capture = GradientCapture(lm, projections, factors=True)
     for repeat in range(args.repeats + 1):
         for name, function in runs.items():
-            with capture if name == "ours" else nullcontext():
-                result = timed(function)
+            result = timed(function)
             if repeat:  # the first one warms up
                 results[name].append(result)
-    tokens = args.batch_size * args.block_size
+    tokens = len(rows) * block_size
     speeds = {name: tokens / median(seconds for seconds, _ in values) for name, values in results.items()}
+    ratios = [f / o for (f, _), (o, _) in zip(results["forward"], results["ours"], strict=True)]
+    print(f"blocks of {block_size} tokens, batches of {batch_size}, rank {rank}")
     for name, values in results.items():
         peak = max(memory for _, memory in values) / 1e9
-        print(
-            f"{name:28s} {speeds[name]:9.0f} tokens/s  {speeds[name] / speeds['forward']:.2f} of forward  {peak:.2f} GB"
-        )
-    about = {"benchmark": "extraction", **vars(args), "device": device, "torch": torch.__version__}
-    about |= {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "layers": len(shapes)}
-    about |= {"tokens_per_second": speeds, "ratio": speeds["ours"] / speeds["forward"]}
-    print(json.dumps(about | {"peak_bytes": {name: max(m for _, m in values) for name, values in results.items()}}))
+        relative = speeds[name] / speeds["forward"]
+        print(f"  {name:28s} {speeds[name]:9.0f} tokens/s  {relative:.2f} of forward  {peak:.2f} GB", flush=True)
+    about = {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
+    about |= {"tokens_per_second": speeds, "ratio": median(ratios), "ratios": ratios}
+    return about | {"peak_bytes": {name: max(m for _, m in values) for name, values in results.items()}}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Time each setting of the sweep, print tables and a JSON line."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm = model.load_model(args.model_name, DTYPES[model.default_dtype(device)], device)
+    settings = product(args.block_size, args.batch_size, args.rank)
+    measured = [measure(args, lm, *setting) for setting in settings]
+    about = {"benchmark": "extraction", "model_name": args.model_name, "device": device, "torch": torch.__version__}
+    about |= {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    print(json.dumps(about | {"repeats": args.repeats, "measured": measured}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from logra.batches import length_batches, make_batch
 from logra.fsdp import Lockstep, load_sharded
 from logra.hooks import GradientCapture
-from logra.loss import example_losses
+from logra.loss import example_losses, input_device
 from logra.model import checkpoint_blocks, fingerprint, load_model, out_of_memory
 from logra.projection import Shapes
 from logra.store import DTYPES
@@ -46,8 +46,7 @@ def run_batch(
     model: nn.Module, capture: GradientCapture, token_ids: list[list[int]], counted: Counted = None
 ) -> dict[str, Tensor]:
     """Return {layer: [B, k]} of the summed losses of some examples, over the tokens that count."""
-    device = model.get_input_embeddings().weight.device
-    batch = make_batch(token_ids, counted, device if device.type != "meta" else "cpu")
+    batch = make_batch(token_ids, counted, input_device(model))
     return capture.backward(example_losses(model, batch.input_ids, batch.targets, batch.rows), batch.positions)
 
 

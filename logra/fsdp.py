@@ -108,7 +108,6 @@ class Lockstep:
 
     def largest(self, mine: float) -> float:
         """Return the largest of all ranks' numbers."""
-        device = self.lm.get_input_embeddings().weight.device
-        value = torch.tensor(mine, dtype=torch.float64, device=device)
+        value = torch.tensor(mine, dtype=torch.float64, device=self.lm.get_input_embeddings().weight.device)
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()

@@ -51,6 +51,11 @@ def logit_transform(model: nn.Module) -> tuple[float, float | None]:
     return float(scale), getattr(config, "final_logit_softcapping", None)  # Gemma
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return where a model's inputs go: to its first weights that are in memory (the others are offloaded)."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """Return the last hidden states [B, T, d] that the model's head is applied to."""
     return model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
@@ -86,7 +91,7 @@ def check_head(model: nn.Module) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"expected a linear language-model head, got {type(head).__name__}; use a causal LM")
-    ids = torch.arange(8, device=head.weight.device)[None] % len(model.get_input_embeddings().weight)
+    ids = torch.arange(8, device=input_device(model))[None] % len(model.get_input_embeddings().weight)
     scale, softcap = logit_transform(model)
     ours = head(hidden_states(model, ids)).float() * scale
     ours = softcap * torch.tanh(ours / softcap) if softcap else ours

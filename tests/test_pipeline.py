@@ -1,14 +1,16 @@
 """The four stages through their command lines: exact scores, resuming, what is written, who is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import reference
 import torch
-from conftest import make_model, make_texts, make_tokenizer
+from conftest import make_model, make_texts, make_tokenizer, write_jsonl
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +42,10 @@ def stored_gradients(log: Log) -> dict[str, torch.Tensor]:
 def hessian_tensors(log: Log, kind: str) -> dict[str, torch.Tensor]:
     path = log.hessian_path(kind)
     return store.load_tensors(path, json.loads(path.with_suffix(".json").read_text()))
+
+
+def close(one: np.ndarray, two: np.ndarray) -> bool:
+    return np.linalg.norm(one - two) < 1e-4 * np.linalg.norm(two)
 
 
 @pytest.mark.parametrize("mode", ["dot", "cosine", "l2"])
@@ -235,6 +241,75 @@ def test_score_layers_add_up(cli, tiny, workspace):
     whole, _ = influence(cli)
     parts = [influence(cli, "--score_layers", pattern)[0] for pattern in (r"\.0\.", r"\.1\.")]
     assert np.allclose(sum(parts), whole, rtol=1e-4, atol=1e-4 * np.abs(whole).max())
+
+
+def test_several_dampings_in_one_pass(cli, tiny, workspace):
+    """Each damping's scores are those of a run with it alone; self-influence that is kept gives the same again."""
+    extract(cli, tiny / "gpt2", "--rank", 4, "--hessian", "ekfac", "--shard_examples", 6)
+    for kind in ("ekfac", "kfac", "raw"):
+        assert cli("extract_log", "--log_dir", "log", "--hessian", kind)[0] == 0
+        for flag in ("--damping", "--damping_absolute"):
+            flags = (*QUERIES, "--hessian", kind, "--mode", "cosine")
+            status, out, err = cli("compute_influence", *flags, flag, 0.05, 3)
+            assert status == 0, err
+            folders = [Path(line.split(" in ")[1]) for line in out.splitlines() if " in " in line]
+            together = [np.load(folder / "scores.npy") for folder in folders]
+            assert len(together) == 2 and not np.allclose(*together)
+            again = [influence(cli, *flags[4:], flag, value)[0] for value in (0.05, 3)]
+            assert all(close(a, b) for a, b in zip(together, again, strict=True))
+            shutil.rmtree("log/self_influence")
+            alone = [influence(cli, *flags[4:], flag, value)[0] for value in (0.05, 3)]
+            assert all(close(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_self_influence_is_kept_for_the_same_run_only(cli, tiny, workspace):
+    """An altered file is computed again; so is one of another Hessian or of fewer examples."""
+    extract(cli, tiny / "gpt2", "--rank", 4, "--hessian", "ekfac")
+    expected, _ = influence(cli, "--mode", "cosine")
+    (path,) = Path("log/self_influence").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert np.array_equal(influence(cli, "--mode", "cosine")[0], expected)
+    write_jsonl(Path("more.jsonl"), [{"id": "new", "text": "the river ran"}])
+    assert cli("extract_log", "--log_dir", "log", "--data_name", "more.jsonl", "--extend")[0] == 0
+    more, _ = influence(cli, "--mode", "cosine", "--self_influence")
+    assert more.shape[1] == expected.shape[1] + 1 and np.isfinite(more).all()
+
+
+@pytest.mark.parametrize("mode", ["dot", "cosine"])
+def test_top_k_only(cli, tiny, workspace, mode):
+    """The running ends are those of the whole matrix; analysis reads them."""
+    extract(cli, tiny / "llama", "--rank", 4, "--shard_examples", 3)
+    scores, whole = influence(cli, "--mode", mode)
+    status, out, err = cli("compute_influence", *QUERIES, "--mode", mode, "--top_k_only", 5)
+    assert status == 0, err
+    folder = Path(next(line for line in out.splitlines() if " in " in line).split(" in ")[1])
+    assert folder != whole and not (folder / "scores.npy").exists()
+    rows = []
+    for place in (whole, folder):
+        os.utime(place / "run.json")
+        assert cli("analysis", "--log_dir", "log", "--top_k", 5, "--bottom")[0] == 0
+        rows.append([json.loads(line) for line in open(place / "top_k.jsonl")])
+    assert [(r["query"], r["rank"], r["example"]) for r in rows[0]] == [
+        (r["query"], r["rank"], r["example"]) for r in rows[1]
+    ]
+    assert np.allclose([r["score"] for r in rows[0]], [r["score"] for r in rows[1]])
+    status, out, _ = cli("analysis", "--log_dir", "log", "--top_k", 7)
+    assert status == 0 and "5 of 7 examples" in out
+
+
+def test_queries_in_groups(cli, tiny, workspace, monkeypatch):
+    """Queries that don't fit in memory together are scored group by group, with the same result."""
+    extract(cli, tiny / "llama", "--rank", 4, "--hessian", "ekfac", "--shard_examples", 3)
+    expected, _ = influence(cli, "--mode", "cosine")
+    shutil.rmtree("log/self_influence")
+    memory = psutil.virtual_memory()._replace(available=30_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    status, out, err = cli("compute_influence", *QUERIES, "--mode", "cosine")
+    assert status == 0 and err == "", err
+    folder = Path(next(line for line in out.splitlines() if " in " in line).split(" in ")[1])
+    assert np.allclose(np.load(folder / "scores.npy"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_bfloat16_model(cli, tiny, workspace):

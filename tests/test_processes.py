@@ -113,6 +113,29 @@ def poison_model(source: Path, folder: Path, letter: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("raw", marks=pytest.mark.slow), "ekfac"])
+def test_two_processes_score_as_one(cli, tiny, workspace, kind):
+    """Two processes that share queries, layers and shards write the scores of one, whole or their ends only."""
+    flags = ("--model_name", tiny / "llama", "--data_name", "docs.jsonl", "--rank", 4, "--shard_examples", 3)
+    assert cli("extract_log", *flags, "--log_dir", "log", "--hessian", kind)[0] == 0
+    query = "--log_dir log --split queries.jsonl --mode cosine --damping 0.1 1"
+    begin = f"accelerate launch --num_processes 2 --num_machines 1 --multi_gpu {ROOT}/compute_influence.py {query}"
+    done = start(f"{begin} && {begin} --top_k_only 4", workspace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Next:") == 2
+    folders = sorted(Path("log/scores").glob("*/scores.npy"))
+    two = [np.load(path) for path in folders]
+    shutil.rmtree("log/self_influence")
+    assert cli("compute_influence", *query.split())[0] == 0
+    for path, scores in zip(folders, two, strict=True):
+        one = np.load(path)
+        assert one.shape == scores.shape == (3, 20) and np.allclose(one, scores, rtol=1e-4, atol=1e-5)
+    for path in Path("log/scores").glob("*/top.json"):
+        found = store.load_tensors(path.with_suffix(".safetensors"), json.loads(path.read_text()))
+        whole = np.load(next(p for p in folders if p.parent.name.endswith(path.parent.name.split("-cosine")[1])))
+        assert np.allclose(np.sort(whole, axis=1)[:, ::-1][:, :4], found["scores"], rtol=1e-4, atol=1e-5)
+
+
 def test_scripts_start_from_any_folder(tiny, workspace):
     """Plain python, one process, from another working directory, is what accelerate launch gives; scores follow."""
     flags = f"--model_name {tiny}/gpt2 --data_name docs.jsonl --rank 4 --hessian kfac"

@@ -1,0 +1,141 @@
+"""Speed of scoring: gigabytes of stored gradients a second, against a plain read of the same files.
+
+Writes shards of random gradients, then times, interleaved, in one run: reading the files (into one buffer, no
+checksum); ours for each number of queries (checksums, one matrix product a layer and shard); and that product alone,
+on data in the processor's cache, whose best rate is taken as its peak. With --cold the files are dropped from the
+page cache before each pass. Prints a table and one JSON line.
+
+    python benchmarks/scoring.py --examples 10000 --queries 1 10 100 1000
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from logra import influence, run, store
+
+
+def build_parser() -> run.Parser:
+    """Return the command line's parser."""
+    parser = run.Parser(description=__doc__)
+    parser.add_argument("--examples", type=run.positive_int, default=10_000, help="(10000)")
+    parser.add_argument("--layers", type=run.positive_int, default=24, help="of rank x rank (24)")
+    parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
+    parser.add_argument(
+        "--queries", type=run.positive_int, nargs="+", default=[1, 10, 100, 1000], help="(1 10 100 1000)"
+    )
+    parser.add_argument("--store_dtype", choices=list(store.DTYPES), default="float32", help="(float32)")
+    parser.add_argument("--shard_mb", type=run.positive_int, default=256, help="size of a shard in MB (256)")
+    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each pass")
+    parser.add_argument(
+        "--folder", type=Path, help="where the shards are written for the time of the run (a temporary one)"
+    )
+    return parser
+
+
+def write_shards(folder: Path, args: argparse.Namespace) -> list[range]:
+    """Write random shards; return the example ids of each."""
+    k, dtype = args.rank**2, store.DTYPES[args.store_dtype]
+    size = max(1, args.shard_mb * 10**6 // (args.layers * k * dtype.itemsize))
+    shards = [range(i, min(i + size, args.examples)) for i in range(0, args.examples, size)]
+    for index, ids in enumerate(tqdm(shards, desc="writing", unit="shard")):
+        grads = {f"layer{i}": torch.randn(len(ids), k).to(dtype) for i in range(args.layers)}
+        store.write_shard(folder, index, ids, grads, {})
+    return shards
+
+
+def drop_cache(folder: Path) -> None:
+    """Ask the kernel to forget the files' pages."""
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain_read(folder: Path, size: int) -> None:
+    """Read all gradients into one buffer."""
+    buffer = memoryview(bytearray(size))
+    for path in sorted(folder.glob("[0-9]*.safetensors")):
+        if "factors" not in path.name:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def score(folder: Path, shards: list[range], queries: dict[str, torch.Tensor]) -> None:
+    """Score all shards, as compute_influence.py does."""
+    blocks = influence.read_blocks(
+        lambda index: store.open_shard(folder, index, shards[index]), range(len(shards)), list(queries)
+    )
+    scores = torch.zeros(sum(map(len, shards)), len(next(iter(queries.values()))))
+    for shard, dots, _ in influence.score_shards(blocks, queries, {layer: [] for layer in queries}):
+        scores[shards[shard].start : shards[shard].stop] = dots
+
+
+def product_peak(n: int, k: int, rows: int) -> float:
+    """Return the best rate, in FLOP/s, of the product alone, of the sizes of one layer and shard."""
+    z, p, out, best = torch.randn(n, k), torch.randn(rows, k), torch.zeros(n, rows), 0.0
+    for _ in range(20):
+        start = time.perf_counter()
+        out.addmm_(z, p.T)
+        best = max(best, 2 * n * k * rows / (time.perf_counter() - start))
+    return best
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write shards, time the passes, print a table and a JSON line."""
+    k = args.rank**2
+    with TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        shards = write_shards(folder, args)
+        total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if "factors" not in path.name)
+        block = len(shards[0]) * k * store.DTYPES[args.store_dtype].itemsize
+        passes = {"read": lambda: plain_read(folder, block)}
+        for count in args.queries:
+            queries = influence.pad_queries({f"layer{i}": torch.randn(count, k) for i in range(args.layers)}, "cpu")
+            passes[str(count)] = lambda queries=queries: score(folder, shards, queries)
+        seconds: dict[str, list[float]] = {name: [] for name in passes}
+        for repeat in range(args.repeats + 1):
+            for name, function in passes.items():
+                if args.cold:
+                    drop_cache(folder)
+                start = time.perf_counter()
+                function()
+                if repeat:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+    result = {"read_gb_per_s": total / median(seconds.pop("read")) / 1e9, "queries": {}}
+    print(f"plain read {result['read_gb_per_s']:.1f} GB/s, {'cold' if args.cold else 'warm'}; {total / 1e9:.2f} GB")
+    for name, values in seconds.items():
+        rate = total / median(values) / 1e9
+        flops = 2 * args.examples * args.layers * k * int(name) / median(values)
+        share = flops / product_peak(len(shards[0]), k, int(name) + (-int(name) % 16 if int(name) > 4 else 0))
+        result["queries"][name] = {
+            "gb_per_s": rate,
+            "of_read": rate / result["read_gb_per_s"],
+            "of_product_peak": share,
+        }
+        per_second = args.examples / median(values)
+        print(
+            f"{name:>5s} queries  {rate:6.2f} GB/s  {rate / result['read_gb_per_s']:.2f} of the read  "
+            f"{flops / 1e9:6.1f} GFLOP/s  {share:.2f} of the product's peak  {per_second:.0f} examples/s"
+        )
+    about = {"benchmark": "scoring", "examples": args.examples, "layers": args.layers, "rank": args.rank}
+    about |= {"store_dtype": args.store_dtype, "cold": args.cold, "bytes": total, "cores": os.cpu_count()}
+    about |= {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    print(json.dumps(about | result))
+
+
+if __name__ == "__main__":
+    run.guarded(main, build_parser())
