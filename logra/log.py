@@ -25,7 +25,7 @@ from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, given_settings, processes_here, run_name, with_defaults
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 2**28
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
 
@@ -63,7 +63,8 @@ class Log:
 
     def say_what_is_kept(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
         """Name the settings that the run was begun with and that this command line leaves out."""
-        first = {name: value for name, value in self.content["arguments"].items() if name in (*RUN_FLAGS, "rank")}
+        of_run = {*RUN_FLAGS, "rank"} - set(DATA_FLAGS if args.extend else ())
+        first = {name: value for name, value in self.content["arguments"].items() if name in of_run}
         kept = [f"--{n} {v}" for n, v in first.items() if v is not None and getattr(args, n) is None]
         if kept:
             say(f"As in {self.folder / 'run.json'}: {', '.join(kept)}")

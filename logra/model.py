@@ -137,10 +137,12 @@ def load_model(
             load_in_8bit=quantize == "8bit", load_in_4bit=quantize == "4bit", bnb_4bit_compute_dtype=dtype
         )
         device_map = device_map or {"": torch.device(device)}
-    if device_map:
-        options |= {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="offload-")}
+    offload = tempfile.TemporaryDirectory(prefix="offload-") if device_map else None
+    if offload:
+        options |= {"device_map": device_map, "offload_folder": offload.name}
     _base_name(name)  # an adapter needs peft
     model = _load(AutoModelForCausalLM, name, "a causal language model", **options).eval()
+    model.offload = offload  # is deleted with the model
     if not device_map:
         model = model.to(device)
     check_head(model)

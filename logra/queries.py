@@ -79,7 +79,12 @@ def read_query_file(
 
 
 def split_queries(
-    settings: dict, split: str, tokenizer: PreTrainedTokenizerBase, max_queries: int | None, cache_dir: str | None
+    settings: dict,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    query_loss: str,
+    max_queries: int | None,
+    cache_dir: str | None,
 ) -> list[Query]:
     """Take a split of the run's data set as queries: each example of at most block_size tokens is one."""
     documents = data.load_documents(settings["data_name"], settings["data_config"], split, cache_dir)
@@ -87,11 +92,13 @@ def split_queries(
     choice = data.choice(settings, pack=False, skip_bad_rows=True, **limits)
     with tempfile.TemporaryDirectory() as work:
         rows = data.build_examples(documents, tokenizer, choice, None, Path(work))[0].to_list()
-    return [
-        Query(f"{r['document_id']}-{r['block']}", ids, r.get("counted", [True] * len(ids)), {"text": r["text"]})
-        for r in rows
-        for ids in [r["input_ids"]]
-    ]
+    queries = []
+    for row in rows:
+        every = [True] * len(row["input_ids"])
+        counted = row.get("counted", every) if query_loss == "response" else every
+        name = f"{row['document_id']}-{row['block']}"
+        queries.append(Query(name, row["input_ids"], counted, {"text": row["text"]}))
+    return queries
 
 
 def load_queries(
@@ -118,7 +125,7 @@ def load_queries(
         ValueError: No queries, or one that is empty or too long.
     """
     if split in SPLITS:
-        name, queries = split, split_queries(settings, split, tokenizer, max_queries, cache_dir)
+        name, queries = split, split_queries(settings, split, tokenizer, query_loss, max_queries, cache_dir)
     else:
         path = Path(split)
         if split == "generated":
