@@ -117,8 +117,7 @@ def score(
             solved, solvers = precondition(args, log, kind, {layer: grads[layer] for layer in layers}, own, accelerator)
             padded = influence.pad_queries(solved, accelerator.device)
             mine = range(rank, len(log.shards), ranks)
-            blocks = influence.read_blocks(log.open_shard, mine, layers, accelerator.device.type == "cuda")
-            found = influence.score_shards(blocks, padded, solvers)
+            found = influence.score_shards(log.open_shard, mine, padded, solvers)
             for shard, dots, selves in tqdm(found, total=len(mine), desc="scoring", unit="shard", disable=rank > 0):
                 ids = log.shards[shard]
                 if selves:

@@ -5,7 +5,7 @@ checksum); ours for each number of queries (checksums, one matrix product a laye
 on data in the processor's cache, whose best rate is taken as its peak. With --cold the files are dropped from the
 page cache before each pass. Prints a table and one JSON line.
 
-    python benchmarks/scoring.py --examples 10000 --queries 1 10 100 1000
+    python benchmarks/scoring.py --examples 2000 --queries 1 10 100 1000
 """
 
 import argparse
@@ -29,8 +29,10 @@ from logra import influence, run, store
 def build_parser() -> run.Parser:
     """Return the command line's parser."""
     parser = run.Parser(description=__doc__)
-    parser.add_argument("--examples", type=run.positive_int, default=10_000, help="(10000)")
-    parser.add_argument("--layers", type=run.positive_int, default=24, help="of rank x rank (24)")
+    parser.add_argument("--examples", type=run.positive_int, default=2000, help="(2000)")
+    parser.add_argument(
+        "--layers", type=run.positive_int, default=90, help="of rank x rank (90, as in SmolLM2-135M's MLP)"
+    )
     parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
     parser.add_argument(
         "--queries", type=run.positive_int, nargs="+", default=[1, 10, 100, 1000], help="(1 10 100 1000)"
@@ -76,11 +78,14 @@ def plain_read(folder: Path, size: int) -> None:
 
 def score(folder: Path, shards: list[range], queries: dict[str, torch.Tensor]) -> None:
     """Score all shards, as compute_influence.py does."""
-    blocks = influence.read_blocks(
-        lambda index: store.open_shard(folder, index, shards[index]), range(len(shards)), list(queries)
+    found = influence.score_shards(
+        lambda index: store.open_shard(folder, index, shards[index]),
+        range(len(shards)),
+        queries,
+        {layer: [] for layer in queries},
     )
     scores = torch.zeros(sum(map(len, shards)), len(next(iter(queries.values()))))
-    for shard, dots, _ in influence.score_shards(blocks, queries, {layer: [] for layer in queries}):
+    for shard, dots, _ in found:
         scores[shards[shard].start : shards[shard].stop] = dots
 
 

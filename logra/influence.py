@@ -7,6 +7,7 @@ Notation: Q queries, N train examples, S dampings, q and z projected gradients o
 Sums over layers come before root and half. Positive: training on z lowers the query's loss (z is a proponent).
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,8 @@ from torch import Tensor
 from logra.store import TensorFile
 
 MODES = ("dot", "cosine", "l2")
-AHEAD = 2  # blocks that are read while one is scored
+AHEAD = 2  # layers that wait for a core
+MANY = 256  # queries from which all cores work on one layer, since the products are large enough for that
 Solver = Callable[[Tensor], Tensor]  # z [n, k] -> z^T (C + lambda I)^-1 z, [n]
 
 
@@ -31,59 +33,63 @@ def pad_queries(solved: dict[str, Tensor], device: torch.device | str) -> dict[s
     return {layer: torch.nn.functional.pad(p, (0, 0, 0, more)).to(device) for layer, p in solved.items()}
 
 
-def read_blocks(
-    open_shard: Callable[[int], TensorFile], shards: Iterable[int], layers: list[str], pinned: bool = False
-) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield (shard, layer, z [n, k]), in order, read ahead and checked by a thread.
-
-    The tensor is overwritten later: use it before the next but AHEAD.
-    """
-    buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * (AHEAD + 1)
-
-    def read(file: TensorFile, layer: str, slot: int) -> Tensor:
-        size = file.size(layer)
-        if len(buffers[slot]) < size:
-            buffers[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        return file.read(layer, buffers[slot])
-
-    waiting: deque[tuple[int, str, Future]] = deque()
-    with ThreadPoolExecutor(1) as reader:
-        number = 0
-        for shard in shards:
-            with open_shard(shard) as file:
-                for layer in layers:
-                    waiting.append((shard, layer, reader.submit(read, file, layer, number % len(buffers))))
-                    number += 1
-                    if len(waiting) > AHEAD:
-                        index, name, block = waiting.popleft()
-                        yield index, name, block.result()
-                while waiting:  # the file is closed then
-                    index, name, block = waiting.popleft()
-                    yield index, name, block.result()
-
-
 def score_shards(
-    blocks: Iterable[tuple[int, str, Tensor]], queries: dict[str, Tensor], own: dict[str, list[Solver]]
+    open_shard: Callable[[int], TensorFile],
+    shards: Iterable[int],
+    queries: dict[str, Tensor],
+    own: dict[str, list[Solver]],
 ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-    """Yield (shard, dots [n, rows], self-influences, S times [n]) from the blocks of read_blocks, each read once.
+    """Yield (shard, dots [n, rows], self-influences, S times [n]); every layer of every shard is read, checked, once.
+
+    On a CPU each core reads and multiplies layers of its own: a block is multiplied while it is in the core's cache.
 
     Args:
-        blocks: All layers of a shard, then of the next one.
-        queries: Layer -> preconditioned queries (of all dampings) [rows, k] float32.
+        open_shard: Opens a shard's gradients; see store.TensorFile.
+        shards: Which ones.
+        queries: Layer -> preconditioned queries (of all dampings) [rows, k] float32, on the device that scores.
         own: Layer -> a solver for each damping; an empty list where self-influence is not wanted.
     """
-    last = list(queries)[-1]
-    dots: Tensor | None = None
-    selves: list[Tensor] = []
-    for shard, layer, block in blocks:
+    layers, local = list(queries), threading.local()
+    gpu = queries[layers[0]].device.type == "cuda"
+    threads = torch.get_num_threads()
+    workers = 2 if gpu else threads if len(queries[layers[0]]) <= MANY else 1
+
+    def score(file: TensorFile, layer: str) -> tuple[Tensor, list[Tensor]]:
+        size = file.size(layer)
+        if len(getattr(local, "buffer", ())) < size:
+            local.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=gpu)
         p = queries[layer]
-        z = block.to(p)
-        dots = z @ p.T if dots is None else dots.addmm_(z, p.T)
-        found = [solver(z) for solver in own[layer]]
-        selves = [a + b for a, b in zip(selves, found, strict=True)] if selves else found
-        if layer == last:
+        z = file.read(layer, local.buffer).to(p)
+        return z @ p.T, [solver(z) for solver in own[layer]]
+
+    waiting: deque[tuple[int, TensorFile, str, Future]] = deque()
+    dots, selves = torch.empty(0), []
+
+    def oldest() -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+        nonlocal dots, selves
+        shard, file, layer, result = waiting.popleft()
+        part, found = result.result()
+        first = layer == layers[0]
+        dots, selves = (
+            part if first else dots.add_(part),
+            found if first else [a + b for a, b in zip(selves, found, strict=True)],
+        )
+        if layer == layers[-1]:
+            file.file.close()
             yield shard, dots, selves
-            dots, selves = None, []
+
+    with ThreadPoolExecutor(workers, None, torch.set_num_threads, (max(1, threads // workers),)) as pool:
+        try:
+            for shard in shards:
+                file = open_shard(shard)
+                for layer in layers:
+                    waiting.append((shard, file, layer, pool.submit(score, file, layer)))
+                    if len(waiting) > workers + AHEAD:
+                        yield from oldest()
+            while waiting:
+                yield from oldest()
+        finally:
+            torch.set_num_threads(threads)
 
 
 def finish(dots: Tensor, self_influence: Tensor | None, mode: str) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from logra import hessian, influence, projection
+from logra import hessian, influence, projection, store
 
 R_OUT, R_IN, TOKENS = 4, 5, 6
 K = R_OUT * R_IN
@@ -155,7 +155,7 @@ def test_rotate_merges_the_eigenvectors():
 
 @pytest.mark.parametrize("mode", influence.MODES)
 @pytest.mark.parametrize("kind", ["raw", "kfac", "ekfac", "none"])
-def test_scores_by_definition(mode, kind):
+def test_scores_by_definition(mode, kind, tmp_path):
     """Two layers: terms are summed over layers first, then root and half are taken."""
     logs = [FakeLog(30), FakeLog(30)]
     queries = [torch.randn(4, K, dtype=torch.float64) for _ in logs]
@@ -174,10 +174,14 @@ def test_scores_by_definition(mode, kind):
     self_influence = sum(s.quadratic(log.grads.float()) for s, log in zip(solvers, logs, strict=True))
     dots = sum(p @ block[layer].T for layer, p in solved.items())
     assert close(influence.finish(dots, self_influence, mode), expected)
-    blocks = [(0, layer, z[:20]) for layer, z in block.items()] + [(1, layer, z[20:]) for layer, z in block.items()]
+    shards = [range(20), range(20, 30)]
+    for shard, ids in enumerate(shards):
+        grads = {layer: z[ids.start : ids.stop].contiguous() for layer, z in block.items()}
+        store.write_shard(tmp_path, shard, ids, grads, {})
     own = {str(i): [s.quadratic] for i, s in enumerate(solvers)}
     padded = influence.pad_queries({layer: torch.cat([p, p]) for layer, p in solved.items()}, "cpu")
-    for (shard, streamed, selves), n in zip(influence.score_shards(blocks, padded, own), (20, 10), strict=True):
+    found = influence.score_shards(lambda i: store.open_shard(tmp_path, i, shards[i]), range(2), padded, own)
+    for (shard, streamed, selves), n in zip(found, (20, 10), strict=True):
         part = slice(20 * shard, 20 * shard + n)
         assert close(streamed[:, :4].T, dots[:, part].double()) and close(streamed[:, 4:8].T, dots[:, part].double())
         assert close(selves[0], self_influence[part].double())
