@@ -18,7 +18,7 @@ SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "a
 def check(command: str) -> str | None:
     """Parse the flags of a command line of ours, and check that its files exist; return the script."""
     words = shlex.split(command, comments=True)
-    scripts = [i for i, word in enumerate(words) if re.fullmatch(r"(evaluation/)?\w+\.py", word)]
+    scripts = [i for i, word in enumerate(words) if re.fullmatch(r"((evaluation|benchmarks)/)?\w+\.py", word)]
     if not scripts:
         return None
     name = words[scripts[0]]
@@ -56,7 +56,9 @@ def test_commands_in_docstrings():
         assert commands and all(check(command) for command in commands)
 
 
-SHELL = sorted(p for folder in ("scripts", "evaluation") for p in (ROOT / folder).glob("*.sh") if p.name != "venv.sh")
+SHELL = sorted(
+    p for folder in ("scripts", "evaluation", "benchmarks") for p in (ROOT / folder).glob("*.sh") if p.name != "venv.sh"
+)
 
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
@@ -69,13 +71,13 @@ def test_shell_scripts(script):
         return
     for word in ("# Reproduces:", "# Needs:", "# Takes:", "# Expect:", "# Checked:"):
         assert word in text, word
-    flags = ["--all"] if script.name == "quickstart.sh" else []
+    flags, least = (["--all"] if script.name == "quickstart.sh" else []), 1 if script.name == "peers.sh" else 4
     for extra in ([], flags):
         dry = os.environ | {"DRY_RUN": "1"}
         done = subprocess.run(["bash", script, *extra], env=dry, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         commands = [line.removeprefix("+ ") for line in done.stdout.splitlines() if line.startswith("+ ")]
-        assert len([c for c in commands if check(c)]) >= 4
+        assert len([c for c in commands if check(c)]) >= least
 
 
 def test_readme_flags_exist():

@@ -1,0 +1,143 @@
+"""Seconds of each kind of Hessian for 10^4 examples and one layer, against the matrix products that they need.
+
+Writes shards of random gradients and factor sums, then times, interleaved, in one run: raw, kfac, ekfac from the
+factor files, and ekfac by a second pass over the gradients, all through logra.hessian.statistics, from files in the
+page cache; and the floors, on blocks of the same sizes that are in memory already: for raw torch.addmm alone, for the
+second pass its two batched products. Eigenvectors (of both sides, float64) have a row of their own, and are taken off
+the second pass for its ratio. Ratios are medians over the repeats. Prints a table and one JSON line.
+
+    python benchmarks/hessian.py --examples 10000 --rank 64
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from logra import hessian, projection, run, store
+
+# name -> (kind, whether the gradients are in the eigenbasis already), as for hessian.layout
+KINDS = {
+    "raw": ("raw", False),
+    "kfac": ("kfac", False),
+    "ekfac": ("ekfac", True),
+    "ekfac, second pass": ("ekfac", False),
+}
+FLOORS = {"raw": "floor of raw", "ekfac, second pass": "floor of the second pass"}
+
+
+def build_parser() -> run.Parser:
+    """Return the command line's parser."""
+    parser = run.Parser(description=__doc__)
+    parser.add_argument("--examples", type=run.positive_int, default=10_000, help="at least rank^2 (10000)")
+    parser.add_argument("--layers", type=run.positive_int, default=2, help="of rank x rank (2)")
+    parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
+    parser.add_argument(
+        "--shard_examples", type=run.positive_int, default=170, help="in a shard (170, as for Llama-3-8B's MLP)"
+    )
+    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
+    return parser
+
+
+class RandomLog:
+    """Shards of random gradients and factor sums in a folder, read as log.Log reads its own (hessian.Source)."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        self.folder, self.examples, rank = folder, args.examples, args.rank
+        self.projected = {f"layer{i}": (rank, rank) for i in range(args.layers)}
+        starts = range(0, args.examples, args.shard_examples)
+        self.shards = [range(i, min(i + args.shard_examples, args.examples)) for i in starts]
+        for index, ids in enumerate(tqdm(self.shards, desc="writing", unit="shard")):
+            grads = {layer: torch.randn(len(ids), rank * rank) for layer in self.projected}
+            factors = {"examples": torch.tensor(len(ids)), "tokens": torch.tensor(512 * len(ids))}
+            for layer, grad in grads.items():
+                x, d = torch.randn(2, 2 * rank, rank)
+                factors |= {f"{layer}.A": x.T @ x, f"{layer}.B": d.T @ d, f"{layer}.square": grad.square().sum(dim=0)}
+            store.write_shard(folder, index, ids, grads, factors)
+
+    def blocks(self, layer: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
+        for index in shards:
+            with store.open_shard(self.folder, index, self.shards[index], kind) as file:
+                yield file.read(layer)
+
+    def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]:
+        return self.blocks(key, shards, "factors")
+
+
+def passes(log: RandomLog, rank: int, device: str) -> dict[str, Callable[[], object]]:
+    """Return what is timed: the kinds, over all layers; the floors and the eigenvectors, over as many."""
+    every = range(len(log.shards))
+    memory = [block.to(device) for block in log.blocks("layer0", every)]
+    covs = [next(log.factors(f"layer0.{side}", [0])) for side in "AB"]
+    u_in, u_out = (projection.eigenbasis(cov)[1].float().to(device) for cov in covs)
+    total = torch.zeros(rank**2, rank**2, device=device)
+
+    def statistics(kind: str, rotated: bool) -> None:
+        for _ in hessian.statistics(kind, log, every, lambda t: t, rotated, device):
+            pass
+
+    def for_each(function: Callable[[Tensor], object], values: list[Tensor]) -> None:
+        for value in values * len(log.projected):
+            function(value)
+
+    return {name: partial(statistics, *kind) for name, kind in KINDS.items()} | {
+        "floor of raw": partial(for_each, lambda block: total.addmm_(block.T, block), memory),
+        "floor of the second pass": partial(for_each, lambda g: u_out @ g.view(-1, rank, rank) @ u_in.T, memory),
+        "eigenvectors": partial(for_each, projection.eigenbasis, covs),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write shards, time the passes, print a table and a JSON line."""
+    if args.examples < args.rank**2:
+        raise ValueError(f"expected --examples of at least rank^2 = {args.rank**2}, got {args.examples}; raise it")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with TemporaryDirectory() as folder:
+        log = RandomLog(Path(folder), args)
+        functions = passes(log, args.rank, device)
+        seconds: dict[str, list[float]] = {name: [] for name in functions}  # a layer
+        for repeat in range(args.repeats + 1):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                function()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if repeat:  # the first one warms up
+                    seconds[name].append((time.perf_counter() - start) / args.layers)
+    eigen, result = seconds.pop("eigenvectors"), {}
+    for name, values in seconds.items():
+        result[name] = {"seconds_per_10000_examples": median(values) / args.examples * 1e4}
+        if name in FLOORS:
+            own = [a - b for a, b in zip(values, eigen, strict=True)] if name == "ekfac, second pass" else values
+            result[name]["times_floor"] = median(a / b for a, b in zip(own, seconds[FLOORS[name]], strict=True))
+        if name in KINDS:
+            layout = hessian.layout(KINDS[name][0], {"": (args.rank, args.rank)}, args.examples, KINDS[name][1])
+            sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in layout.values()]
+            result[name]["bytes"] = sum(sizes[:-2])  # without the two counts
+    print(f"{args.layers} layers of {args.rank} x {args.rank}, {args.examples} examples, on the {device}; a layer's:")
+    for name, row in result.items():
+        line = f"{name:26s} {row['seconds_per_10000_examples']:8.4f} s for 10^4 examples"
+        line += f"  {row['bytes'] / 1e6:7.3f} MB" if "bytes" in row else ""
+        print(line + (f"  {row['times_floor']:.2f} times its floor" if "times_floor" in row else ""))
+    print(f"{'eigenvectors':26s} {median(eigen):8.4f} s, for any number of examples")
+    about = {"benchmark": "hessian", **vars(args), "device": device, "torch": torch.__version__}
+    about |= {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    print(json.dumps(about | {"eigenvectors_seconds": median(eigen), "layer": result}))
+
+
+if __name__ == "__main__":
+    run.guarded(main, build_parser())

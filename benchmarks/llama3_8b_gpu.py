@@ -1,0 +1,142 @@
+"""Extraction and scoring of the real Llama-3-8B shape, with random weights in bfloat16, on one GPU.
+
+MLP only, rank 64, blocks of 512 tokens. Times the bare forward pass and ours (gradients, factor sums and their way to
+the CPU; batches as large as --batch_tokens auto finds), then writes a store and scores 10 queries. FLOPs are those of a
+forward and an activation-only backward pass: 4 a token for each weight of a matrix, head included, and attention's.
+Prints a table and one JSON line. Without a GPU it says so and ends; --tiny runs a tiny shape anywhere.
+
+    python benchmarks/llama3_8b_gpu.py
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from logra import influence, model, projection, run, store
+from logra.extraction import Extractor
+from logra.hooks import GradientCapture
+
+LLAMA3_8B = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False,
+)  # fmt: skip
+TINY = LlamaConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+)  # fmt: skip
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16 FLOP/s
+
+
+def build_parser() -> run.Parser:
+    """Return the command line's parser."""
+    parser = run.Parser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, also without a GPU")
+    parser.add_argument("--block_size", type=run.positive_int, default=512, help="(512)")
+    parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
+    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--examples", type=run.positive_int, default=512, help="in the store that is scored (512)")
+    return parser
+
+
+def seconds_of(function) -> float:
+    """Return the seconds of a call, the device's work included."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def scoring_rate(projected: dict[str, tuple[int, int]], examples: int, device: str) -> float:
+    """Return the bytes of stored gradients that are scored a second, for 10 queries, from the page cache."""
+    k = {layer: r_out * r_in for layer, (r_out, r_in) in projected.items()}
+    size = max(1, 2**28 // (4 * sum(k.values())))
+    shards = [range(i, min(i + size, examples)) for i in range(0, examples, size)]
+    queries = influence.pad_queries({layer: torch.randn(10, n) for layer, n in k.items()}, device)
+
+    with TemporaryDirectory() as name:
+        for index, ids in enumerate(shards):
+            store.write_shard(Path(name), index, ids, {layer: torch.randn(len(ids), n) for layer, n in k.items()}, {})
+
+        def score() -> None:
+            def open_shard(index: int) -> store.TensorFile:
+                return store.open_shard(Path(name), index, shards[index])
+
+            for _, dots, _ in influence.score_shards(
+                open_shard, range(len(shards)), queries, {layer: [] for layer in k}
+            ):
+                dots.cpu()
+
+        seconds = [seconds_of(score) for _ in range(4)][1:]
+    return 4 * examples * sum(k.values()) / median(seconds)
+
+
+def extraction(args: argparse.Namespace, device: str) -> tuple[dict, dict[str, tuple[int, int]]]:
+    """Build the model and time it; return the results, and layer -> (r_out, r_in)."""
+    config = TINY if args.tiny else LLAMA3_8B
+    with torch.device(device):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    shapes = model.choose_layers(lm, True, None)
+    projected = projection.projected_shapes(shapes, args.rank, args.rank)
+    capture = GradientCapture(lm, projection.draw(shapes, projected, seed=0), factors=True)
+    with capture:
+        tokens = Extractor(lm, capture, args.block_size).find_batch_tokens(args.block_size, 64)
+    rows = torch.randint(0, config.vocab_size, (4 * tokens // args.block_size, args.block_size)).tolist()
+    batches = torch.tensor(rows, device=device).split(tokens // args.block_size)
+
+    def forward() -> None:
+        with torch.no_grad():
+            for ids in batches:
+                lm.base_model(input_ids=ids, use_cache=False)
+
+    def ours() -> None:
+        with capture:
+            Extractor(lm, capture, tokens).gradients(rows).wait()
+
+    seconds: dict[str, list[float]] = {"forward without head": [], "ours": []}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(args.repeats + 1):
+        seconds["forward without head"].append(seconds_of(forward))
+        seconds["ours"].append(seconds_of(ours))
+    count = len(rows) * args.block_size
+    speeds = {name: count / median(values[1:]) for name, values in seconds.items()}  # the first one warms up
+    weights = sum(p.numel() for p in lm.parameters() if p.dim() > 1) - lm.get_input_embeddings().weight.numel()
+    attention = 2 * config.num_hidden_layers * config.hidden_size * args.block_size  # two causal products, forward
+    flops = 4 * weights + 3 * attention  # attention's two products have two gradients each
+    peak = next(
+        (value for key, value in PEAK.items() if device == "cuda" and key in torch.cuda.get_device_name()), None
+    )
+    result = {"tokens_per_second": speeds, "batch_tokens": tokens, "flops_per_token": flops, "layers": len(shapes)}
+    result |= {"mfu": flops * speeds["ours"] / peak if peak else None}
+    return result | {"peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None}, projected
+
+
+def main(args: argparse.Namespace) -> None:
+    """Time extraction, then scoring; print a table and a JSON line."""
+    if not torch.cuda.is_available() and not args.tiny:
+        print("skipped: expected a GPU, got none; --tiny runs a tiny shape without one")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result, projected = extraction(args, device)
+    stored = 4 * sum(r_out * r_in for r_out, r_in in projected.values())
+    result |= {"scoring_bytes_per_second": scoring_rate(projected, args.examples, device)}
+    result |= {"hours_for_1e9_tokens": 1e9 / result["tokens_per_second"]["ours"] / 3600}
+    result |= {"bytes_for_1e9_tokens": 1e9 / args.block_size * stored}
+    for key, value in result.items():
+        print(f"{key:26s} {value if value is None or isinstance(value, dict) else f'{value:.4g}'}")
+    about = {"benchmark": "llama3_8b_gpu", "device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
+    print(json.dumps(about | {"torch": torch.__version__, "dtype": "bfloat16"} | vars(args) | result))
+
+
+if __name__ == "__main__":
+    run.guarded(main, build_parser())
