@@ -105,6 +105,9 @@ def score(
     rank, ranks = accelerator.process_index, accelerator.num_processes
     size = 4 * sum(o * i for o, i in log.projected.values()) * (1 + len(files))
     group = max(1, int(psutil.virtual_memory().available / 4 / run.processes_here()) // size)
+    group = min(run.gather_list([group], accelerator))  # the ranks take the same steps
+    if own:
+        own.agree(run.gather_list, accelerator)
     if accelerator.is_main_process:
         for file in files:
             file.create()

@@ -5,11 +5,11 @@ one thread. Measured is the time from the first shard's manifest to the last one
 gradients/*.json), for the tokens of all shards but each process's first: no start-up, tokenising or Hessian.
 
 N, T and rank: seconds and peak memory of the gradients of N random examples of T tokens, MLP only, all threads, after
-a warm-up, each point in a fresh process. One varies, the others stay at --base. Peak memory is the process's, from its
-start (ru_maxrss), with the weights and all imports; `before` is the same before the first example. With --repeats
-times are medians. Prints tables and one JSON line.
+a whole batch as warm-up, each point in a fresh process. One varies, the others stay at --base. Peak memory is the
+process's, from its start (ru_maxrss), with the weights and all imports; `before` is the same before the first example.
+With --repeats times are medians. Prints tables and one JSON line.
 
-    python benchmarks/scaling.py --N 4 16 64 --rank 16 64 256
+    python benchmarks/scaling.py --N 8 32 64 --rank 16 64 256
 """
 
 import argparse
@@ -45,13 +45,13 @@ def build_parser() -> run.Parser:
     parser = run.Parser(description=__doc__)
     several = {"type": run.positive_int, "nargs": "+"}
     parser.add_argument("--model_name", default=model.DEFAULT_MODEL, help="(%(default)s)")
-    parser.add_argument("--shard_examples", type=run.positive_int, default=8, help="for processes; 8 shards of (8)")
+    parser.add_argument("--shard_examples", type=run.positive_int, default=4, help="for processes; 8 shards of (4)")
     parser.add_argument("--block_size", type=run.positive_int, default=128, help="for processes (128)")
-    parser.add_argument("--N", **several, default=[4, 16, 64], help="examples (4 16 64)")
+    parser.add_argument("--N", **several, default=[8, 32, 64], help="examples (8 32 64)")
     parser.add_argument("--T", **several, default=[64, 128, 256, 512], help="tokens in an example (64 128 256 512)")
     parser.add_argument("--rank", **several, default=[16, 64, 256], help="of both sides (16 64 256)")
     three = {"type": run.positive_int, "nargs": 3, "metavar": AXES}
-    parser.add_argument("--base", **three, default=[16, 128, 64], help="(16 128 64)")
+    parser.add_argument("--base", **three, default=[8, 128, 64], help="(8 128 64)")
     parser.add_argument("--point", **three, help="measure this point alone, in this process")
     parser.add_argument("--repeats", type=run.positive_int, default=1, help="of all, interleaved (1)")
     parser.add_argument("--plot", action="store_true", help="save benchmarks/results/scaling.png; needs matplotlib")
@@ -91,7 +91,7 @@ def point(name: str, n: int, t: int, rank: int) -> dict:
     with GradientCapture(lm, projections, factors=True) as capture:
         extractor = Extractor(lm, capture, CPU_TOKENS)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        extractor.gradients(rows[:1]).wait()
+        extractor.gradients(rows[: max(1, CPU_TOKENS // t)]).wait()
         begin = time.perf_counter()
         extractor.gradients(rows).wait()
         seconds = time.perf_counter() - begin

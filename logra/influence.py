@@ -54,42 +54,38 @@ def score_shards(
     threads = torch.get_num_threads()
     workers = 2 if gpu else threads if len(queries[layers[0]]) <= MANY else 1
 
-    def score(file: TensorFile, layer: str) -> tuple[Tensor, list[Tensor]]:
+    def score(shard: int, file: TensorFile, layer: str) -> tuple[int, TensorFile, str, Tensor, list[Tensor]]:
         size = file.size(layer)
         if len(getattr(local, "buffer", ())) < size:
             local.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=gpu)
         p = queries[layer]
         z = file.read(layer, local.buffer).to(p)
-        return z @ p.T, [solver(z) for solver in own[layer]]
+        return shard, file, layer, z @ p.T, [solver(z) for solver in own[layer]]
 
-    waiting: deque[tuple[int, TensorFile, str, Future]] = deque()
-    dots, selves = torch.empty(0), []
-
-    def oldest() -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-        nonlocal dots, selves
-        shard, file, layer, result = waiting.popleft()
-        part, found = result.result()
-        first = layer == layers[0]
-        dots, selves = (
-            part if first else dots.add_(part),
-            found if first else [a + b for a, b in zip(selves, found, strict=True)],
-        )
-        if layer == layers[-1]:
-            file.file.close()
-            yield shard, dots, selves
-
+    calls = ((score, shard, file, layer) for shard in shards for file in [open_shard(shard)] for layer in layers)
     with ThreadPoolExecutor(workers, None, torch.set_num_threads, (max(1, threads // workers),)) as pool:
         try:
-            for shard in shards:
-                file = open_shard(shard)
-                for layer in layers:
-                    waiting.append((shard, file, layer, pool.submit(score, file, layer)))
-                    if len(waiting) > workers + AHEAD:
-                        yield from oldest()
-            while waiting:
-                yield from oldest()
+            for shard, file, layer, dots, selves in _in_order(pool, calls, workers + AHEAD):
+                if layer == layers[0]:
+                    total = [dots, *selves]
+                else:
+                    total = [a.add_(b) for a, b in zip(total, [dots, *selves], strict=True)]
+                if layer == layers[-1]:
+                    file.file.close()
+                    yield shard, total[0], total[1:]
         finally:
             torch.set_num_threads(threads)
+
+
+def _in_order(pool: ThreadPoolExecutor, calls: Iterable[tuple], ahead: int) -> Iterator:
+    """Yield the results of calls (function, arguments ...) in their order, of which `ahead` are at work or waiting."""
+    waiting: deque[Future] = deque()
+    for call in calls:
+        waiting.append(pool.submit(*call))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def finish(dots: Tensor, self_influence: Tensor | None, mode: str) -> Tensor:

@@ -115,6 +115,12 @@ class SelfInfluence:
             return None
         return values if all(entry.get(key) == value for key, value in self.key.items()) else None
 
+    def agree(self, gather: Callable, accelerator: Accelerator) -> None:
+        """Compute it again where not every rank has found it, as when it is being written."""
+        if not all(gather([self.whole], accelerator)):
+            self.whole = False
+            self.values.zero_()
+
     def of(self, damping: float) -> Tensor:
         """Return the values [N] of one damping."""
         return self.values[self.dampings.index(damping)]

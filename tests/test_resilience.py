@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, make_texts, write_jsonl
@@ -60,6 +61,12 @@ def test_other_models_sharded_over_two_processes(tiny, workspace, name):
     done = launch(2, workspace, f"{flags} --log_dir log --fsdp")
     assert done.returncode == 0, done.stderr
     same_run(workspace / "log", workspace / "ref")
+    begin = "accelerate launch --num_processes 2 --num_machines 1 --multi_gpu"
+    query = f"{ROOT}/compute_influence.py --split queries.jsonl --mode cosine"
+    done = start(f"python {query} --log_dir ref && {begin} {query} --log_dir log --fsdp", workspace)
+    assert done.returncode == 0, done.stderr
+    one, two = (np.load(next(workspace.glob(f"{name}/scores/*/scores.npy"))) for name in ("ref", "log"))
+    assert one.shape == two.shape and np.linalg.norm(one - two) < 1e-4 * np.linalg.norm(one)
 
 
 def test_memory_that_runs_out(undisturbed, workspace):
