@@ -206,8 +206,18 @@ def start_processes() -> Accelerator:
 
 
 def end_with_parent() -> None:
-    """End this process, from a thread, as soon as the launcher that started it is gone."""
+    """End this process, from a thread, as soon as the launcher that started it is gone.
+
+    Raises:
+        ValueError: It is gone already; another process is the parent then, but nobody serves the launcher's port.
+    """
     parent = os.getppid()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(place, timeout=60).close()
+        except OSError as error:
+            raise ValueError(f"expected the launcher at {place[0]}:{place[1]}, got {error}; start again") from error
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -59,7 +59,7 @@ def test_the_five_commands(tmp_path):
     assert again.returncode == 0 and "extracting" not in again.stderr, "a finished run is not computed again"
 
 
-@pytest.mark.parametrize("flags", ["--hessian raw", "--hessian ekfac"])
+@pytest.mark.parametrize("flags", [pytest.param("--hessian raw", marks=pytest.mark.slow), "--hessian ekfac"])
 def test_two_processes_give_what_one_gives(tiny, workspace, flags):
     """The same gradients for every example, to 1e-5, each once; the same Hessian; also after half was lost."""
     flags += f" --model_name {tiny}/llama --data_name docs.jsonl --rank 4 --shard_examples 3 --batch_tokens 60"
