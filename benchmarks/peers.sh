@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Reproduces: extraction speed, stored bytes and peak memory of ours, bergson and LogIX (benchmarks/peers.py says how)
-# Needs:      as scripts/quickstart.sh, and 4 GB of disk for two more environments; 20 GB of memory and 7 of disk for raw
-# Takes:      not measured alone
+# Needs:      as scripts/quickstart.sh, 4 GB of disk for two more environments; raw: 20 GB of memory, 7 GB of disk
+# Takes:      about 25 minutes on 2 CPU cores once the environments are there, 17 with --examples 16 (from parts of it)
 # Expect:     a row for each setting and program, what was not equal, and one JSON line
-# Checked:    not yet
+# Checked:    2026-11-24, 2 CPU cores, Python 3.11: from no environments, with --settings none raw --examples 4; then
+#             all settings with --examples 16; not with the default 32 to the end, not on a GPU
 #
 # Usage: bash benchmarks/peers.sh [--settings none raw kfac] [--examples 32] [more flags of benchmarks/peers.py]
 set -euo pipefail
@@ -15,8 +16,9 @@ PYTHON=${PYTHON:-python3}
 BERGSON=bergson==2.5.1
 LOGIX=logix-ai==0.1.1
 TORCH=torch==2.13.0
-# Both take our versions of torch, transformers, numpy, ... (-c requirements.txt). Without: bergson takes the newest torch
-# for its torchvision and torchaudio, gigabytes of CUDA with it.
+export PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# Both take our versions of torch, transformers, numpy, ... (-c requirements.txt). Without, bergson's torchvision brings
+# the newest torch, and gigabytes of CUDA with it.
 
 run() {
     echo "+ $*"
@@ -31,7 +33,7 @@ new_environment() {
 # make_environment NAME
 make_environment() {
     run "$PYTHON" -m venv --clear ".venv/peers/$1"
-    run ".venv/peers/$1/bin/pip" install --quiet --disable-pip-version-check "$TORCH"
+    run ".venv/peers/$1/bin/python" -m pip install "$TORCH"
 }
 
 # done_environment NAME PIN
@@ -41,19 +43,18 @@ done_environment() {
 
 if new_environment bergson "$BERGSON"; then
     make_environment bergson
-    run .venv/peers/bergson/bin/pip install --quiet --disable-pip-version-check -c requirements.txt "$BERGSON"
-    # PyPI's torchvision is built for CUDA: with a CPU build of torch, transformers (and so bergson) fails on importing it,
-    # "operator torchvision::nms does not exist". Nothing of bergson imports it or torchaudio.
-    run .venv/peers/bergson/bin/pip uninstall --quiet --yes torchvision torchaudio
+    run .venv/peers/bergson/bin/python -m pip install -c requirements.txt "$BERGSON"
+    # PyPI's torchvision is built for CUDA: with a CPU build of torch, transformers (and so bergson) fails on importing
+    # it, "operator torchvision::nms does not exist". Nothing of bergson imports it or torchaudio.
+    run .venv/peers/bergson/bin/python -m pip uninstall --yes torchvision torchaudio
     done_environment bergson "$BERGSON"
 fi
 if new_environment logix "$LOGIX"; then
     make_environment logix
     # 0.1.1, the newest, says python < 3.11 ("No matching distribution found"), but runs on 3.11. --no-deps, since
     # --ignore-requires-python holds for dependencies too and picks a numpy that has no wheel for this python.
-    run .venv/peers/logix/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python "$LOGIX"
-    run .venv/peers/logix/bin/pip install --quiet --disable-pip-version-check -c requirements.txt numpy einops pyyaml tqdm \
-        transformers
+    run .venv/peers/logix/bin/python -m pip install --no-deps --ignore-requires-python "$LOGIX"
+    run .venv/peers/logix/bin/python -m pip install -c requirements.txt numpy einops pyyaml tqdm transformers
     done_environment logix "$LOGIX"
 fi
 run python benchmarks/peers.py "$@"
