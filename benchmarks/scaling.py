@@ -111,6 +111,8 @@ def plot(points: list[dict]) -> None:
             panel = panels[row, column]
             panel.plot([p[axis] for p in chosen], [p[key] / unit for p in chosen], "o-")
             panel.set(xlabel=axis, xscale="log", yscale="log" if row == 0 else "linear")
+            panel.minorticks_off()
+            panel.set_xticks([p[axis] for p in chosen], [p[axis] for p in chosen])
             panel.set(**({} if row else {"title": ", ".join(f"{a} {chosen[0][a]}" for a in AXES if a != axis)}))
             panel.set(**({} if column else {"ylabel": label}))
     PLOT.parent.mkdir(exist_ok=True)
