@@ -102,6 +102,7 @@ def point(name: str, n: int, t: int, rank: int) -> dict:
 def plot(points: list[dict]) -> None:
     """Draw seconds and peak memory against each of the three."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(2, 3, sharey="row")
@@ -111,7 +112,7 @@ def plot(points: list[dict]) -> None:
             panel = panels[row, column]
             panel.plot([p[axis] for p in chosen], [p[key] / unit for p in chosen], "o-")
             panel.set(xlabel=axis, xscale="log", yscale="log" if row == 0 else "linear")
-            panel.minorticks_off()
+            panel.xaxis.set_minor_locator(NullLocator())
             panel.set_xticks([p[axis] for p in chosen], [p[axis] for p in chosen])
             panel.set(**({} if row else {"title": ", ".join(f"{a} {chosen[0][a]}" for a in AXES if a != axis)}))
             panel.set(**({} if column else {"ylabel": label}))
