@@ -89,12 +89,12 @@ class Scores:
                 "run compute_influence.py again"
             )
 
-    def ranking(self, query: int, largest: bool) -> tuple[list[int], list[float]]:
-        """Return the example ids and scores of a query, best (or worst) first, as far as they are known."""
+    def ranking(self, query: int, largest: bool, count: int | None) -> tuple[list[int], list[float]]:
+        """Return the example ids and scores of a query, best (or worst) first, `count` of them, as far as known."""
         if self.ends:
-            return tuple(self.ends[largest][key][query].tolist() for key in ("ids", "scores"))
+            return tuple(self.ends[largest][key][query][:count].tolist() for key in ("ids", "scores"))
         row = torch.from_numpy(np.array(self.matrix[query]))
-        order = top_k(row, len(row), largest)
+        order = top_k(row, len(row) if count is None else count, largest)
         return order.tolist(), row[order].tolist()
 
 
@@ -103,7 +103,7 @@ def best_examples(
 ) -> list[tuple[int, float]]:
     """Return (example id, score), best first, at most `count`; with `unique` the best of each document only."""
     seen, kept = set(), []
-    for i, score in zip(*scores.ranking(query, largest), strict=True):
+    for i, score in zip(*scores.ranking(query, largest, None if unique else count), strict=True):
         if unique and documents[i] in seen:
             continue
         kept.append((i, score))

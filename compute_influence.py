@@ -25,6 +25,8 @@ from logra.prepare import make_extractor
 from logra.queries import Query, load_queries, query_hash
 from logra.scores import ScoreFile, SelfInfluence
 
+Dampings = dict[str, tuple[float | None, float | None]]  # label -> (relative, absolute), one of which is given
+
 
 def build_parser() -> run.Parser:
     """Return the command line's parser."""
@@ -69,8 +71,10 @@ def main(args: argparse.Namespace) -> None:
     about = {"query_loss": args.query_loss, "layers": layers, "queries": query_hash(queries)}
     hashed = about | ({"top_k_only": args.top_k_only} if args.top_k_only else {})
     label = f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(hashed).encode())[:8]}-{args.mode}-{kind}"
-    dampings = args.damping_absolute or args.damping
-    folders = [folder / "scores" / f"{label}-{'abs' if args.damping_absolute else ''}{value:g}" for value in dampings]
+    dampings: Dampings = {f"{value:g}": (value, None) for value in args.damping}
+    if args.damping_absolute:
+        dampings = {f"abs{value:g}": (None, value) for value in args.damping_absolute}
+    folders = [folder / "scores" / f"{label}-{damping}" for damping in dampings]
     about |= {"split": args.split, "mode": args.mode, "hessian": kind, "num_queries": len(queries)}
     about |= {"num_examples": log.examples, "top_k_only": args.top_k_only}
     with ExitStack() as stack:
@@ -79,26 +83,21 @@ def main(args: argparse.Namespace) -> None:
             for path in folders:
                 stack.enter_context(store.atomic(path)).mkdir()
         files = [ScoreFile(store.temporary(path), len(queries), log.examples, args.top_k_only) for path in folders]
-        own = SelfInfluence(log, kind, layers, dampings, bool(args.damping_absolute)) if wants_own(args) else None
-        score(args, log, kind, layers, lm, queries, files, own, accelerator)
-        for file, value in zip(files, dampings, strict=True) if accelerator.is_main_process else ():
-            damping = {"damping": None if args.damping_absolute else value}
-            damping |= {"damping_absolute": value if args.damping_absolute else None}
-            values = own.of(value) if args.self_influence else None
-            file.describe(queries, about | damping | {"log": log.content}, values)
+        wanted = args.mode != "dot" or args.self_influence
+        own = SelfInfluence(log, kind, layers, list(dampings)) if wanted else None
+        score(args, log, kind, layers, lm, queries, dampings, files, own, accelerator)
+        for s, (file, damping) in enumerate(zip(files, dampings.values(), strict=True)):
+            about |= dict(zip(("damping", "damping_absolute"), damping, strict=True))
+            if accelerator.is_main_process:
+                file.describe(queries, about | {"log": log.content}, own.values[s] if args.self_influence else None)
     accelerator.wait_for_everyone()
     for path in folders:
         run.say(f"{len(queries)} queries x {log.examples} examples in {path}")
     run.say("Next: analysis.py")
 
 
-def wants_own(args: argparse.Namespace) -> bool:
-    """Say whether the train examples' self-influence is needed."""
-    return args.mode != "dot" or args.self_influence
-
-
 def score(
-    args, log: Log, kind: str, layers: list[str], lm, queries: list[Query], files: list[ScoreFile],
+    args, log: Log, kind: str, layers: list[str], lm, queries: list[Query], dampings: Dampings, files: list[ScoreFile],
     own: SelfInfluence | None, accelerator: Accelerator,
 ) -> None:  # fmt: skip
     """Fill the score files: groups of queries that fit in memory, each past all shards once."""
@@ -117,7 +116,9 @@ def score(
         for first in range(0, len(queries), group):
             part = queries[first : first + group]
             grads = query_gradients(extractor, log, part, accelerator)
-            solved, solvers = precondition(args, log, kind, {layer: grads[layer] for layer in layers}, own, accelerator)
+            solved, solvers = precondition(
+                log, kind, {layer: grads[layer] for layer in layers}, dampings, own, accelerator
+            )
             padded = influence.pad_queries(solved, accelerator.device)
             mine = range(rank, len(log.shards), ranks)
             found = influence.score_shards(log.open_shard, mine, padded, solvers)
@@ -155,7 +156,12 @@ def query_gradients(
 
 
 def precondition(
-    args, log: Log, kind: str, grads: dict[str, Tensor], own: SelfInfluence | None, accelerator: Accelerator
+    log: Log,
+    kind: str,
+    grads: dict[str, Tensor],
+    dampings: Dampings,
+    own: SelfInfluence | None,
+    accelerator: Accelerator,
 ) -> tuple[dict[str, Tensor], dict[str, list[influence.Solver]]]:
     """Return (C + lambda I)^-1 q, {layer: [S * Q, k]}, and what computes self-influence while the shards stream by.
 
@@ -163,7 +169,6 @@ def precondition(
     """
     statistics, every = log.statistics(kind), range(len(log.shards))
     solved, solvers, device = {}, {layer: [] for layer in grads}, accelerator.device
-    dampings = [(0.0, v) for v in args.damping_absolute] if args.damping_absolute else [(v, None) for v in args.damping]
     bar = tqdm(grads.items(), desc=f"Hessian {kind}", unit="layer", disable=not accelerator.is_main_process)
     for number, (layer, q) in enumerate(bar):
         mine = number % accelerator.num_processes == accelerator.process_index
@@ -173,7 +178,7 @@ def precondition(
             stats = {key: tensor.to(device) for key, tensor in statistics(layer).items()}
             blocks = [block.to(device).float() for block in log.blocks(layer, every)] if "gram" in stats else None
             train = torch.cat(blocks) if blocks else None
-            found = [hessian.preconditioner(kind, stats, *damping, train) for damping in dampings]
+            found = [hessian.preconditioner(kind, stats, *damping, train) for damping in dampings.values()]
         if mine:
             solved[layer] = torch.cat([solver.solve(q.to(device)) for solver in found]).cpu()
         if streamed:

@@ -33,7 +33,7 @@ class Source(Protocol):
     def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]: ...
 
 
-def damping_lambda(trace: float, k: int, damping: float, absolute: float | None) -> float:
+def damping_lambda(trace: float, k: int, damping: float | None, absolute: float | None) -> float:
     """Return lambda = damping * trace(C) / k, or `absolute` where that is given.
 
     Raises:
@@ -168,7 +168,11 @@ def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tenso
 
 
 def preconditioner(
-    kind: str, stats: dict[str, Tensor], damping: float, absolute: float | None = None, grads: Tensor | None = None
+    kind: str,
+    stats: dict[str, Tensor],
+    damping: float | None,
+    absolute: float | None = None,
+    grads: Tensor | None = None,
 ) -> Preconditioner:
     """Build (C + lambda I)^-1 of one layer from its stored statistics.
 

@@ -233,16 +233,21 @@ class Log:
         """Return the file of a kind of Hessian; its size and checksum are beside it, in .json."""
         return self.folder / "hessian" / f"{kind}.safetensors"
 
+    def hessian_entry(self, kind: str) -> dict:
+        """Read what was written beside a Hessian file: its entry (see store) and its number of examples."""
+        path = self.hessian_path(kind).with_suffix(".json")
+        return store.read_json(path, "delete it and run extract_log.py again")
+
     def hessian_problem(self, kind: str) -> str | None:
         """Say what is wrong with a Hessian file: missing, altered or of other examples; None where it is whole."""
         path = self.hessian_path(kind)
         if not path.exists() or not path.with_suffix(".json").exists():
             return f"{path} is missing"
-        entry = store.read_json(path.with_suffix(".json"), "delete it and run extract_log.py again")
+        entry = self.hessian_entry(kind)
         if entry.get("examples") != self.examples:
             return f"{path} is of {entry.get('examples')} examples, not of {self.examples}"
         try:
-            store.load_tensors(path, entry)
+            store.check_tensors(store.TensorFile(path, entry))
         except ValueError as error:
             return str(error)
         return None
@@ -269,8 +274,7 @@ class Log:
         """Return a function layer -> its tensors of a Hessian file, for hessian.preconditioner."""
         if kind == "none":
             return lambda layer: {}
-        path = self.hessian_path(kind)
-        file = store.TensorFile(path, store.read_json(path.with_suffix(".json"), "delete it and run extract_log.py"))
+        file = store.TensorFile(self.hessian_path(kind), self.hessian_entry(kind))
         counts = {key: file.read(key) for key in ("examples", "tokens")}
         keys = ("cov", "gram", "A", "B", "square", "basis_in", "basis_out")
         return lambda layer: counts | {k: file.read(f"{layer}.{k}") for k in keys if f"{layer}.{k}" in file.header}

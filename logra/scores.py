@@ -91,14 +91,12 @@ class SelfInfluence:
     Kept in the run's folder for the next scores with the same Hessian, layers and dampings.
     """
 
-    def __init__(self, log: Log, kind: str, layers: list[str], dampings: list[float], absolute: bool):
-        self.dampings = dampings
+    def __init__(self, log: Log, kind: str, layers: list[str], dampings: list[str]):
         known = log.hessian_path(kind).with_suffix(".json").read_text() if kind != "none" else ""
         self.key = {"hessian": xxhash.xxh3_64_hexdigest(known.encode()), "examples": log.examples}
         self.key |= {"fingerprints": log.fingerprints}
         chosen = xxhash.xxh3_64_hexdigest(json.dumps(layers).encode())[:8]
-        sign = "abs" if absolute else ""
-        names = [f"{kind}-{sign}{value:g}-{chosen}.safetensors" for value in dampings]
+        names = [f"{kind}-{damping}-{chosen}.safetensors" for damping in dampings]
         self.paths = [log.folder / "self_influence" / name for name in names]
         self.values = torch.zeros(len(dampings), log.examples)
         stored = [self._load(path) for path in self.paths]
@@ -120,10 +118,6 @@ class SelfInfluence:
         if not all(gather([self.whole], accelerator)):
             self.whole = False
             self.values.zero_()
-
-    def of(self, damping: float) -> Tensor:
-        """Return the values [N] of one damping."""
-        return self.values[self.dampings.index(damping)]
 
     def put(self, ids: range, parts: list[Tensor]) -> None:
         """Add a layer's (or all layers') share, S times [n], of the examples ids."""

@@ -179,6 +179,13 @@ class TensorFile:
         return data.view(_TYPES[about["dtype"]]).view(about["shape"])
 
 
+def check_tensors(file: TensorFile) -> None:
+    """Read a file through, a tensor at a time, and close it; raise a ValueError where it was altered."""
+    with file:
+        for name in file.header:
+            file.read(name)
+
+
 def load_tensors(path: Path, entry: object) -> dict[str, Tensor]:
     """Return all tensors of a file, checked."""
     with TensorFile(path, entry) as file:
@@ -221,9 +228,7 @@ def shard_problem(folder: Path, index: int, ids: range) -> str | None:
     """Say what is wrong with a shard: missing, of other examples, or altered; None where it is whole."""
     try:
         for kind in ("gradients", "factors"):
-            with open_shard(folder, index, ids, kind) as file:
-                for name in file.header:
-                    file.read(name)
+            check_tensors(open_shard(folder, index, ids, kind))
     except ValueError as error:
         return str(error)
     return None
