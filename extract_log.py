@@ -21,6 +21,7 @@ from logra.extraction import HostGradients, load
 from logra.hooks import GradientCapture
 from logra.log import Log, find_folder, find_log
 from logra.prepare import make_extractor, make_projections, prepare_data, with_data_flags
+from logra.quantise import ScoreError
 
 
 def build_parser() -> run.Parser:
@@ -58,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
 def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator) -> None:
     """Find out what is missing, and make it."""
     kind = args.hessian or (log.content["arguments"]["hessian"] if log else None) or "raw"
+    hessian.check_kind(kind, settings, log.content["arguments"]["hessian"] if log else kind)
     further = with_data_flags(settings, args) if args.extend else None
     extend = bool(further and not log.is_part(further))
     pending = unfinished_shards(log, accelerator) if log and not extend else None
@@ -117,7 +119,7 @@ def set_up(
 
 def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Accelerator) -> None:
     """Compute and write this rank's part of the pending shards; a thread writes one while the next is computed."""
-    examples, dtype = log.train(), store.DTYPES[log.settings["store_dtype"]]
+    examples, projections, dtype = log.train(), log.projections(), log.settings["store_dtype"]
     mine = pending[accelerator.process_index :: accelerator.num_processes]
     counts, shards = data.token_counts(examples), log.shards
     bar = tqdm(
@@ -126,15 +128,18 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Acce
     )  # fmt: skip
 
     def write(index: int, result: HostGradients) -> None:
-        store.write_shard(log.gradients, index, shards[index], *result.wait())
+        about = {"relative_score_error": round(result.error.result(), 4)} if result.error else {}
+        store.write_shard(log.gradients, index, shards[index], *result.wait(), **about)
 
-    with GradientCapture(lm, log.projections(), factors=True) as capture, bar, ThreadPoolExecutor(1) as writer:
+    capturing = GradientCapture(lm, projections, factors=True, squares_only=log.squares_only)
+    with capturing as capture, bar, ThreadPoolExecutor(1) as writer:
         extractor, written = make_extractor(args, lm, capture, log), Future()
         written.set_result(None)
         for index in mine:
             ids = shards[index]
             rows = examples[ids.start : ids.stop]
-            result = extractor.gradients(rows["input_ids"], rows.get("counted"), ids.start, dtype, bar.update)
+            error = ScoreError(projections, dtype, hessian.default_damping("ekfac", dtype)) if log.bits else None
+            result = extractor.gradients(rows["input_ids"], rows.get("counted"), ids.start, dtype, bar.update, error)
             written.result()
             written = writer.submit(write, index, result)
         extractor.finish()

@@ -63,7 +63,7 @@ def scoring_rate(projected: dict[str, tuple[int, int]], examples: int, device: s
     k = {layer: r_out * r_in for layer, (r_out, r_in) in projected.items()}
     size = max(1, 2**28 // (4 * sum(k.values())))
     shards = [range(i, min(i + size, examples)) for i in range(0, examples, size)]
-    queries = influence.pad_queries({layer: torch.randn(10, n) for layer, n in k.items()}, device)
+    queries = {layer: torch.randn(10, n) for layer, n in k.items()}
 
     with TemporaryDirectory() as name:
         for index, ids in enumerate(shards):
@@ -74,9 +74,9 @@ def scoring_rate(projected: dict[str, tuple[int, int]], examples: int, device: s
                 return store.open_shard(Path(name), index, shards[index])
 
             for _, dots, _ in influence.score_shards(
-                open_shard, range(len(shards)), queries, {layer: [] for layer in k}
+                open_shard, range(len(shards)), queries, {layer: [] for layer in k}, device
             ):
-                dots.cpu()
+                dots[""].cpu()
 
         seconds = [seconds_of(score) for _ in range(4)][1:]
     return 4 * examples * sum(k.values()) / median(seconds)

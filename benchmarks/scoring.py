@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import influence, run, store
+from logra import influence, quantise, run, store
 
 
 def build_parser() -> run.Parser:
@@ -37,7 +37,8 @@ def build_parser() -> run.Parser:
     parser.add_argument(
         "--queries", type=run.positive_int, nargs="+", default=[1, 10, 100, 1000], help="(1 10 100 1000)"
     )
-    parser.add_argument("--store_dtype", choices=list(store.DTYPES), default="float32", help="(float32)")
+    kinds = [*store.DTYPES, "int8", "int4", "int1"]
+    parser.add_argument("--store_dtype", choices=kinds, default="float32", help="(float32)")
     parser.add_argument("--shard_mb", type=run.positive_int, default=256, help="size of a shard in MB (256)")
     parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each pass")
@@ -49,11 +50,13 @@ def build_parser() -> run.Parser:
 
 def write_shards(folder: Path, args: argparse.Namespace) -> list[range]:
     """Write random shards; return the example ids of each."""
-    k, dtype = args.rank**2, store.DTYPES[args.store_dtype]
-    size = max(1, args.shard_mb * 10**6 // (args.layers * k * dtype.itemsize))
+    k = args.rank**2
+    size = max(1, args.shard_mb * 10**6 // (args.layers * quantise.stored_bytes(k, args.store_dtype)))
     shards = [range(i, min(i + size, args.examples)) for i in range(0, args.examples, size)]
     for index, ids in enumerate(tqdm(shards, desc="writing", unit="shard")):
-        grads = {f"layer{i}": torch.randn(len(ids), k).to(dtype) for i in range(args.layers)}
+        grads: dict[str, torch.Tensor] = {}
+        for i in range(args.layers):
+            grads |= quantise.stored(f"layer{i}", torch.randn(len(ids), k), args.store_dtype)
         store.write_shard(folder, index, ids, grads, {})
     return shards
 
@@ -76,17 +79,20 @@ def plain_read(folder: Path, size: int) -> None:
                     pass
 
 
-def score(folder: Path, shards: list[range], queries: dict[str, torch.Tensor]) -> None:
+def score(folder: Path, shards: list[range], queries: dict[str, torch.Tensor], store_dtype: str) -> None:
     """Score all shards, as compute_influence.py does."""
     found = influence.score_shards(
         lambda index: store.open_shard(folder, index, shards[index]),
         range(len(shards)),
         queries,
         {layer: [] for layer in queries},
+        "cpu",
+        quantise.BITS.get(store_dtype),
     )
-    scores = torch.zeros(sum(map(len, shards)), len(next(iter(queries.values()))))
+    count = len(next(iter(queries.values())))
+    scores = torch.zeros(sum(map(len, shards)), count)
     for shard, dots, _ in found:
-        scores[shards[shard].start : shards[shard].stop] = dots
+        scores[shards[shard].start : shards[shard].stop] = dots[""][:, :count]
 
 
 def product_peak(n: int, k: int, rows: int) -> float:
@@ -106,11 +112,11 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(name)
         shards = write_shards(folder, args)
         total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if "factors" not in path.name)
-        block = len(shards[0]) * k * store.DTYPES[args.store_dtype].itemsize
+        block = len(shards[0]) * quantise.stored_bytes(k, args.store_dtype)
         passes = {"read": lambda: plain_read(folder, block)}
         for count in args.queries:
-            queries = influence.pad_queries({f"layer{i}": torch.randn(count, k) for i in range(args.layers)}, "cpu")
-            passes[str(count)] = lambda queries=queries: score(folder, shards, queries)
+            queries = {f"layer{i}": torch.randn(count, k) for i in range(args.layers)}
+            passes[str(count)] = lambda queries=queries: score(folder, shards, queries, args.store_dtype)
         seconds: dict[str, list[float]] = {name: [] for name in passes}
         for repeat in range(args.repeats + 1):
             for name, function in passes.items():

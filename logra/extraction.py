@@ -20,9 +20,11 @@ from logra.hooks import GradientCapture
 from logra.loss import example_losses, input_device
 from logra.model import checkpoint_blocks, fingerprint, load_model, out_of_memory
 from logra.projection import Shapes
+from logra.quantise import ScoreError, stored
 from logra.store import DTYPES
 
 CALIBRATION = 256  # examples that the eigenbasis is measured on; 50 gave as good a basis as 2000
+SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
 CPU_TOKENS = 1024  # in a batch; more was slower on a CPU
 Counted = list[list[bool]] | None
 
@@ -56,8 +58,8 @@ class HostGradients:
     On a GPU the copies run on a stream of their own, into pinned memory, while the next batch is computed.
     """
 
-    def __init__(self, examples: int, dtype: torch.dtype, first_id: int):
-        self.examples, self.dtype, self.first_id = examples, dtype, first_id
+    def __init__(self, examples: int, store_dtype: str, first_id: int, error: ScoreError | None):
+        self.examples, self.store_dtype, self.first_id, self.error = examples, store_dtype, first_id, error
         self.grads: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         self.order: list[int] = []
@@ -70,10 +72,13 @@ class HostGradients:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for layer, grad in grads.items():
-                if layer not in self.grads:
-                    size, pinned = (self.examples, grad.shape[1]), self.stream is not None
-                    self.grads[layer] = torch.empty(size, dtype=self.dtype, pin_memory=pinned)
-                self.grads[layer][begin:end].copy_(grad.to(self.dtype), non_blocking=True)
+                if self.error and not begin:
+                    self.error.add(layer, grad[:SAMPLE])
+                for name, part in stored(layer, grad, self.store_dtype).items():
+                    if name not in self.grads:
+                        size, pinned = (self.examples, *part.shape[1:]), self.stream is not None
+                        self.grads[name] = torch.empty(size, dtype=part.dtype, pin_memory=pinned)
+                    self.grads[name][begin:end].copy_(part, non_blocking=True)
                 if self.stream:
                     grad.record_stream(self.stream)
         self.order += rows
@@ -88,13 +93,14 @@ class HostGradients:
             self.stream.synchronize()
         places = torch.from_numpy(np.argsort(self.order))
         result = {}
-        for layer in list(self.grads):
-            result[layer] = grad = self.grads.pop(layer)[places]
-            bad = (~grad.sum(dim=1, dtype=torch.float32).isfinite()).nonzero()
+        for name in list(self.grads):
+            result[name] = grad = self.grads.pop(name)[places]
+            bad = (~grad.view(len(grad), -1).sum(dim=1, dtype=torch.float32).isfinite()).nonzero()
             if len(bad):
                 raise ValueError(
                     f"expected finite gradients, got NaN or infinity in example {self.first_id + int(bad[0])} (layer "
-                    f"{layer}); use --dtype float32 and --store_dtype float32, or leave the example out"
+                    f"{name.removesuffix('.scale')}); use --dtype float32 and --store_dtype float32, or leave the "
+                    "example out"
                 )
         return result, {key: value.cpu() for key, value in self.factors.items()}
 
@@ -198,22 +204,24 @@ class Extractor:
         token_ids: list[list[int]],
         counted: Counted = None,
         first_id: int = 0,
-        dtype: torch.dtype = torch.float32,
+        store_dtype: str = "float32",
         done: Callable[[int], object] = lambda tokens: None,
+        error: ScoreError | None = None,
     ) -> HostGradients:
         """Compute the gradients of n examples, in batches of like length; see HostGradients.wait.
 
         Args:
             token_ids, counted: Of the examples; without `counted` all tokens count.
             first_id: Id of the first example, for messages.
-            dtype: Of the result.
+            store_dtype: Of the result; see quantise.stored.
             done: Called with the number of tokens after each batch.
+            error: Takes the first examples, before they are rounded.
 
         Raises:
             ValueError: A token id is not in the model's vocabulary, or memory runs out for a single example.
         """
         self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
-        result = HostGradients(len(token_ids), dtype, first_id)
+        result = HostGradients(len(token_ids), store_dtype, first_id, error)
         for batch in length_batches([len(ids) for ids in token_ids], self.batch_tokens, self.batch_size):
             ids, counts = [token_ids[i] for i in batch], [counted[i] for i in batch] if counted else None
             for rows, grads in self.run(ids, counts):
@@ -268,12 +276,14 @@ class Extractor:
         return best
 
 
-def calibration_batches(lengths: np.ndarray, seed: int, batch_tokens: int, batch_size: int | None) -> list[list[int]]:
-    """Return the ids of a random sample of examples, in batches.
+def calibration_batches(
+    lengths: np.ndarray, examples: int | None, seed: int, batch_tokens: int, batch_size: int | None
+) -> list[list[int]]:
+    """Return the ids of a random sample of examples (None: 256, fewer of a small data set), in batches.
 
     The sample does not depend on the number of processes, so that the basis doesn't either.
     """
-    count = min(len(lengths), CALIBRATION, max(32, len(lengths) // 8))
+    count = min(len(lengths), examples or min(CALIBRATION, max(32, len(lengths) // 8)))
     chosen = np.sort(np.random.default_rng(seed).choice(len(lengths), count, replace=False))
     return [chosen[batch].tolist() for batch in length_batches(lengths[chosen], batch_tokens, batch_size)]
 

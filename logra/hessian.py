@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from logra.projection import Shapes, eigenbasis
+from logra.quantise import BITS
 
 KINDS = ("raw", "kfac", "ekfac", "none")
 
@@ -43,6 +44,40 @@ def damping_lambda(trace: float, k: int, damping: float | None, absolute: float 
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected a positive, finite damping, got {value}; use --damping 0.1, say")
     return damping * trace / k if absolute is None else absolute
+
+
+def default_damping(kind: str, store_dtype: str) -> float:
+    """Return the relative damping with the best scores on small models (evaluation/results)."""
+    if kind in ("kfac", "ekfac"):
+        return 0.1 if store_dtype == "int1" else 0.01
+    return 0.1
+
+
+def squares_only(settings: dict, begun: str | None) -> bool:
+    """Say whether a run, begun with this kind, keeps no A and B: at full size they would be most of the work."""
+    return settings["lora"] == "none" and settings["basis"] == "eigen" and begun == "ekfac"
+
+
+def check_kind(kind: str, settings: dict, begun: str | None) -> None:
+    """Raise a ValueError where a kind of Hessian can't be computed from what a run stores.
+
+    Args:
+        kind: raw, kfac, ekfac or none.
+        settings: Of the run.
+        begun: The kind it was begun with.
+    """
+    stored, basis = settings["store_dtype"], settings["basis"]
+    if kind == "raw" and stored in BITS:
+        raise ValueError(
+            f"expected --hessian ekfac, kfac or none with --store_dtype {stored}, got raw, whose C is a sum over exact "
+            "gradients; give --hessian ekfac, or store them in float32"
+        )
+    if kind == "ekfac" and stored == "none" and basis != "eigen":
+        raise ValueError("expected --basis eigen with --store_dtype none and ekfac, got projected; leave --basis out")
+    if kind == "kfac" and squares_only(settings, begun):
+        raise ValueError(
+            "expected --hessian ekfac, got kfac, whose factors this run doesn't hold; extract with --hessian kfac"
+        )
 
 
 def _cholesky(matrix: Tensor, shift: float) -> Tensor:

@@ -54,11 +54,19 @@ class GradientCapture:
         projections: Layer name -> Projection; just these layers are tracked.
         grads: Form G~.
         factors: Add up A = sum x~ x~^T, B = sum d~ d~^T and, with grads, the squares of G~ (see take_factors).
+        squares_only: Of the factors, leave out A and B.
     """
 
-    def __init__(self, model: nn.Module, projections: dict[str, Projection], grads: bool = True, factors: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        projections: dict[str, Projection],
+        grads: bool = True,
+        factors: bool = False,
+        squares_only: bool = False,
+    ):
         self.model, self.projections = model, projections
-        self.want_grads, self.want_factors = grads, factors
+        self.want_grads, self.want_factors, self.squares_only = grads, factors, squares_only
         self._grads: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}  # sums of the last batch, until they are committed
@@ -68,8 +76,8 @@ class GradientCapture:
         self._trainable = {p: p.requires_grad for p in self.model.parameters()}
         self.model.eval().requires_grad_(False)
         self._handles = []
-        for name, (p_in, p_out) in self.projections.items():
-            hook = self._hook(name, _Side(p_in), _Side(p_out))
+        for name, projection in self.projections.items():
+            hook = self._hook(name, _Side(projection.p_in), _Side(projection.p_out))
             self._handles.append(self.model.get_submodule(name).register_forward_hook(hook))
         return self
 
@@ -99,12 +107,16 @@ class GradientCapture:
             )
         x, d = (t.reshape(*self._positions.shape, -1) for t in (x, d))
         if self.want_grads:
-            grad = torch.bmm(d.mT, x).flatten(1)  # [B, r_out * r_in]
+            grad = self._reduce(name, x, d)
             self._grads[name] = self._grads[name] + grad if name in self._grads else grad
-        if self.want_factors:
+        if self.want_factors and not self.squares_only:
             real = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
             x, d = (x * real).flatten(0, 1), d.flatten(0, 1)
             self._add(self._last, {f"{name}.A": x.T @ x, f"{name}.B": d.T @ d})
+
+    def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
+        """Return what is kept of x~ [B, T, r_in] and d~ [B, T, r_out]: the gradients [B, r_out * r_in]."""
+        return torch.bmm(d.mT, x).flatten(1)
 
     def _add(self, sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         for key, value in values.items():
@@ -150,3 +162,39 @@ class GradientCapture:
         self.commit()
         factors, self._sums = self._sums, {}
         return factors
+
+
+class ScoreCapture(GradientCapture):
+    """Scores of examples against queries, layer by layer in the backward pass, which keeps no gradient.
+
+    backward returns {layer: [B, rows + S]}: the dots with each row of the queries, and S self-influences.
+
+    Args:
+        model, projections: As for GradientCapture.
+        queries: Layer -> preconditioned queries [rows, r_out * r_in], or their factors (left [rows, R, r_out], right
+            [rows, R, r_in]) of which a query is the sum of R outer products.
+        own: Layer -> S functions z [B, k] -> z^T (C + lambda I)^-1 z, [B].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        projections: dict[str, Projection],
+        queries: dict[str, Tensor | tuple[Tensor, Tensor]],
+        own: dict[str, list[Callable[[Tensor], Tensor]]],
+    ):
+        super().__init__(model, projections)
+        self.queries, self.own = queries, own
+
+    def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
+        if self.own[name] and name in self._grads:
+            raise ValueError(f"expected layers that run once, got {name} twice; use --mode dot, or store the gradients")
+        query, dots, grads = self.queries[name], None, None
+        if isinstance(query, tuple):
+            left, right = (side.flatten(0, 1).to(x) for side in query)  # [rows * R, r]
+            dots = ((d @ left.T) * (x @ right.T)).sum(dim=1).view(len(x), *query[0].shape[:2]).sum(dim=2)
+        if dots is None or self.own[name]:
+            grads = super()._reduce(name, x, d)
+        if dots is None:
+            dots = grads @ query.to(grads).T
+        return torch.cat([dots, *(solver(grads)[:, None] for solver in self.own[name])], dim=1)

@@ -15,22 +15,57 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from logra.quantise import FEW, BitQueries, unpack
 from logra.store import TensorFile
 
 MODES = ("dot", "cosine", "l2")
+BLOCK = 2**22  # coordinates that are unpacked at a time
 AHEAD = 2  # layers that wait for a core
 MANY = 256  # queries from which all cores work on one layer, since the products are large enough for that
 Solver = Callable[[Tensor], Tensor]  # z [n, k] -> z^T (C + lambda I)^-1 z, [n]
 
 
-def pad_queries(solved: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Return preconditioned queries {layer: [rows, k]} on the device, with zero rows up to a multiple of 16.
+def _prepared(
+    queries: dict[str, Tensor], bits: int | None, device: torch.device | str
+) -> dict[str, Tensor | BitQueries]:
+    """Return queries {layer: [rows, k]} as they are multiplied fastest.
 
-    A CPU's matrix products with 10 rows are slower than those with 16.
+    A CPU's matrix products with 10 rows are slower than those with 16: zero rows are added.
     """
-    count = len(next(iter(solved.values())))
-    more = -count % 16 if count > 4 and torch.device(device).type == "cpu" else 0
-    return {layer: torch.nn.functional.pad(p, (0, 0, 0, more)).to(device) for layer, p in solved.items()}
+    count, cpu = len(next(iter(queries.values()))), torch.device(device).type == "cpu"
+    if bits == 1 and cpu and count <= FEW:
+        return {layer: BitQueries(p) for layer, p in queries.items()}
+    more = -count % 16 if count > 4 and cpu else 0
+    return {layer: torch.nn.functional.pad(p, (0, 0, 0, more)).to(device) for layer, p in queries.items()}
+
+
+def _score_layer(
+    file: TensorFile,
+    layer: str,
+    query: Tensor | BitQueries,
+    own: list[Solver],
+    bits: int | None,
+    buffer: Tensor,
+    k: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return (dots [n, rows], self-influences, each [n]) of a layer of a shard, read into the buffer."""
+    rows = file.read(layer, buffer)
+    if bits is None:
+        z = rows.to(query)
+        return z @ query.T, [solver(z) for solver in own]
+    scale = file.read(f"{layer}.scale")
+    if isinstance(query, BitQueries):
+        dots = query.score(rows, scale)
+        if not own:
+            return dots, []
+    parts: list[tuple] = []
+    for begin in range(0, len(rows), max(1, BLOCK // k)):
+        block = slice(begin, begin + max(1, BLOCK // k))
+        device = "cpu" if isinstance(query, BitQueries) else query.device
+        z = unpack(rows[block].to(device), scale[block].to(device), bits, k)
+        parts.append((dots[block] if isinstance(query, BitQueries) else z @ query.T, *(solver(z) for solver in own)))
+    dots, *selves = (torch.cat(part) for part in zip(*parts, strict=True))
+    return dots, selves
 
 
 def score_shards(
@@ -38,19 +73,26 @@ def score_shards(
     shards: Iterable[int],
     queries: dict[str, Tensor],
     own: dict[str, list[Solver]],
-) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-    """Yield (shard, dots [n, rows], self-influences, S times [n]); every layer of every shard is read, checked, once.
+    device: torch.device | str,
+    bits: int | None = None,
+    groups: dict[str, str] | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]:
+    """Yield (shard, {group: dots [n, rows]}, self-influences, S times [n]); each layer is read, checked, once.
 
     On a CPU each core reads and multiplies layers of its own: a block is multiplied while it is in the core's cache.
+    There may be more rows of dots than queries.
 
     Args:
         open_shard: Opens a shard's gradients; see store.TensorFile.
         shards: Which ones.
-        queries: Layer -> preconditioned queries (of all dampings) [rows, k] float32, on the device that scores.
+        queries: Layer -> preconditioned queries (of all dampings) [rows, k] float32.
         own: Layer -> a solver for each damping; an empty list where self-influence is not wanted.
+        device: That scores.
+        bits: Of a coordinate, where the gradients are whole numbers (see quantise).
+        groups: Layer -> the group over whose layers dots are summed; all layers are one, "", without it.
     """
-    layers, local = list(queries), threading.local()
-    gpu = queries[layers[0]].device.type == "cuda"
+    layers, local, prepared = list(queries), threading.local(), _prepared(queries, bits, device)
+    gpu = torch.device(device).type == "cuda"
     threads = torch.get_num_threads()
     workers = 2 if gpu else threads if len(queries[layers[0]]) <= MANY else 1
 
@@ -58,21 +100,22 @@ def score_shards(
         size = file.size(layer)
         if len(getattr(local, "buffer", ())) < size:
             local.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=gpu)
-        p = queries[layer]
-        z = file.read(layer, local.buffer).to(p)
-        return shard, file, layer, z @ p.T, [solver(z) for solver in own[layer]]
+        k = queries[layer].shape[1]
+        return shard, file, layer, *_score_layer(file, layer, prepared[layer], own[layer], bits, local.buffer, k)
 
     calls = ((score, shard, file, layer) for shard in shards for file in [open_shard(shard)] for layer in layers)
     with ThreadPoolExecutor(workers, None, torch.set_num_threads, (max(1, threads // workers),)) as pool:
         try:
-            for shard, file, layer, dots, selves in _in_order(pool, calls, workers + AHEAD):
-                if layer == layers[0]:
-                    total = [dots, *selves]
-                else:
-                    total = [a.add_(b) for a, b in zip(total, [dots, *selves], strict=True)]
+            dots: dict[str, Tensor] = {}
+            selves: list[Tensor] = []
+            for shard, file, layer, part, own_part in _in_order(pool, calls, workers + AHEAD):
+                group = groups[layer] if groups else ""
+                dots[group] = dots[group].add_(part) if group in dots else part
+                selves = [a.add_(b) for a, b in zip(selves, own_part, strict=True)] if selves else own_part
                 if layer == layers[-1]:
                     file.file.close()
-                    yield shard, total[0], total[1:]
+                    yield shard, dots, selves
+                    dots, selves = {}, []
         finally:
             torch.set_num_threads(threads)
 

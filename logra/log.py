@@ -20,7 +20,7 @@ import psutil
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 
-from logra import data, hessian, projection, store
+from logra import data, hessian, projection, quantise, store
 from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, given_settings, processes_here, run_name, with_defaults
@@ -68,6 +68,16 @@ class Log:
         kept = [f"--{n} {v}" for n, v in first.items() if v is not None and getattr(args, n) is None]
         if kept:
             say(f"As in {self.folder / 'run.json'}: {', '.join(kept)}")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a stored coordinate where it is a whole number, 0 where none is stored; None of floats."""
+        return quantise.BITS.get(self.settings["store_dtype"])
+
+    @property
+    def squares_only(self) -> bool:
+        """Say whether the shards lack kfac's factors: at full size they would be most of the work."""
+        return hessian.squares_only(self.settings, self.content["arguments"]["hessian"])
 
     @property
     def parts(self) -> list[dict]:
@@ -132,11 +142,12 @@ class Log:
     def shard_size(self, examples: int) -> dict[str, int]:
         """Return {"shard_examples", "bytes_per_example", "factor_bytes_per_shard"}.
 
-        Shards of at most SHARD_BYTES, or of their factors' size where that is more; and 8 of them or more.
+        Shards of at most SHARD_BYTES, or of their factors' size where that is more, and of 16,384 examples; and 8 of
+        them or more.
         """
-        size = sum(o * i for o, i in self.projected.values()) * store.DTYPES[self.settings["store_dtype"]].itemsize
+        size = sum(quantise.stored_bytes(o * i, self.settings["store_dtype"]) for o, i in self.projected.values())
         factors = sum(4 * (o * o + i * i + o * i) for o, i in self.projected.values())
-        chosen = max(1, min(max(SHARD_BYTES, factors) // size, math.ceil(examples / 8)))
+        chosen = max(1, min(max(SHARD_BYTES, factors) // max(size, 2**14), math.ceil(examples / 8)))
         chosen = self.settings["shard_examples"] or chosen
         return {"shard_examples": chosen, "bytes_per_example": size, "factor_bytes_per_shard": factors}
 
@@ -149,7 +160,7 @@ class Log:
         if need > free:
             raise ValueError(
                 f"expected {need / 1e9:.3g} GB of free disk for the gradients, got {free / 1e9:.3g}; use a lower "
-                "--rank, --store_dtype bfloat16 or another --log_dir"
+                "--rank, --store_dtype int1 (or none) or another --log_dir"
             )
 
     def check_memory(self, kind: str, calibrated: Shapes | None = None) -> int:
@@ -259,6 +270,7 @@ class Log:
             ValueError: The run is not finished, or has no whole Hessian of that kind.
         """
         kind = asked or self.content["arguments"]["hessian"] or "raw"
+        hessian.check_kind(kind, self.settings, self.content["arguments"]["hessian"])
         if "projections" not in self.content:
             raise ValueError(
                 f"expected a finished run in {self.folder}, got one without projections; run extract_log.py again"

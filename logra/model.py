@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file, logging
 
 from logra.loss import check_head
-from logra.projection import Shapes, projected_shapes
+from logra.projection import Shapes, projected_shapes, rank_for_bytes
+from logra.quantise import stored_bytes
 from logra.store import atomic
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
@@ -226,7 +227,13 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
 def describe(model: PreTrainedModel, print_of_model: str, settings: dict, say: Callable[[str], None]) -> dict:
     """Return run.json's `model` (class, fingerprint) and `layers` (name -> [d_out, d_in, r_out, r_in])."""
     shapes = choose_layers(model, settings["mlp_only"], settings["layers"])
-    projected = projected_shapes(shapes, settings["rank_in"], settings["rank_out"])
+    limit, dtype = settings["bytes_per_example"], settings["store_dtype"]
+    if limit:
+        rank = rank_for_bytes(shapes, limit, lambda k: stored_bytes(k, dtype))
+        say(f"--bytes_per_example {limit}: rank {rank}")
+        projected = projected_shapes(shapes, rank, rank)
+    else:
+        projected = projected_shapes(shapes, settings["rank_in"], settings["rank_out"])
     narrow = sum(r == d for layer in shapes for r, d in zip(projected[layer], shapes[layer], strict=True))
     if narrow and settings["lora"] != "none":
         say(f"{narrow} of {2 * len(shapes)} sides of layers are no wider than the rank and not projected: exact there")

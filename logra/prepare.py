@@ -68,8 +68,9 @@ def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) ->
         with GradientCapture(lm, projections, grads=False, factors=True) as capture:
             extractor = make_extractor(args, lm, capture, log)
             batches = calibration_batches(
-                data.token_counts(examples), settings["seed"], extractor.batch_tokens, args.batch_size
-            )
+                data.token_counts(examples), settings["calibration_examples"], settings["seed"],
+                extractor.batch_tokens, args.batch_size,
+            )  # fmt: skip
             mine = batches[rank::ranks]
             with tqdm(total=len(mine), desc="calibrating", unit="batch", disable=rank > 0) as bar:
                 sums = factor_sums(extractor, sizes, examples, mine, bar.update)

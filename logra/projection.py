@@ -4,6 +4,8 @@ Notation: d_in/d_out layer sizes, r_in/r_out projected sizes. G~ = P_out G P_in^
 A side that is None is not projected (the identity).
 """
 
+from bisect import bisect_right
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,10 +16,15 @@ Shapes = dict[str, tuple[int, int]]  # layer name -> (d_out, d_in)
 
 
 class Projection(NamedTuple):
-    """The two sides of one layer: p_in [r_in, d_in] or None, p_out [r_out, d_out] or None."""
+    """The two sides of one layer: p_in [r_in, d_in] or None, p_out [r_out, d_out] or None.
+
+    In the eigenbasis also the calibration sample's eigenvalues, values_in [r_in] and values_out [r_out], in any unit.
+    """
 
     p_in: Tensor | None
     p_out: Tensor | None
+    values_in: Tensor | None = None
+    values_out: Tensor | None = None
 
 
 def projected_shapes(shapes: Shapes, rank_in: int | None, rank_out: int | None) -> Shapes:
@@ -25,6 +32,28 @@ def projected_shapes(shapes: Shapes, rank_in: int | None, rank_out: int | None) 
     if min(rank_in or 1, rank_out or 1) < 1:
         raise ValueError(f"expected ranks of at least 1, got {rank_in} and {rank_out}; give --rank 64, say")
     return {name: (min(rank_out or d_out, d_out), min(rank_in or d_in, d_in)) for name, (d_out, d_in) in shapes.items()}
+
+
+def rank_for_bytes(shapes: Shapes, limit: int, row_bytes: Callable[[int], int]) -> int:
+    """Return the highest rank, of both sides, whose gradients take at most `limit` bytes an example.
+
+    Args:
+        shapes: Layer -> (d_out, d_in).
+        limit: Bytes of all layers.
+        row_bytes: Bytes of a layer's row of k coordinates.
+
+    Raises:
+        ValueError: Even rank 1 takes more.
+    """
+
+    def size(rank: int) -> int:
+        return sum(row_bytes(r_out * r_in) for r_out, r_in in projected_shapes(shapes, rank, rank).values())
+
+    widest = max(map(max, shapes.values()))
+    rank = bisect_right(range(1, widest + 1), limit, key=size)
+    if rank == 0:
+        raise ValueError(f"expected --bytes_per_example of at least {size(1)} for {len(shapes)} layers, got {limit}")
+    return rank
 
 
 def random_side(seed: int, layer: str, side: str, rank: int, width: int) -> Tensor | None:
@@ -75,18 +104,22 @@ def rotate(projection: Projection, cov_in: Tensor, cov_out: Tensor, shape: tuple
         shape: (r_out, r_in) to keep; below the covariances' size this is PCA (arXiv 2405.13954, app. C).
     """
 
-    def side(p: Tensor | None, cov: Tensor, rank: int) -> Tensor:
-        rows = eigenbasis(cov)[1][:rank]
-        return (rows if p is None else rows @ p.double()).float().contiguous()
+    def side(p: Tensor | None, cov: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        values, rows = (part[:rank] for part in eigenbasis(cov))
+        return (rows if p is None else rows @ p.double()).float().contiguous(), values.float().contiguous()
 
-    return Projection(side(projection.p_in, cov_in, shape[1]), side(projection.p_out, cov_out, shape[0]))
+    p_in, values_in = side(projection.p_in, cov_in, shape[1])
+    p_out, values_out = side(projection.p_out, cov_out, shape[0])
+    return Projection(p_in, p_out, values_in, values_out)
+
+
+KEYS = ("in", "out", "in.values", "out.values")  # of a Projection's tensors in projections.safetensors
 
 
 def to_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
-    """Return the content of projections.safetensors: <layer>.in and <layer>.out, where they are projected."""
-    sides = {f"{name}.in": p.p_in for name, p in projections.items()}
-    sides |= {f"{name}.out": p.p_out for name, p in projections.items()}
-    return {key: p for key, p in sides.items() if p is not None}
+    """Return the content of projections.safetensors: <layer>.in, .out and so on, where they are there."""
+    parts = ((f"{name}.{key}", part) for name, p in projections.items() for key, part in zip(KEYS, p, strict=True))
+    return {key: part for key, part in parts if part is not None}
 
 
 def from_tensors(tensors: dict[str, Tensor], shapes: Shapes, projected: Shapes) -> dict[str, Projection]:
@@ -101,4 +134,4 @@ def from_tensors(tensors: dict[str, Tensor], shapes: Shapes, projected: Shapes) 
             if (rank, width) != ((width, width) if p is None else tuple(p.shape)):
                 got = "none" if p is None else list(p.shape)
                 raise ValueError(f"expected {[rank, width]} for {name}.{side}, got {got}")
-    return {name: Projection(tensors.get(f"{name}.in"), tensors.get(f"{name}.out")) for name in shapes}
+    return {name: Projection(*(tensors.get(f"{name}.{key}") for key in KEYS)) for name in shapes}

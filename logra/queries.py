@@ -7,6 +7,7 @@ assistant's turns count), or also prompt_ids and response_ids, the exact tokens 
 import json
 import tempfile
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def read_query_file(
             token_ids, counted = _encode(row, model_name, tokenizer, query_loss)
         except ValueError as error:
             raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
-        shown = {key: row[key] for key in ("text", "prompt", "response", "messages") if key in row}
+        shown = {key: value for key, value in row.items() if key not in ("id", "model", "prompt_ids", "response_ids")}
         queries.append(Query(str(row.get("id", number)), token_ids, counted, shown))
     return queries
 
@@ -146,6 +147,30 @@ def load_queries(
                 f"{query.id}; shorten it"
             )
     return name, queries
+
+
+def group_queries(queries: list[Query], column: str | None) -> list[list[Query]]:
+    """Return the queries one by one, or those with the same value of a column of their rows together.
+
+    Raises:
+        ValueError: A row lacks the column.
+    """
+    if column is None:
+        return [[query] for query in queries]
+    groups: dict[str, list[Query]] = {}
+    for query in queries:
+        if column not in query.row:
+            raise ValueError(f"expected a column {column} in every query, got none in query {query.id}; add it")
+        groups.setdefault(str(query.row[column]), []).append(query)
+    return [[query._replace(row=query.row | {"group": name}) for query in group] for name, group in groups.items()]
+
+
+def merged(group: list[Query]) -> Query:
+    """Return a group as one query, for the lists: its name, all tokens, and its members' ids as text."""
+    ids = [query.id for query in group]
+    text = f"{len(ids)} queries: {', '.join(ids)}"
+    tokens, counted = (list(chain(*parts)) for parts in zip(*(query[1:3] for query in group), strict=True))
+    return Query(group[0].row["group"], tokens, counted, {"text": text})
 
 
 def query_hash(queries: list[Query]) -> str:

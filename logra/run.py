@@ -22,6 +22,7 @@ from torch import Tensor
 
 from logra.hessian import KINDS
 from logra.model import DEFAULT_MODEL, short_name
+from logra.quantise import BITS
 from logra.store import DTYPES
 
 LEASE = 60.0  # seconds; see locked
@@ -34,6 +35,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse; a preset's flags that are not given take its values, and are printed."""
+        found = super().parse_args(args, namespace)
+        if preset := PRESETS.get(getattr(found, "preset", None)):
+            ranks = ("rank", "rank_in", "rank_out", "bytes_per_example")
+            sized = any(vars(found)[flag] for flag in ranks) or found.lora == "none"
+            for flag, value in preset.items():
+                if vars(found)[flag] is None and not (flag == "rank" and sized):
+                    setattr(found, flag, value)
+            shown = [(f"--{flag}", vars(found)[flag]) for flag in preset if vars(found)[flag] is not None]
+            say(f"--preset {found.preset}: " + " ".join(f if v is True else f"{f} {v}" for f, v in shown))
+        return found
 
     def error(self, message: str):
         """Print one line and exit with status 2."""
@@ -97,7 +111,18 @@ RUN_FLAGS: dict[str, tuple[object, dict]] = {
     "lora": ("random", {"choices": ["random", "pca", "none"], "help": "projection of the gradients"}),
     "rank_in": (64, {"type": positive_int, "help": "projected size of a layer's inputs"}),
     "rank_out": (64, {"type": positive_int, "help": "projected size of a layer's output gradients"}),
-    "basis": (None, {"choices": ["projected", "eigen"], "help": "eigen (kfac, ekfac): rotate to the eigenvectors"}),
+    "bytes_per_example": (
+        None,
+        {"type": positive_int, "help": "the highest rank whose stored gradients, all layers together, take no more"},
+    ),
+    "basis": (
+        None,
+        {"choices": ["projected", "eigen"], "help": "eigen (kfac, ekfac, few bits): rotate to the eigenvectors"},
+    ),
+    "calibration_examples": (
+        None,
+        {"type": positive_int, "help": "that the eigenvectors are of (256; of fewer than 2048 an eighth, or 32)"},
+    ),
     "mlp_only": (False, {"action": "store_const", "const": True, "help": "track the MLP's layers only"}),
     "layers": (
         None,
@@ -106,10 +131,23 @@ RUN_FLAGS: dict[str, tuple[object, dict]] = {
     "shard_examples": (None, {"type": positive_int, "help": "examples in a shard (chosen from their size)"}),
     "dtype": (None, {"choices": list(DTYPES), "help": "of the model: float32 on a CPU, bfloat16 on a GPU"}),
     "quantize": (None, {"choices": ["8bit", "4bit"], "help": "load the model's weights so (bitsandbytes, a GPU)"}),
-    "store_dtype": ("float32", {"choices": list(DTYPES), "help": "of the stored gradients"}),
+    "store_dtype": (
+        "float32",
+        {
+            "choices": [*DTYPES, *BITS],
+            "help": "of the stored gradients; int1 keeps signs; none stores none, and stage 3 runs the model on the "
+            "train examples again",
+        },
+    ),
     "seed": (0, {"type": seed_int, "help": "of the projections and the calibration sample"}),
 }
 
+
+# --preset: flags that it stands for; those that are given as well go before it
+PRESETS: dict[str, dict[str, object]] = {
+    "best": {"lora": "random", "rank": 128, "hessian": "ekfac", "mlp_only": True, "store_dtype": "int1"},
+    "paper": {"lora": "random", "rank": 64, "hessian": "raw", "mlp_only": True, "store_dtype": "float32"},
+}
 
 DATA_FLAGS = (  # which documents; an extension has others
     "data_name", "data_config", "data_split", "text_column",
@@ -123,6 +161,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     for name, (default, options) in RUN_FLAGS.items():
         shown = "" if default in (None, False) else f" ({default})"
         group.add_argument(f"--{name}", default=None, **{**options, "help": options["help"] + shown})
+    group.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="best: most truth per byte; paper: arXiv 2405.13954's (prints its flags)",
+    )
     group.add_argument("--rank", type=positive_int, help="--rank_in and --rank_out, where these are not given")
     group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
     group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
@@ -159,11 +202,21 @@ def given_settings(args: argparse.Namespace) -> dict:
 def with_defaults(given: dict, hessian: str) -> dict:
     """Fill in the settings that were not given; those that depend on model or device stay None."""
     settings = {name: default for name, (default, _) in RUN_FLAGS.items()} | given
-    settings["basis"] = settings["basis"] or ("eigen" if hessian in ("kfac", "ekfac") else "projected")
-    if settings["lora"] == "none":
+    few = settings["store_dtype"] in BITS
+    settings["basis"] = settings["basis"] or ("eigen" if few or hessian in ("kfac", "ekfac") else "projected")
+    if few and settings["store_dtype"] != "none" and settings["basis"] != "eigen":
+        raise ValueError(
+            f"expected --basis eigen with --store_dtype {settings['store_dtype']}, got projected: in few bits, a few "
+            "large directions drown the rest there; leave --basis out"
+        )
+    free = {"none": "--lora none, which projects nothing"}.get(settings["lora"])
+    free = free or ("--bytes_per_example, which chooses it" if settings["bytes_per_example"] else None)
+    if free:
         if "rank_in" in given or "rank_out" in given:
-            raise ValueError("expected no rank with --lora none, which projects nothing; leave --rank out")
+            raise ValueError(f"expected no rank with {free}; leave --rank out")
         settings["rank_in"] = settings["rank_out"] = None
+    if settings["lora"] == "none" and settings["bytes_per_example"]:
+        raise ValueError("expected --bytes_per_example with a projection, got --lora none; leave one out")
     return settings
 
 
@@ -175,10 +228,12 @@ def processes_here() -> int:
 def run_name(settings: dict) -> str:
     """Return the folder name of a run: model, data, projection and layers."""
     rank = "" if settings["lora"] == "none" else f"{settings['rank_out']}x{settings['rank_in']}"
+    rank = f"{settings['bytes_per_example']}B" if settings["bytes_per_example"] else rank
     parts = [short_name(settings["model_name"]), short_name(settings["data_name"])]
     parts += [short_name(settings["data_config"])] if settings["data_config"] else []
     parts += [settings["lora"] + rank] + (["eigen"] if settings["basis"] == "eigen" else [])
     parts += ["mlp" if settings["mlp_only"] else "all"]
+    parts += [settings["store_dtype"]] if settings["store_dtype"] in BITS else []
     parts += [f"layers-{xxhash.xxh32_hexdigest(settings['layers'].encode())}"] if settings["layers"] else []
     return "_".join(parts)
 

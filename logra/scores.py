@@ -1,6 +1,7 @@
 """Files of scores: scores.npy, or with --top_k_only the ends of it; and the train examples' self-influence.
 
-scores/<label>/scores.npy                          [Q, N] float32, or
+scores/<label>/scores.npy                          [Q, N] float32, with --layerwise also
+               layer_scores.npy                    [L, Q, N] float32: dots of L blocks of layers; or
                top.safetensors, bottom.safetensors  scores [Q, K] float32 and ids [Q, K] int64, best first
 self_influence/<label>.safetensors                 values [N] float32; kept, since it does not depend on the queries
 """
@@ -29,38 +30,46 @@ class ScoreFile:
         folder: Where to.
         queries, examples: Q and N.
         top_k_only: Keep this many of the highest and of the lowest scores of each query only.
+        blocks: L, where the blocks' dots are kept apart too, or 0.
     """
 
-    def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None):
-        self.folder, self.shape, self.k = folder, (queries, examples), top_k_only
-        self.matrix: np.ndarray | None = None
+    def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None, blocks: int = 0):
+        if blocks and top_k_only:
+            raise ValueError("expected --layerwise without --top_k_only, which keeps no matrix; leave one out")
+        self.folder, self.k = folder, top_k_only
+        self.shapes = {"scores.npy": (queries, examples)} | (
+            {"layer_scores.npy": (blocks, queries, examples)} if blocks else {}
+        )
+        self.matrices: dict[str, np.ndarray] = {}
         self.ends: dict[int, dict[str, RunningTopK]] = {}  # by the number of a group's first query
 
     def create(self) -> None:
         """Make an empty scores.npy; on one rank, before the others write. A full disk is an OSError here."""
-        if self.k is None:
-            path = self.folder / "scores.npy"
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=self.shape)
+        for name, shape in self.shapes.items() if self.k is None else ():
+            path = self.folder / name
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
             if hasattr(os, "posix_fallocate"):  # a full disk would be a crash in a memory-mapped write
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
-    def put(self, first: int, ids: range, scores: Tensor) -> None:
-        """Take scores [queries of the group, n] of a group of queries from number `first` on, for examples ids."""
+    def put(self, first: int, ids: range, scores: Tensor, of_blocks: list[Tensor]) -> None:
+        """Take scores [queries of the group, n], and each block's dots, of queries from number `first` on."""
         if self.k is not None:
             if first not in self.ends:
                 self.ends[first] = {end: RunningTopK(len(scores), self.k, end == "top") for end in ("top", "bottom")}
             for end in self.ends[first].values():
                 end.add(scores, torch.arange(ids.start, ids.stop))
             return
-        if self.matrix is None:
-            self.matrix = np.load(self.folder / "scores.npy", mmap_mode="r+")
-        self.matrix[first : first + len(scores), ids.start : ids.stop] = scores.numpy()
+        for name in self.shapes:
+            if name not in self.matrices:
+                self.matrices[name] = np.load(self.folder / name, mmap_mode="r+")
+            values = scores if name == "scores.npy" else torch.stack(of_blocks)
+            self.matrices[name][..., first : first + len(scores), ids.start : ids.stop] = values.numpy()
 
     def close(self, gather: Callable, accelerator: Accelerator) -> None:
         """Flush what this rank has; merge the ranks' top k, on every rank."""
-        if self.matrix is not None:
-            self.matrix.flush()
+        for matrix in self.matrices.values():
+            matrix.flush()
         if self.k is None:
             return
         mine = [(first, name, end) for first, ends in self.ends.items() for name, end in ends.items()]

@@ -1,8 +1,10 @@
 """Files of a run that are whole or absent: atomic writes, gradient shards with manifests and checksums.
 
-gradients/00000.safetensors          a tensor <layer> [n, r_out * r_in] for each layer
+gradients/00000.safetensors          a tensor <layer> [n, r_out * r_in] for each layer; of whole numbers, <layer>
+                                     [n, bytes] and <layer>.scale [n] (see quantise)
 gradients/00000.factors.safetensors  factor sums of the same examples (hooks.GradientCapture.take_factors)
-gradients/00000.json                 manifest, written last: first id, count, sizes and checksums (xxh3)
+gradients/00000.json                 manifest, written last: first id, count, sizes and checksums (xxh3), and of whole
+                                     numbers the relative error of a sample's scores
 
 A file of tensors comes with an entry {"bytes", "header", "tensors"}: its size, and the checksums of its header and of
 each tensor, so that whoever reads one tensor checks just that one.
@@ -22,7 +24,14 @@ import xxhash
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
@@ -198,10 +207,12 @@ def shard_files(folder: Path, index: int) -> dict[str, Path]:
     return {key: folder / name for key, name in (names | {"manifest": f"{index:05d}.json"}).items()}
 
 
-def write_shard(folder: Path, index: int, ids: range, grads: dict[str, Tensor], factors: dict[str, Tensor]) -> None:
-    """Write one shard, its manifest last."""
+def write_shard(
+    folder: Path, index: int, ids: range, grads: dict[str, Tensor], factors: dict[str, Tensor], **about: object
+) -> None:
+    """Write one shard, its manifest, with what else there is to say `about` it, last."""
     files = shard_files(folder, index)
-    manifest: dict = {"first_example": ids.start, "examples": len(ids)}
+    manifest: dict = {"first_example": ids.start, "examples": len(ids)} | about
     manifest |= {key: save_tensors(files[key], t) for key, t in (("gradients", grads), ("factors", factors))}
     write_json(files["manifest"], manifest)
 

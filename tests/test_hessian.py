@@ -179,11 +179,12 @@ def test_scores_by_definition(mode, kind, tmp_path):
         grads = {layer: z[ids.start : ids.stop].contiguous() for layer, z in block.items()}
         store.write_shard(tmp_path, shard, ids, grads, {})
     own = {str(i): [s.quadratic] for i, s in enumerate(solvers)}
-    padded = influence.pad_queries({layer: torch.cat([p, p]) for layer, p in solved.items()}, "cpu")
-    found = influence.score_shards(lambda i: store.open_shard(tmp_path, i, shards[i]), range(2), padded, own)
+    doubled = {layer: torch.cat([p, p]) for layer, p in solved.items()}
+    found = influence.score_shards(lambda i: store.open_shard(tmp_path, i, shards[i]), range(2), doubled, own, "cpu")
     for (shard, streamed, selves), n in zip(found, (20, 10), strict=True):
         part = slice(20 * shard, 20 * shard + n)
-        assert close(streamed[:, :4].T, dots[:, part].double()) and close(streamed[:, 4:8].T, dots[:, part].double())
+        rows = streamed[""].T.double()
+        assert close(rows[:4], dots[:, part].double()) and close(rows[4:8], dots[:, part].double())
         assert close(selves[0], self_influence[part].double())
 
 

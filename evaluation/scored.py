@@ -1,0 +1,64 @@
+"""What the evaluations share: a folder of the pipeline's scores, checked, and bootstrap intervals over queries.
+
+Notation: Q queries, N train examples.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from logra import store
+from logra.log import Log
+
+RESAMPLES = 2000
+
+
+class Scored(NamedTuple):
+    """Scores [Q, N] float32, the ids of the queries [Q] and of the documents [N], the run, the scores' run.json."""
+
+    scores: np.ndarray
+    queries: list[str]
+    documents: list[str]
+    log: Log
+    about: dict
+
+
+def load(folder: Path) -> Scored:
+    """Read a folder under logs/<run>/scores/.
+
+    Raises:
+        ValueError: It is none, holds the ends of the scores only (--top_k_only), or its run has other examples now.
+    """
+    about = store.read_json(folder / "run.json", "give a folder under logs/<run>/scores/")
+    if "top_k_only" not in about:
+        raise ValueError(f"expected scores in {folder}, got something else; give a folder under logs/<run>/scores/")
+    if about["top_k_only"]:
+        raise ValueError(f"expected all scores in {folder}, got their ends; score without --top_k_only")
+    log = Log.load(folder.absolute().parents[1])
+    if Log(log.folder, about["log"]).fingerprints != log.fingerprints:
+        raise ValueError(f"expected scores of its run's examples in {folder}, got others; score again")
+    scores, documents = np.load(folder / "scores.npy", mmap_mode="r"), log.train()["document_id"][:]
+    if scores.shape != (shape := (about["num_queries"], len(documents))):
+        raise ValueError(f"expected scores {shape} in {folder}, got {scores.shape}; score again")
+    return Scored(scores, [row["id"] for row in read_rows(folder / "queries.jsonl")], documents, log, about)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a .jsonl file."""
+    return [json.loads(line) for line in store.read_lines(path)]
+
+
+def interval(values: np.ndarray) -> str:
+    """Return `mean [low, high]` of a value a query, with the 95% bootstrap interval over the queries."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[chosen].mean(axis=1), (2.5, 97.5))
+    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def print_table(head: list[str], rows: list[list]) -> None:
+    """Print a table in Markdown; an array in it holds a value a query (see interval)."""
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for row in rows:
+        print(f"| {' | '.join(interval(cell) if isinstance(cell, np.ndarray) else str(cell) for cell in row)} |")

@@ -1,0 +1,166 @@
+"""Gradients in few bits: a scale for each example and layer, and whole numbers packed into bytes.
+
+Notation: n examples, k = r_out * r_in coordinates of a layer, Q queries. An example's row is stored as `packed`
+[bytes] uint8 and `scale`, and stands for scale * level[i], i in 0 .. 2^bits - 1:
+    int8  level i - 128, scale max |z| / 127
+    int4  level i - 8, scale 0.3 times the root mean square: the few coordinates beyond 7 of these are cut off
+    int1  level -1 or 1, scale mean |z|
+    none  nothing but the scale, mean |z|: stage 3 runs the model again
+Coordinate j of a row is in byte j * bits // 8, lower bits first; rows end with zero bits up to 8 bytes. In the
+eigenbasis a sign is enough (README, "More truth per byte"); in others, a few large directions drown the rest.
+"""
+
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from numba.extending import intrinsic
+from torch import Tensor
+
+from logra.projection import Projection
+from logra.store import DTYPES
+
+BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}
+CLIP = 0.3  # int4's step, in root mean squares; from 0.3 to 0.5 scores were equally good
+FEW = 48  # queries up to which counting bits is faster than a matrix product
+
+
+def row_bytes(k: int, bits: int) -> int:
+    """Return the bytes of a row of k coordinates: a multiple of 8."""
+    return -(-k * bits // 64) * 8
+
+
+def stored_bytes(k: int, store_dtype: str) -> int:
+    """Return the bytes that an example's k coordinates of a layer take in a shard, its scale included."""
+    bits = BITS.get(store_dtype)
+    return k * DTYPES[store_dtype].itemsize if bits is None else row_bytes(k, bits) + 4
+
+
+def stored(layer: str, grads: Tensor, store_dtype: str) -> dict[str, Tensor]:
+    """Return a shard's tensors of a layer's gradients [n, k]: <layer>, and of whole numbers <layer>.scale.
+
+    Of `none` there is <layer>.scale alone, the mean of |z|.
+    """
+    if store_dtype not in BITS:
+        return {layer: grads.to(DTYPES[store_dtype])}
+    packed, scale = pack(grads, BITS[store_dtype])
+    return {layer: packed, f"{layer}.scale": scale} if packed.numel() else {f"{layer}.scale": scale}
+
+
+def pack(grads: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round gradients [n, k] to (packed [n, row_bytes] uint8, scale [n] float32), on their device."""
+    grads = grads.float()
+    n, k = grads.shape
+    if bits < 2:
+        scale, whole = grads.abs().mean(dim=1), (grads > 0).to(torch.uint8)
+        if not bits:
+            return whole[:, :0], scale
+    else:
+        half = 2 ** (bits - 1)
+        scale = grads.abs().amax(dim=1) / (half - 1) if bits == 8 else CLIP * grads.square().mean(dim=1).sqrt()
+        whole = (grads / scale.clamp_min(1e-38)[:, None]).round_().clamp_(1 - half, half - 1).add_(half).to(torch.uint8)
+    whole = torch.nn.functional.pad(whole, (0, row_bytes(k, bits) * 8 // bits - k)).view(n, -1, 8 // bits)
+    shifts = torch.arange(0, 8, bits, device=grads.device, dtype=torch.uint8)
+    return (whole << shifts).sum(dim=2, dtype=torch.uint8), scale
+
+
+@cache
+def _levels(bits: int, device: torch.device) -> Tensor:
+    """Return the levels that a byte stands for, [256, 8 // bits] float32."""
+    shifts = torch.arange(0, 8, bits, device=device)
+    whole = (torch.arange(256, device=device)[:, None] >> shifts) & (2**bits - 1)
+    return (2.0 * whole - 1) if bits == 1 else (whole - 2.0 ** (bits - 1))
+
+
+def unpack(packed: Tensor, scale: Tensor, bits: int, k: int) -> Tensor:
+    """Return the gradients [n, k] float32 that packed [n, row_bytes] and scale [n] stand for."""
+    levels = _levels(bits, packed.device)[packed.int().flatten()]
+    return levels.view(len(packed), -1)[:, :k] * scale[:, None]
+
+
+class ScoreError:
+    """The relative error that rounding makes in the scores between some examples, summed over layers.
+
+    Scores are those of K-FAC with the calibration sample's eigenvalues; an example's with itself is left out.
+    """
+
+    def __init__(self, projections: dict[str, Projection], store_dtype: str, damping: float):
+        self.projections, self.store_dtype, self.damping = projections, store_dtype, damping
+        self.scores: Tensor | None = None
+
+    def add(self, layer: str, grads: Tensor) -> None:
+        """Take a layer's gradients [n, k], of the same n examples for each layer."""
+        _, _, values_in, values_out = self.projections[layer]
+        values = torch.outer(values_out, values_in).flatten().to(grads.device)
+        whitened = grads.float() / (values + self.damping * values.mean()).clamp_min(1e-38)
+        packed, scale = pack(grads, BITS[self.store_dtype])
+        rounded = unpack(packed, scale, BITS[self.store_dtype], grads.shape[1])
+        scores = torch.stack([whitened @ grads.float().T, whitened @ rounded.T])  # [2, n, n]
+        self.scores = scores if self.scores is None else self.scores + scores
+
+    def result(self) -> float:
+        """Return |c rounded - exact| / |exact| with the best factor c, from 0 to 1 (0 of a single example).
+
+        A common factor changes no order, and a sign's scores are larger than those of the gradient.
+        """
+        if self.scores is None:
+            return 0.0
+        exact, rounded = self.scores.double() * (1 - torch.eye(len(self.scores[0]), device=self.scores.device))
+        cosine = (exact * rounded).sum() / (exact.norm() * rounded.norm()).clamp_min(1e-38)
+        return (1 - cosine.square()).clamp_min(0).sqrt().item() if exact.any() else 0.0
+
+
+@intrinsic
+def _ones(_context, _word):
+    """Count the ones of a 64-bit word: LLVM's ctpop."""
+
+    def generate(_context, builder, _signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return numba.types.uint64(numba.types.uint64), generate
+
+
+@numba.njit(nogil=True, cache=True)
+def _count(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> None:
+    """Set sums [n, Q] to the sum over planes b of 2^b times the ones in (signs [n, W] and planes [Q, 8, W])."""
+    for first in range(0, len(signs), 16):  # these rows stay in the cache for all queries
+        for query in range(len(planes)):
+            for row in range(first, min(first + 16, len(signs))):
+                total = np.int64(0)
+                for word in range(signs.shape[1]):
+                    bits = signs[row, word]
+                    for plane in range(8):
+                        total += np.int64(_ones(bits & planes[query, plane, word])) << plane
+                sums[row, query] = total
+
+
+class BitQueries:
+    """Queries in 8 bits, for rows of one bit: scores by AND and counting ones, bit plane by bit plane.
+
+    Query values are rounded to whole multiples, -128 to 127, of a step a query: of max |q| / 127, and a half and a
+    quarter of it, whichever leaves the smallest squared error.
+    """
+
+    def __init__(self, queries: Tensor):
+        """Take queries [Q, k] float32 on the CPU."""
+        self.count, k = queries.shape
+        peak = queries.abs().amax(dim=1, keepdim=True).clamp_min(1e-38) / 127
+        steps = torch.cat([peak, peak / 2, peak / 4], dim=1)
+        whole = (queries[:, None] / steps[..., None]).round_().clamp_(-128, 127)  # [Q, 3, k]
+        error = (whole * steps[..., None] - queries[:, None]).square().sum(dim=2)
+        best = error.argmin(dim=1, keepdim=True)
+        self.step = steps.gather(1, best)[:, 0]
+        whole = whole.gather(1, best[..., None].expand(-1, 1, k))[:, 0]
+        self.total = whole.sum(dim=1)
+        shifted = np.pad((whole + 128).byte().numpy(), ((0, 0), (0, row_bytes(k, 1) * 8 - k)))
+        bits = np.unpackbits(shifted[..., None], axis=2, bitorder="little").swapaxes(1, 2)  # [Q, 8, k]
+        self.planes = np.ascontiguousarray(np.packbits(bits, axis=2, bitorder="little")).view(np.uint64)
+
+    def score(self, packed: Tensor, scale: Tensor) -> Tensor:
+        """Return scores [n, Q] float32 of rows of one bit, packed [n, row_bytes] and scale [n]."""
+        signs, sums = packed.numpy().view(np.uint64), np.empty((len(packed), self.count), dtype=np.int64)
+        _count(signs, self.planes, sums)
+        ones = np.bitwise_count(signs).sum(axis=1, dtype=np.int64)  # what 128 was added to
+        dots = 2 * (torch.from_numpy(sums) - 128 * torch.from_numpy(ones)[:, None]) - self.total
+        return dots.float() * self.step * scale[:, None]
