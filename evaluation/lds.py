@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     texts, queries = make_texts(args)
     subsets, truth = train_subsets(args, texts, queries)
     rows = []
-    for folder in args.scores:
+    for folder in dict.fromkeys(args.scores):
         scores = load_scores(folder, args.testbed, len(queries), len(texts))
         rows.append({"scores": str(folder), "bytes": gradient_bytes(folder.parents[1], len(texts))})
         rows[-1]["lds"] = lds(scores, subsets, truth).tolist()

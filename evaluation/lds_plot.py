@@ -1,0 +1,146 @@
+"""The table and the two plots of lds.py's numbers: LDS against bytes, and against the damping.
+
+    python evaluation/lds_plot.py testbeds/results
+
+Reads <folder>/<testbed>.json (lds.py --json). Writes lds.md, lds_bytes.png and lds_damping.png there. The first row of
+each file is what the others are compared with.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from logra import store
+from logra.hessian import default_damping
+from logra.run import Parser, guarded
+
+PATTERN = re.compile(r"(?P<run>[^/]+)/scores/.*-(?P<mode>dot|cosine|l2)-(?P<hessian>\w+)-(?P<damping>[\d.e-]+)$")
+LABELS = {  # run of lds_table.sh -> what it stores, where its name does not say
+    "full": "uncompressed",
+    "full-kfac": "uncompressed",
+    "full-int1": "unprojected, int1",
+    "best": "rank 128, int1 (--preset best)",
+}
+
+
+def build_parser() -> Parser:
+    """Return the command line's parser."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of the .json files; the table and the plots go there too")
+    return parser
+
+
+def label(run: str) -> str:
+    """Return how a run of lds_table.sh is called in the table."""
+    if run in LABELS:
+        return LABELS[run]
+    match = re.fullmatch(r"([a-z]+(?:\d+-)?)(\d+)", run)  # eigen64, int4-128
+    if not match:
+        return run
+    kind, rank = match[1].removesuffix("-"), match[2]
+    kind = {"raw": "float32", "eigen": "float32", "pca": "pca, float32"}.get(kind, kind)
+    return f"rank {rank}, {kind}"
+
+
+def methods(rows: list[dict]) -> list[dict]:
+    """Return a dict a method (label, hessian, mode, bytes, rows by damping, default damping) from lds.py's rows."""
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        match = PATTERN.search(row["scores"])
+        name, mode, kind, damping = match.groups() if match else (Path(row["scores"]).name, "", "", "0")
+        about = {"label": label(name) if match else name, "mode": mode, "hessian": kind, "bytes": row["bytes"]}
+        method = found.setdefault(
+            (name, mode, kind), about | {"rows": {}, "full": name.startswith("full") and "int" not in name}
+        )
+        method["rows"][float(damping)] = row
+        bits = re.search(r"int\d", LABELS.get(name, name))
+        default = default_damping(kind, bits[0] if bits else "float32") if kind not in ("", "none") else float(damping)
+        method["default"] = default if default in method["rows"] else float(damping)
+    return sorted(found.values(), key=lambda method: -method["rows"][method["default"]]["mean"])
+
+
+def table(name: str, found: list[dict]) -> str:
+    """Return a Markdown table of a testbed's methods, the best first."""
+    lines = [
+        f"### {name}",
+        "",
+        "| Hessian | gradients | mode | bytes an example | LDS (95%) | ratio (95%) | best damping |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for method in found:
+        row = method["rows"][method["default"]]
+        best = max(method["rows"], key=lambda damping: method["rows"][damping]["mean"])
+        shown = f"{best:g}: {method['rows'][best]['mean']:.3f}" if len(method["rows"]) > 1 else ""
+        size = "none" if method["full"] or not method["hessian"] else f"{row['bytes']:,.0f}"
+        lines.append(
+            f"| {method['hessian']} | {method['label']} | {method['mode']} | {size} | {row['mean']:.3f} "
+            f"({row['low']:.3f} to {row['high']:.3f}) | {row['ratio']:.2f} ({row['ratio_low']:.2f} to "
+            f"{row['ratio_high']:.2f}) | {shown} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot_bytes(folder: Path, testbeds: dict[str, list[dict]]) -> None:
+    """Draw LDS against stored bytes, a panel a testbed."""
+    figure = Figure(figsize=(5.5 * len(testbeds), 4.2), layout="constrained")
+    for axes, (name, found) in zip(figure.subplots(1, len(testbeds), squeeze=False)[0], testbeds.items(), strict=True):
+        marks = {
+            "raw": ("s", "tab:gray"),
+            "kfac": ("^", "tab:green"),
+            "ekfac": ("o", "tab:blue"),
+            "none": ("x", "tab:red"),
+        }
+        for method in (m for m in found if m["hessian"] and m["mode"] == "dot" and not m["full"]):
+            row = method["rows"][method["default"]]
+            mark, colour = marks[method["hessian"]]
+            error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+            axes.errorbar(row["bytes"], row["mean"], error, fmt=mark, color=colour, ecolor="lightgray", markersize=5)
+            short = method["label"].replace("rank ", "").replace(", float32", "")
+            axes.annotate(short, (row["bytes"], row["mean"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        for method in (m for m in found if m["full"]):
+            axes.axhline(method["rows"][method["default"]]["mean"], ls="--", lw=0.8, color=marks[method["hessian"]][1])
+        axes.set(xscale="log", xlabel="stored bytes an example", ylabel="LDS", title=f"{name} (dashed: uncompressed)")
+        axes.legend(
+            handles=[axes.plot([], [], mark, color=colour, label=kind)[0] for kind, (mark, colour) in marks.items()],
+            fontsize=8, loc="lower right",
+        )  # fmt: skip
+    figure.savefig(folder / "lds_bytes.png", dpi=150)
+
+
+def plot_damping(folder: Path, testbeds: dict[str, list[dict]]) -> None:
+    """Draw LDS against the relative damping, a line a method."""
+    figure = Figure(figsize=(5.5 * len(testbeds), 4.2), layout="constrained")
+    for axes, (name, found) in zip(figure.subplots(1, len(testbeds), squeeze=False)[0], testbeds.items(), strict=True):
+        for method in (m for m in found if len(m["rows"]) > 1 and m["mode"] == "dot"):
+            dampings = sorted(method["rows"])
+            means = [method["rows"][damping]["mean"] for damping in dampings]
+            style = {"raw": "--", "kfac": ":", "ekfac": "-"}[method["hessian"]]
+            axes.plot(dampings, means, style, marker=".", lw=1, label=f"{method['hessian']} {method['label']}")
+        axes.set(xscale="log", xlabel="damping, in units of the mean eigenvalue", ylabel="LDS", title=name)
+        axes.legend(fontsize=6, loc="lower left", ncols=2)
+    figure.savefig(folder / "lds_damping.png", dpi=150)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read the numbers, write the table and the plots."""
+    files = sorted(args.folder.glob("*.json"))
+    if not files:
+        raise ValueError(
+            f"expected .json files of lds.py --json in {args.folder}, got none; run evaluation/lds_table.sh"
+        )
+    testbeds = {path.stem: methods(store.read_json(path, "run lds.py again")["rows"]) for path in files}
+    text = "\n".join(table(name, found) for name, found in testbeds.items())
+    with store.atomic(args.folder / "lds.md") as path:
+        path.write_text(text, "utf-8")
+    plot_bytes(args.folder, testbeds)
+    plot_damping(args.folder, testbeds)
+    print(text)
+
+
+if __name__ == "__main__":
+    guarded(main, build_parser())

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Reproduces: evaluation/results' table of LDS: every method on small GPT-2 and Llama models, and its two plots
+# Needs:      as scripts/test.sh, 8 GB of disk, 8 GB of memory
+# Takes:      2 hours on 2 quiet CPU cores, most of it training the models of half of the texts; REDUCED=1: 3 minutes
+# Expect:     a table a model: method, bytes an example and layer, LDS with its interval, ratio to raw's
+# Checked:    not measured
+#
+# Usage: bash evaluation/lds_table.sh [gpt2|llama ...]      REDUCED=1: two tiny testbeds, to see that it works
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+REQUIREMENTS=tests/requirements.txt
+[ -n "${DRY_RUN:-}" ] || source scripts/venv.sh
+
+# edit here
+TEXTS=${TEXTS:-pydoc}
+TESTBEDS=${TESTBEDS:-testbeds}
+RESULTS=${RESULTS:-$TESTBEDS/results}
+DAMPINGS=(0.001 0.01 0.1 0.3)
+SIZE=(--num_texts 2000 --num_queries 100 --num_subsets 60)
+[ -z "${REDUCED:-}" ] || SIZE=(--num_texts 60 --num_queries 10 --num_subsets 4 --epochs 2 --width 32 --num_layers 1)
+
+run() {
+    echo "+ $*"
+    [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+# method NAME MODE "HESSIAN ..." FLAGS: one extraction, scored with each Hessian and damping
+method() {
+    local name=$1 mode=$2 hessians=$3 log
+    shift 3
+    log=$BED/runs/$name
+    for hessian in $hessians; do
+        run python extract_log.py --log_dir "$log" --model_name "$BED/model" --data_name "$BED/train.jsonl" \
+            --mlp_only --hessian "$hessian" "$@"
+        local dampings=(--damping "${DAMPINGS[@]}")
+        [ "$hessian" != none ] || dampings=()
+        run python compute_influence.py --log_dir "$log" --split "$BED/queries.jsonl" --mode "$mode" \
+            --hessian "$hessian" "${dampings[@]}"
+    done
+}
+
+others() {
+    method raw64 cosine none --rank 64
+    method raw16 dot raw --rank 16
+    method raw128 dot raw --rank 128
+    for rank in 16 32 64 128; do
+        method "eigen$rank" dot "ekfac kfac" --rank "$rank"
+    done
+    method eigen64 cosine ekfac --rank 64
+    method pca64 dot ekfac --lora pca --rank 64
+    for bits in bfloat16 int8 int4 int1; do
+        method "$bits-64" dot ekfac --rank 64 --store_dtype "$bits"
+    done
+    method int4-128 dot ekfac --rank 128 --store_dtype int4
+    method int1-256 dot ekfac --rank 256 --store_dtype int1
+    method full-kfac dot kfac --lora none --store_dtype none
+    method full-int1 dot ekfac --lora none --store_dtype int1
+}
+
+[ $# -gt 0 ] || set -- gpt2 llama
+for architecture in "$@"; do
+    BED=$TESTBEDS/$architecture
+    run python evaluation/lds.py "$BED" --architecture "$architecture" --texts "$TEXTS" "${SIZE[@]}"
+    method raw64 dot "raw none" --rank 64
+    method best dot ekfac --preset best
+    method full dot ekfac --lora none --store_dtype none
+    [ -n "${REDUCED:-}" ] || others
+    run python evaluation/baselines.py "$BED/runs/raw64" --split "$BED/queries.jsonl" --output "$BED/runs/baselines"
+    run python evaluation/lds.py "$BED" "$BED/runs/raw64/scores/"*dot-raw-0.1 "$BED"/runs/*/scores/queries-* \
+        "$BED"/runs/baselines/* --json "$RESULTS/$architecture.json"
+done
+run python evaluation/lds_plot.py "$RESULTS"
