@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from logra import hessian, influence, model, run, store
 from logra.extraction import load
-from logra.log import Log, find_folder, find_log
-from logra.prepare import make_extractor
+from logra.log import Log
+from logra.prepare import find_folder, find_log, make_extractor
 from logra.queries import Query, group_queries, load_queries, merged, query_hash
 from logra.scores import ScoreFile, SelfInfluence
 from logra.scoring import Dampings, Scorer, block_name
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     about |= {"blocks": list(dict.fromkeys(blocks.values()))} if args.layerwise else {}
     with ExitStack() as stack:
         if accelerator.is_main_process:
-            stack.enter_context(run.locked(folder / "scores" / f"{label}.lock", f"{folder}/scores/{label}"))
+            stack.enter_context(store.locked(folder / "scores" / f"{label}.lock", f"{folder}/scores/{label}"))
             for path in folders:
                 stack.enter_context(store.atomic(path)).mkdir()
         files = [

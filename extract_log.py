@@ -19,8 +19,8 @@ from tqdm import tqdm
 from logra import data, hessian, model, run, store
 from logra.extraction import HostGradients, load
 from logra.hooks import GradientCapture
-from logra.log import Log, find_folder, find_log
-from logra.prepare import make_extractor, make_projections, prepare_data, with_data_flags
+from logra.log import Log
+from logra.prepare import find_folder, find_log, make_extractor, make_projections, prepare_data, with_data_flags
 from logra.quantise import ScoreError
 
 
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         )
     accelerator = run.start_processes()
     folder = find_folder(args, must_exist=args.extend)
-    lock = run.locked(folder.with_name(f"{folder.name}.lock"), str(folder))
+    lock = store.locked(folder.with_name(f"{folder.name}.lock"), str(folder))
     with lock if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         settings, log = find_log(folder, args, args.extend, args.overwrite, args.extend)

@@ -23,7 +23,7 @@ from torch import Tensor
 from logra import data, hessian, projection, quantise, store
 from logra.model import same_name
 from logra.projection import Shapes
-from logra.run import DATA_FLAGS, RUN_FLAGS, given_settings, processes_here, run_name, with_defaults
+from logra.run import DATA_FLAGS, RUN_FLAGS, processes_here
 
 FORMAT = 2
 SHARD_BYTES = 2**28
@@ -317,56 +317,3 @@ class Log:
                 f"expected {len(self.shards)} whole shards, but {error}; "
                 f"run extract_log.py --log_dir {self.folder} again"
             ) from error
-
-
-def find_folder(args: argparse.Namespace, must_exist: bool) -> Path:
-    """Return the run's folder for the flags of a command line."""
-    given = given_settings(args)
-    defaults = with_defaults(given, args.hessian or "raw")
-    folder = Path(args.log_dir) if args.log_dir else Path("logs") / run_name(defaults)
-    if must_exist and not args.log_dir and "basis" not in given and not (folder / "run.json").exists():
-        other = "projected" if defaults["basis"] == "eigen" else "eigen"
-        candidate = Path("logs") / run_name(defaults | {"basis": other})
-        folder = candidate if (candidate / "run.json").exists() else folder
-    return folder
-
-
-def find_log(
-    folder: Path, args: argparse.Namespace, must_exist: bool, overwrite: bool = False, extend: bool = False
-) -> tuple[dict, Log | None]:
-    """Return (settings, log or None where it has to be made) of a folder, for the flags of a command line.
-
-    With `extend` the flags of the data are about further documents, and may differ from run.json's.
-
-    Raises:
-        ValueError: A given flag differs from run.json; or no such run although there must be one.
-    """
-    given = given_settings(args)
-    defaults = with_defaults(given, args.hessian or "raw")
-    if not (folder / "run.json").exists():
-        if must_exist:
-            known = ", ".join(sorted(str(path.parent) for path in Path("logs").glob("*/run.json"))) or "none"
-            raise ValueError(
-                f"expected a run in {folder}, got none (runs here: {known}); run extract_log.py with the same flags "
-                "first, or give --log_dir"
-            )
-        if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
-            raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
-        return defaults, None
-    log = Log.load(folder)
-    if overwrite:
-        return defaults, None
-    if "data" not in log.content:  # stopped before it had examples
-        if must_exist:
-            raise ValueError(f"expected a finished run in {folder}, got one without examples; run extract_log.py again")
-        return defaults, None
-    for name, value in given.items():
-        saved = log.settings.get(name)
-        if saved == value or (extend and name in DATA_FLAGS):
-            continue
-        if not (name in ("model_name", "data_name") and same_name(saved, value)):
-            raise ValueError(
-                f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
-                "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"
-            )
-    return log.settings, log

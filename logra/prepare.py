@@ -1,6 +1,7 @@
-"""What stands in a run before its first shard: run.json, the train examples, the projections."""
+"""Find a run for a command line, and make what stands in it before its first shard."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,60 @@ from logra import data, projection, run, store
 from logra.extraction import CPU_TOKENS, Extractor, calibration_batches, factor_sums
 from logra.hooks import GradientCapture
 from logra.log import Log
+from logra.model import same_name
+
+
+def find_folder(args: argparse.Namespace, must_exist: bool) -> Path:
+    """Return the run's folder for the flags of a command line."""
+    given = run.given_settings(args)
+    defaults = run.with_defaults(given, args.hessian or "raw")
+    folder = Path(args.log_dir) if args.log_dir else Path("logs") / run.run_name(defaults)
+    if must_exist and not args.log_dir and "basis" not in given and not (folder / "run.json").exists():
+        other = "projected" if defaults["basis"] == "eigen" else "eigen"
+        candidate = Path("logs") / run.run_name(defaults | {"basis": other})
+        folder = candidate if (candidate / "run.json").exists() else folder
+    return folder
+
+
+def find_log(
+    folder: Path, args: argparse.Namespace, must_exist: bool, overwrite: bool = False, extend: bool = False
+) -> tuple[dict, Log | None]:
+    """Return (settings, log or None where it has to be made) of a folder, for the flags of a command line.
+
+    With `extend` the flags of the data are about further documents, and may differ from run.json's.
+
+    Raises:
+        ValueError: A given flag differs from run.json; or no such run although there must be one.
+    """
+    given = run.given_settings(args)
+    defaults = run.with_defaults(given, args.hessian or "raw")
+    if not (folder / "run.json").exists():
+        if must_exist:
+            known = ", ".join(sorted(str(path.parent) for path in Path("logs").glob("*/run.json"))) or "none"
+            raise ValueError(
+                f"expected a run in {folder}, got none (runs here: {known}); run extract_log.py with the same flags "
+                "first, or give --log_dir"
+            )
+        if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+            raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
+        return defaults, None
+    log = Log.load(folder)
+    if overwrite:
+        return defaults, None
+    if "data" not in log.content:  # stopped before it had examples
+        if must_exist:
+            raise ValueError(f"expected a finished run in {folder}, got one without examples; run extract_log.py again")
+        return defaults, None
+    for name, value in given.items():
+        saved = log.settings.get(name)
+        if saved == value or (extend and name in run.DATA_FLAGS):
+            continue
+        if not (name in ("model_name", "data_name") and same_name(saved, value)):
+            raise ValueError(
+                f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
+                "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"
+            )
+    return log.settings, log
 
 
 def with_data_flags(settings: dict, args: argparse.Namespace) -> dict:

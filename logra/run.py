@@ -8,24 +8,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import xxhash
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from filelock import SoftFileLease, Timeout
 from torch import Tensor
 
 from logra.hessian import KINDS
 from logra.model import DEFAULT_MODEL, short_name
 from logra.quantise import BITS
 from logra.store import DTYPES
-
-LEASE = 60.0  # seconds; see locked
 
 
 class Parser(argparse.ArgumentParser):
@@ -280,38 +275,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file inside the block. No lock of the kernel is used, so it holds on network file systems too.
-
-    A dead owner's lock is taken over: at once on this host, else after LEASE seconds without a sign of life.
-
-    Args:
-        path: The lock file; it is removed in the end.
-        what: What it stands for, for the message.
-
-    Raises:
-        ValueError: A living process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = SoftFileLease(path, lease_duration=LEASE, timeout=1)
-    try:
-        try:
-            lock.acquire()
-        except Timeout:
-            if path.exists() and f"host={socket.gethostname()}\n" in path.read_text():
-                raise
-            lock.acquire(timeout=2 * LEASE)
-    except Timeout:
-        raise ValueError(
-            f"expected {what} for this run alone, got another one at work there (see {path}); wait until it ends"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def gather_list(mine: list, accelerator: Accelerator) -> list:

@@ -13,6 +13,7 @@ each tensor, so that whoever reads one tensor checks just that one.
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,10 @@ from typing import NoReturn
 import numpy as np
 import torch
 import xxhash
+from filelock import SoftFileLease, Timeout
 from torch import Tensor
 
+LEASE = 60.0  # seconds; see locked
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {
     torch.float64: "F64",
@@ -71,6 +74,38 @@ def atomic(path: Path, tag: str = "") -> Iterator[Path]:
     except BaseException:
         remove(made)
         raise
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file inside the block. No lock of the kernel is used, so it holds on network file systems too.
+
+    A dead owner's lock is taken over: at once on this host, else after LEASE seconds without a sign of life.
+
+    Args:
+        path: The lock file; it is removed in the end.
+        what: What it stands for, for the message.
+
+    Raises:
+        ValueError: A living process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = SoftFileLease(path, lease_duration=LEASE, timeout=1)
+    try:
+        try:
+            lock.acquire()
+        except Timeout:
+            if path.exists() and f"host={socket.gethostname()}\n" in path.read_text():
+                raise
+            lock.acquire(timeout=2 * LEASE)
+    except Timeout:
+        raise ValueError(
+            f"expected {what} for this run alone, got another one at work there (see {path}); wait until it ends"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove(path: Path) -> None:
