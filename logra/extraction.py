@@ -95,6 +95,8 @@ class HostGradients:
         result = {}
         for name in list(self.grads):
             result[name] = grad = self.grads.pop(name)[places]
+            if not grad.is_floating_point():
+                continue  # its scale tells
             bad = (~grad.view(len(grad), -1).sum(dim=1, dtype=torch.float32).isfinite()).nonzero()
             if len(bad):
                 raise ValueError(

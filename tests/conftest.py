@@ -29,7 +29,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
 
 from logra import run  # noqa: E402
 

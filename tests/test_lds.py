@@ -1,18 +1,14 @@
 """The linear datamodelling score: its arithmetic, its testbeds, and the reduced table."""
 
-import importlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import lds
 import numpy as np
 import pytest
 from conftest import ROOT, run_cli
-
-sys.path.insert(0, str(ROOT / "evaluation"))
-lds = importlib.import_module("lds")
 
 SMALL = ("--num_texts", 24, "--num_queries", 4, "--num_subsets", 3, "--num_layers", 1, "--width", 16, "--epochs", 1)
 

@@ -113,11 +113,19 @@ def poison_model(source: Path, folder: Path, letter: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("raw", marks=pytest.mark.slow), "ekfac"])
-def test_two_processes_score_as_one(cli, tiny, workspace, kind):
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [
+        pytest.param("raw", "float32", marks=pytest.mark.slow),
+        ("ekfac", "float32"),
+        pytest.param("ekfac", "int1", marks=pytest.mark.slow),
+        ("ekfac", "none"),
+    ],
+)
+def test_two_processes_score_as_one(cli, tiny, workspace, kind, stored):
     """Two processes that share queries, layers and shards write the scores of one, whole or their ends only."""
     flags = ("--model_name", tiny / "llama", "--data_name", "docs.jsonl", "--rank", 4, "--shard_examples", 3)
-    assert cli("extract_log", *flags, "--log_dir", "log", "--hessian", kind)[0] == 0
+    assert cli("extract_log", *flags, "--log_dir", "log", "--hessian", kind, "--store_dtype", stored)[0] == 0
     query = "--log_dir log --split queries.jsonl --mode cosine --damping 0.1 1"
     begin = f"accelerate launch --num_processes 2 --num_machines 1 --multi_gpu {ROOT}/compute_influence.py {query}"
     done = start(f"{begin} && {begin} --top_k_only 4", workspace)
