@@ -23,7 +23,7 @@ from logra.projection import Shapes
 from logra.quantise import ScoreError, stored
 from logra.store import DTYPES
 
-CALIBRATION = 256  # examples that the eigenbasis is measured on; 50 gave as good a basis as 2000
+CALIBRATION = 2048  # examples at most that the eigenbasis is measured on
 SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
 CPU_TOKENS = 1024  # in a batch; more was slower on a CPU
 Counted = list[list[bool]] | None
@@ -281,11 +281,11 @@ class Extractor:
 def calibration_batches(
     lengths: np.ndarray, examples: int | None, seed: int, batch_tokens: int, batch_size: int | None
 ) -> list[list[int]]:
-    """Return the ids of a random sample of examples (None: 256, fewer of a small data set), in batches.
+    """Return the ids of a random sample of examples (None: a quarter, 64 to 2048), in batches.
 
     The sample does not depend on the number of processes, so that the basis doesn't either.
     """
-    count = min(len(lengths), examples or min(CALIBRATION, max(32, len(lengths) // 8)))
+    count = min(len(lengths), examples or min(CALIBRATION, max(64, len(lengths) // 4)))
     chosen = np.sort(np.random.default_rng(seed).choice(len(lengths), count, replace=False))
     return [chosen[batch].tolist() for batch in length_batches(lengths[chosen], batch_tokens, batch_size)]
 

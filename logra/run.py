@@ -116,7 +116,7 @@ RUN_FLAGS: dict[str, tuple[object, dict]] = {
     ),
     "calibration_examples": (
         None,
-        {"type": positive_int, "help": "that the eigenvectors are of (256; of fewer than 2048 an eighth, or 32)"},
+        {"type": positive_int, "help": "that the eigenvectors are of (a quarter of all, 64 to 2048)"},
     ),
     "mlp_only": (False, {"action": "store_const", "const": True, "help": "track the MLP's layers only"}),
     "layers": (
@@ -140,7 +140,14 @@ RUN_FLAGS: dict[str, tuple[object, dict]] = {
 
 # --preset: flags that it stands for; those that are given as well go before it
 PRESETS: dict[str, dict[str, object]] = {
-    "best": {"lora": "random", "rank": 128, "hessian": "ekfac", "mlp_only": True, "store_dtype": "int1"},
+    "best": {
+        "lora": "random",
+        "rank": 128,
+        "hessian": "ekfac",
+        "mlp_only": True,
+        "store_dtype": "int1",
+        "calibration_examples": 2048,
+    },  # fmt: skip
     "paper": {"lora": "random", "rank": 64, "hessian": "raw", "mlp_only": True, "store_dtype": "float32"},
 }
 
