@@ -147,7 +147,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "mlp_only": True,
         "store_dtype": "int1",
         "calibration_examples": 2048,
-    },  # fmt: skip
+    },
     "paper": {"lora": "random", "rank": 64, "hessian": "raw", "mlp_only": True, "store_dtype": "float32"},
 }
 
