@@ -1,0 +1,200 @@
+"""EK-FAC without compression, ours and kronfluence's: do the scores agree, and how long do both take? Runs alternate.
+
+Same model (Llama's architecture, no biases), token ids, MLP layers, float32, empirical Fisher, lambda 0.1 times a
+layer's mean eigenvalue. The clock runs from texts and a loaded model to scores on the disk, without tokenising. Prints
+medians, what was not equal, and one JSON line. benchmarks/kronfluence.sh makes kronfluence's environment, then runs
+this. Notation: Q queries, N train texts; A, B, C and lambda as in README.md.
+
+    python benchmarks/kronfluence_compare.py --num_texts 500 --num_queries 20
+"""
+
+import gc
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "logs/kronfluence"
+TRAIN, QUERIES = OUT / "train.jsonl", OUT / "queries.jsonl"
+PYTHON = {"ours": sys.executable, "kronfluence": str(ROOT / ".venv/peers/kronfluence/bin/python")}
+SMALL = {"layers": 3, "width": 128, "vocabulary": 1024, "context": 128}
+PHASES = ("A, B, eigenvectors", "eigenvalues", "scores")  # each is a pass over the train texts
+SHOWN = (*PHASES, "total", "total, CPU")
+TIMED = {"make_projections": PHASES[0], "extract": PHASES[1], "write_hessian": PHASES[1], "score": PHASES[2]}
+LEFT_OUT = ("start_processes", "load_config", "load_tokenizer", "load", "prepare_data", "load_queries")
+NOT_EQUAL = """\
+- ours flushes its files to the disk, takes checksums, and computes a scale of each example's gradients
+- ours: batches of like length, at most 1024 tokens; kronfluence: --batch_size texts, sorted by length here
+- kronfluence calls gc.collect ten times, which takes long after many imports; gc.freeze spares it that here
+- kronfluence's A would include an example's last position, which no gradient goes through; get_attention_mask leaves
+  it out here (else scores differed by 2%, 100 texts). A and B are divided by other counts, which changes no eigenvector
+Nothing else is known to differ: the best factor must be 1, since both are q^T (C + lambda I)^-1 z, C a mean over N."""
+
+
+def build_parser():
+    """Return the command line's parser."""
+    from logra import run  # not at the top: kronfluence's python has no logra
+
+    parser = run.Parser(description=__doc__)
+    parser.add_argument("--model_name", help="Llama's architecture (none: a small one is made, and briefly trained)")
+    parser.add_argument("--epochs", type=run.positive_int, default=3, help="of the small model's training (3)")
+    parser.add_argument("--num_texts", type=run.positive_int, default=500, help="passages of Python's manual, N (500)")
+    parser.add_argument("--num_queries", type=run.positive_int, default=20, help="other passages, Q (20)")
+    parser.add_argument("--batch_size", type=run.positive_int, default=32, help="kronfluence's, in texts (32)")
+    parser.add_argument("--repeats", type=run.positive_int, default=3, help="runs of each program (3)")
+    parser.add_argument("--threads", type=run.positive_int, default=os.cpu_count(), help="(%(default)s, the cores)")
+    return parser
+
+
+def make_inputs(args) -> dict:
+    """Write the texts, and a small model where none is given; return the model's name and all token ids."""
+    from evaluation import testbed
+    from logra.model import load_tokenizer
+
+    texts, name = testbed.passages("pydoc"), args.model_name or str(OUT / "model")
+    if len(texts) < (wanted := args.num_queries + args.num_texts):
+        raise ValueError(f"expected {wanted} passages in Python's manual, got {len(texts)}; lower --num_texts")
+    np.random.default_rng(0).shuffle(texts)
+    parts, ids = {QUERIES: texts[: args.num_queries], TRAIN: texts[args.num_queries : wanted]}, []
+    tokenizer = load_tokenizer(name) if args.model_name else testbed.make_tokenizer(parts[TRAIN], SMALL["vocabulary"])
+    for path, part in parts.items():
+        part = [testbed.shorten(text, tokenizer) for text in part]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        ids.append(tokenizer(part)["input_ids"])
+    if not args.model_name:
+        testbed.train(testbed.make_config("llama", **SMALL), ids[1], args.epochs, order_seed=0).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    return {"model": name, "batch_size": args.batch_size, "queries": ids[0], "train": ids[1]}
+
+
+def main(args) -> None:
+    """Run both programs in turn, print a table and a JSON line."""
+    if not Path(PYTHON["kronfluence"]).exists():
+        raise ValueError(f"expected {PYTHON['kronfluence']}, got none; run bash benchmarks/kronfluence.sh")
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "job.json").write_text(json.dumps(make_inputs(args)))
+    runs: dict[str, list[dict]] = {program: [] for program in PYTHON}
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    for program in args.repeats * list(PYTHON):  # in turn, each in a process of its own
+        done = subprocess.run([PYTHON[program], __file__, "--worker", program], **options)
+        if done.returncode:
+            raise ValueError(f"expected {program} to score, got status {done.returncode}: {done.stderr[-500:]}")
+        runs[program].append(json.loads(done.stdout.splitlines()[-1]))
+    table = {name: {key: median(run["seconds"][key] for run in runs[name]) for key in SHOWN} for name in runs}
+    table["ratio"] = {key: table["ours"][key] / table["kronfluence"][key] for key in SHOWN}
+    print("median seconds".ljust(15) + "".join(f"{key:>20s}" for key in SHOWN))
+    for name, row in table.items():
+        print(f"{name:15s}" + "".join(f"{value:20.2f}" for value in row.values()))
+    ours, theirs = (np.load(OUT / f"{program}.npy").astype(np.float64) for program in PYTHON)
+    difference = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    factor = (ours * theirs).sum() / np.square(theirs).sum()
+    print(f"scores: relative difference {difference:.1e}, best factor {factor:.6f}\nNot equal:\n{NOT_EQUAL}")
+    about = {"benchmark": "kronfluence", **vars(args), "processor": platform.processor() or platform.machine()}
+    about |= {"cores": os.cpu_count(), "difference": difference, "factor": factor, "medians": table, "runs": runs}
+    print(json.dumps(about))
+    if not difference <= 1e-3:
+        raise ValueError(f"expected scores that differ by 1e-3 at most, relatively, got {difference:.1e}")
+
+
+def timed(seconds: Counter, phase: str, function):
+    """Return the function with a clock: its seconds are added to a phase's, those of the cores to `<phase>, CPU`."""
+
+    def call(*args, **kwargs):
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        result = function(*args, **kwargs)
+        seconds.update({phase: time.perf_counter() - begin, f"{phase}, CPU": time.process_time() - begin_cpu})
+        return result
+
+    return call
+
+
+def ours(job: dict, seconds: Counter) -> np.ndarray:
+    """Run stages 2 and 3 in this process; return the scores, [Q, N]."""
+    sys.path.insert(0, str(ROOT))
+    import compute_influence
+    import extract_log
+
+    folder = OUT / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    for module in (extract_log, compute_influence, extract_log.run, extract_log.model):
+        for name in {*TIMED, *LEFT_OUT} & set(vars(module)):
+            setattr(module, name, timed(seconds, TIMED.get(name, "left out"), getattr(module, name)))
+    flags = f"--log_dir {folder} --lora none --hessian ekfac --mlp_only --model_name {job['model']} --data_name {TRAIN}"
+    stages = {extract_log: f"{flags} --dtype float32 --store_dtype none --calibration_examples 1000000"}
+    stages[compute_influence] = f"{flags} --split {QUERIES} --mode dot --damping 0.1"
+    for module, words in stages.items():
+        timed(seconds, "total", module.main)(module.build_parser().parse_args(words.split()))
+    seconds.update({key: -seconds[key.replace("total", "left out")] for key in SHOWN[-2:]})
+    return np.load(next(folder.glob("scores/*/scores.npy")))
+
+
+def kronfluence(job: dict, seconds: Counter) -> np.ndarray:
+    """Fit the factors and score with kronfluence 1.0; return the scores, [Q, N]."""
+    import torch
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+    from kronfluence.utils.dataset import DataLoaderKwargs
+    from torch.nn import functional as F
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import AutoModelForCausalLM
+
+    class LanguageModelling(Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            # no attention_mask: with causal attention right padding needs none, and it would cost time
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+            return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+        compute_measurement = compute_train_loss
+
+        def get_influence_tracked_modules(self):
+            return [name for name, _ in model.named_modules() if name.endswith("_proj") and ".mlp." in name]
+
+        def get_attention_mask(self, batch):  # of A only; see NOT_EQUAL
+            return F.pad(batch["labels"][:, 1:] != -100, (0, 1)).long()
+
+    def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: pad_sequence(rows, True, value) for key, value in (("input_ids", 0), ("labels", -100))}
+
+    order = np.argsort([-len(row) for row in job["train"]], kind="stable")
+    train, queries = [torch.tensor(job["train"][i]) for i in order], [torch.tensor(row) for row in job["queries"]]
+    model, task = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32), LanguageModelling()
+    analyzer = Analyzer("run", prepare_model(model, task), task, output_dir=str(OUT / "factors"))
+    analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=collate))
+    model(input_ids=torch.arange(8, device=analyzer.state.device)[None])  # ours does so, too, on loading
+    gc.freeze()
+    about = FactorArguments(use_empirical_fisher=True, covariance_max_examples=None, lambda_max_examples=None)
+    about = {"factors_name": "run", "factor_args": about, "overwrite_output_dir": True}
+    data = {"dataset": train, "per_device_batch_size": job["batch_size"]}
+    timed(seconds, PHASES[0], analyzer.fit_covariance_matrices)(**about, **data)
+    timed(seconds, PHASES[0], analyzer.perform_eigendecomposition)(**about)
+    timed(seconds, PHASES[1], analyzer.fit_lambda_matrices)(**about, **data)
+    about = {"score_args": ScoreArguments(damping_factor=None), "overwrite_output_dir": True}  # 0.1 mean eigenvalues
+    score = timed(seconds, PHASES[2], analyzer.compute_pairwise_scores)
+    score("run", "run", queries, train, len(queries), job["batch_size"], **about)
+    seconds.update({f"total{unit}": sum(seconds[f"{phase}{unit}"] for phase in PHASES) for unit in ("", ", CPU")})
+    return analyzer.load_pairwise_scores("run")["all_modules"].numpy()[:, np.argsort(order)]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        program, job, seconds = sys.argv[2], json.loads((OUT / "job.json").read_text()), Counter()
+        np.save(OUT / f"{program}.npy", {"ours": ours, "kronfluence": kronfluence}[program](job, seconds))
+        names = ["torch", "transformers", "numpy"] + ["kronfluence"] * (program == "kronfluence")
+        print(f"\n{json.dumps({'seconds': seconds, 'versions': {name: version(name) for name in names}})}")
+    else:
+        sys.path.insert(0, str(ROOT))
+        from logra import run
+
+        run.guarded(main, build_parser())
