@@ -100,10 +100,13 @@ def plot_bytes(folder: Path, testbeds: dict[str, list[dict]]) -> None:
             mark, colour = marks[method["hessian"]]
             error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
             axes.errorbar(row["bytes"], row["mean"], error, fmt=mark, color=colour, ecolor="lightgray", markersize=5)
-            short = method["label"].replace("rank ", "").replace(", float32", "")
+            short = method["label"].replace("rank ", "").replace(", float32", "").replace("--preset ", "")
+            if method["hessian"] == "kfac":
+                continue  # lies on ekfac
             axes.annotate(short, (row["bytes"], row["mean"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
         for method in (m for m in found if m["full"]):
             axes.axhline(method["rows"][method["default"]]["mean"], ls="--", lw=0.8, color=marks[method["hessian"]][1])
+        axes.margins(x=0.14)
         axes.set(xscale="log", xlabel="stored bytes an example", ylabel="LDS", title=f"{name} (dashed: uncompressed)")
         axes.legend(
             handles=[axes.plot([], [], mark, color=colour, label=kind)[0] for kind, (mark, colour) in marks.items()],
@@ -114,15 +117,15 @@ def plot_bytes(folder: Path, testbeds: dict[str, list[dict]]) -> None:
 
 def plot_damping(folder: Path, testbeds: dict[str, list[dict]]) -> None:
     """Draw LDS against the relative damping, a line a method."""
-    figure = Figure(figsize=(5.5 * len(testbeds), 4.2), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(testbeds), 4.6), layout="constrained")
     for axes, (name, found) in zip(figure.subplots(1, len(testbeds), squeeze=False)[0], testbeds.items(), strict=True):
-        for method in (m for m in found if len(m["rows"]) > 1 and m["mode"] == "dot"):
+        for method in (m for m in found if len(m["rows"]) > 1 and m["mode"] == "dot" and m["hessian"] != "kfac"):
             dampings = sorted(method["rows"])
             means = [method["rows"][damping]["mean"] for damping in dampings]
-            style = {"raw": "--", "kfac": ":", "ekfac": "-"}[method["hessian"]]
+            style = "--" if method["hessian"] == "raw" else "-"
             axes.plot(dampings, means, style, marker=".", lw=1, label=f"{method['hessian']} {method['label']}")
         axes.set(xscale="log", xlabel="damping, in units of the mean eigenvalue", ylabel="LDS", title=name)
-        axes.legend(fontsize=6, loc="lower left", ncols=2)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(folder / "lds_damping.png", dpi=150)
 
 

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MODEL=models/SmolLM2-135M-Instruct
 QUERIES=data/generated/SmolLM2-135M-Instruct/topics.jsonl
-RUN=(--model_name "$MODEL" --data_name pydoc --data_config short --lora random --rank 64 --mlp_only --block_size 256)
+RUN=(--model_name "$MODEL" --data_name pydoc --data_config short --lora random --rank 64 --mlp_only --block_size 256 --calibration_examples 32)
 
 run() {
     echo "+ $*"
@@ -22,7 +22,7 @@ run python generate_llama3.py --model_name "$MODEL" --prompts evaluation/topics.
 run python extract_log.py --log_dir logs/quickstart "${RUN[@]}" --hessian ekfac
 run python extract_log.py --log_dir logs/topics_raw "${RUN[@]}" --hessian raw
 for mode in dot cosine; do
-    run python compute_influence.py --log_dir logs/quickstart --hessian ekfac --split "$QUERIES" --mode "$mode"
+    run python compute_influence.py --log_dir logs/quickstart --hessian ekfac --split "$QUERIES" --mode "$mode" --damping 0.1
     run python compute_influence.py --log_dir logs/topics_raw --hessian raw --split "$QUERIES" --mode "$mode"
     run python compute_influence.py --log_dir logs/topics_raw --hessian none --split "$QUERIES" --mode "$mode"
 done

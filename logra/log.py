@@ -25,7 +25,7 @@ from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, processes_here
 
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 2**28
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
 

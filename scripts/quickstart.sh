@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MODEL=models/SmolLM2-135M-Instruct
 DATA=(--data_name pydoc --data_config short)
 PROMPTS=(--prompts scripts/prompts/python.txt)
-RUN=(--lora random --rank 64 --hessian ekfac --mlp_only --block_size 256)
+RUN=(--lora random --rank 64 --hessian ekfac --mlp_only --block_size 256 --calibration_examples 32)
 
 GENERATE=generate_llama3.py
 LOG=logs/quickstart
@@ -43,5 +43,5 @@ if [ "$MODEL" != models/SmolLM2-135M-Instruct ] && [ -z "${DRY_RUN:-}" ]; then  
 fi
 run python "$GENERATE" --model_name "$MODEL" --max_new_tokens 96 --temperature 0 "${PROMPTS[@]}"
 run python extract_log.py --log_dir "$LOG" --model_name "$MODEL" "${DATA[@]}" "${RUN[@]}" "${MORE[@]}"
-run python compute_influence.py --log_dir "$LOG" --mode cosine
+run python compute_influence.py --log_dir "$LOG" --mode cosine --damping 0.1
 run python analysis.py --log_dir "$LOG"
