@@ -31,9 +31,11 @@ def test_commands():
     commands = [part for part in table.split("`") if part.startswith("python benchmarks/")]
     commands += [
         line.strip()
-        for name in (*TINY, "peers")
+        for name in (*TINY, "peers", "kronfluence_compare")
         for line in importlib.import_module(f"benchmarks.{name}").__doc__.splitlines()
         if line.strip().startswith("python ")
     ]
-    assert {check(command) for command in commands} == {f"benchmarks/{name}.py" for name in (*TINY, "peers")}
+    assert {check(command) for command in commands} == {
+        f"benchmarks/{name}.py" for name in (*TINY, "peers", "kronfluence_compare")
+    }
     assert not shown_commands(ROOT / "benchmarks/README.md"), "they stand in the table"
