@@ -43,7 +43,8 @@ def same_run(folder: Path, other: Path) -> None:
 def undisturbed(tiny, workspace):
     """A finished run in ref/ of 60 documents of like length, and the flags that made it."""
     write_jsonl(workspace / "docs.jsonl", [{"id": f"d{i}", "text": t[:40]} for i, t in enumerate(make_texts(60))])
-    flags = f"--model_name {tiny}/llama {FLAGS}"
+    # of all 60 examples two eigenvalues nearly agree, and rounding turns their eigenvectors by more than 1e-5
+    flags = f"--model_name {tiny}/llama {FLAGS} --calibration_examples 32"
     done = launch(1, workspace, f"{flags} --log_dir ref")
     assert done.returncode == 0, done.stderr
     return flags
