@@ -15,9 +15,14 @@ REQUIREMENTS=tests/requirements.txt
 TEXTS=${TEXTS:-pydoc}
 TESTBEDS=${TESTBEDS:-testbeds}
 RESULTS=${RESULTS:-$TESTBEDS/results}
-DAMPINGS=(0.001 0.01 0.1 0.3)
-SIZE=(--num_texts 2000 --num_queries 100 --num_subsets 60)
-[ -z "${REDUCED:-}" ] || SIZE=(--num_texts 60 --num_queries 10 --num_subsets 4 --epochs 2 --width 32 --num_layers 1)
+DAMPINGS=(0.001 0.01 0.1 0.2 0.3)
+SUBSETS=${SUBSETS:-60}
+METHODS=${METHODS:-all} # few: raw, the preset, uncompressed; targets: those whose numbers have targets, too; all
+SIZE=(--num_texts 2000 --num_queries 100 --num_subsets "$SUBSETS")
+if [ -n "${REDUCED:-}" ]; then
+    METHODS=few
+    SIZE=(--num_texts 60 --num_queries 10 --num_subsets 4 --epochs 2 --width 32 --num_layers 1)
+fi
 
 run() {
     echo "+ $*"
@@ -40,22 +45,26 @@ method() {
     done
 }
 
-others() {
-    method raw64 cosine none --rank 64
-    method raw16 dot raw --rank 16
-    method raw128 dot raw --rank 128
-    for rank in 16 32 64 128; do
+targets() {
+    for rank in 16 64 128; do
+        method "raw$rank" dot raw --rank "$rank"
         method "eigen$rank" dot "ekfac kfac" --rank "$rank"
     done
-    method eigen64 cosine ekfac --rank 64
-    method pca64 dot ekfac --lora pca --rank 64
-    for bits in bfloat16 int8 int4 int1; do
+    for bits in int8 int4 int1; do
         method "$bits-64" dot ekfac --rank 64 --store_dtype "$bits"
     done
+    method full-int1 dot ekfac --lora none --store_dtype int1
+}
+
+others() {
+    method raw64 cosine none --rank 64
+    method eigen32 dot "ekfac kfac" --rank 32
+    method eigen64 cosine ekfac --rank 64
+    method pca64 dot ekfac --lora pca --rank 64
+    method bfloat16-64 dot ekfac --rank 64 --store_dtype bfloat16
     method int4-128 dot ekfac --rank 128 --store_dtype int4
     method int1-256 dot ekfac --rank 256 --store_dtype int1
     method full-kfac dot kfac --lora none --store_dtype none
-    method full-int1 dot ekfac --lora none --store_dtype int1
 }
 
 [ $# -gt 0 ] || set -- gpt2 llama
@@ -65,7 +74,8 @@ for architecture in "$@"; do
     method raw64 dot "raw none" --rank 64
     method best dot ekfac --preset best
     method full dot ekfac --lora none --store_dtype none
-    [ -n "${REDUCED:-}" ] || others
+    [ "$METHODS" = few ] || targets
+    [ "$METHODS" != all ] || others
     run python evaluation/baselines.py "$BED/runs/raw64" --split "$BED/queries.jsonl" --output "$BED/runs/baselines"
     run python evaluation/lds.py "$BED" "$BED/runs/raw64/scores/"*dot-raw-0.1 "$BED"/runs/*/scores/queries-* \
         "$BED"/runs/baselines/* --json "$RESULTS/$architecture.json"
