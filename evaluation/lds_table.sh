@@ -46,8 +46,10 @@ method() {
 }
 
 targets() {
-    for rank in 16 64 128; do
+    for rank in 16 32 128; do
         method "raw$rank" dot raw --rank "$rank"
+    done
+    for rank in 16 32 64 128; do
         method "eigen$rank" dot "ekfac kfac" --rank "$rank"
     done
     for bits in int8 int4 int1; do
@@ -58,7 +60,6 @@ targets() {
 
 others() {
     method raw64 cosine none --rank 64
-    method eigen32 dot "ekfac kfac" --rank 32
     method eigen64 cosine ekfac --rank 64
     method pca64 dot ekfac --lora pca --rank 64
     method bfloat16-64 dot ekfac --rank 64 --store_dtype bfloat16
