@@ -24,7 +24,7 @@ LABELS = {  # run of lds_table.sh -> what it stores, where its name does not say
     "full": "uncompressed",
     "full-kfac": "uncompressed",
     "full-int1": "unprojected, int1",
-    "best": "rank 128, int1 (--preset best)",
+    "best": "rank 136, int1 (--preset best)",
 }
 
 

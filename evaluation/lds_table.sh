@@ -55,6 +55,7 @@ targets() {
     for bits in int8 int4 int1; do
         method "$bits-64" dot ekfac --rank 64 --store_dtype "$bits"
     done
+    method int1-128 dot ekfac --rank 128 --store_dtype int1
     method full-int1 dot ekfac --lora none --store_dtype int1
 }
 

@@ -142,7 +142,7 @@ RUN_FLAGS: dict[str, tuple[object, dict]] = {
 PRESETS: dict[str, dict[str, object]] = {
     "best": {
         "lora": "random",
-        "rank": 128,
+        "rank": 136,
         "hessian": "ekfac",
         "mlp_only": True,
         "store_dtype": "int1",
