@@ -1,23 +1,25 @@
-"""Stage 4/4. Reads logs/<run>/scores/<queries>-.../. Writes top_k.jsonl and top_k.txt there, and prints a short table.
+"""Stage 4/4. Reads logs/<run>/scores/<queries>-.../. Writes report.html and top_k.* there, and prints a short table.
 
-    python analysis.py --top_k 5 --unique_documents
+    python analysis.py --top_k 5 --tokens
 
-With no arguments: the newest scores under logs/.
+With no arguments: the newest scores under logs/. --tokens runs the model on the examples shown, for their shading.
 """
 
 import argparse
+import csv
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from logra import run, store
-from logra.influence import top_k
+from logra import report, run, store
 from logra.log import Log
+from logra.ranking import Ranking, Scores, by_document
+from logra.tokens import Splitter, pieces
 
 SHOWN = 3  # documents a query in the printed table
+FORMATS = ("html", "jsonl", "csv", "txt")
+COLUMNS = ("query", "side", "rank", "score", "percentile", "z", "document", "example", "examples", "block", "text")
 
 
 def build_parser() -> run.Parser:
@@ -26,13 +28,16 @@ def build_parser() -> run.Parser:
     parser.add_argument("--log_dir", type=Path, help="the run's folder (the one with the newest scores under logs/)")
     parser.add_argument("--split", help="scores of this query set only, as it was given to compute_influence.py")
     parser.add_argument("--top_k", type=run.positive_int, default=20, help="examples a query (20)")
-    parser.add_argument("--bottom", action="store_true", help="also the examples with the lowest scores")
-    parser.add_argument("--unique_documents", action="store_true", help="the best example of each document only")
+    parser.add_argument("--bottom", action="store_true", help="also the lowest scores in top_k.* (the report has them)")
+    parser.add_argument("--by", choices=["example", "document"], default="example", help="what is ranked (example)")
+    parser.add_argument("--combine", choices=["sum", "max"], default="sum", help="a document's examples' scores (sum)")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
+    parser.add_argument("--tokens", action="store_true", help="run the model: each token's share of the scores shown")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the best examples of each query."""
+    """Write the best examples, or documents, of each query."""
     folder, about = newest_scores(args.log_dir, args.split)
     log = Log.load(folder.parents[1])
     if Log(folder, about["log"]).fingerprints != log.fingerprints:
@@ -40,21 +45,39 @@ def main(args: argparse.Namespace) -> None:
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )
     examples = log.train()
-    documents = examples["document_id"]
+    documents, owners = np.unique(examples["document_id"], return_inverse=True)
     queries = [json.loads(line) for line in store.read_lines(folder / "queries.jsonl")]
     scores = Scores(folder, len(queries), log.examples)
-    rows = []
+    if args.by == "document" and (log.settings["pack"] or (scores.ends and args.combine == "sum")):
+        raise ValueError(
+            "expected all scores, and examples of one document each, for --by document, got --top_k_only or --pack; "
+            "leave --by out, or (--top_k_only) give --combine max"
+        )
+    views, table = [], []
     for number, query in enumerate(queries):
-        for largest in [True, False] if args.bottom else [True]:
-            chosen = best_examples(scores, number, documents, args.top_k, largest, args.unique_documents)
-            for rank, (i, score) in enumerate(chosen, 1):
-                rows.append(describe(query, rank, score, i, examples[i], largest))
-    with store.atomic(folder / "top_k.jsonl") as path:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    with store.atomic(folder / "top_k.txt") as path:
-        path.write_text("\n".join(readable(queries, rows)), "utf-8")
-    print_table(queries, scores, documents)
-    print(f"{folder / 'top_k.txt'}\n{folder / 'top_k.jsonl'}")
+        ranked = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
+        first = by_document(ranked["top"], owners, True, "max")
+        table.append([(documents[owners[i]], s) for i, s in zip(first.examples[:SHOWN], first.scores, strict=False)])
+        if args.by == "document":
+            ranked = {side: by_document(part, owners, side == "top", args.combine) for side, part in ranked.items()}
+        if len(ranked["top"].scores) < min(args.top_k, len(documents)):
+            run.say(f"query {query['id']}: {len(ranked['top'].scores)} of {args.top_k}: --top_k_only kept no more")
+        values = None if scores.ends else ranked["top"].scores
+        cards = {side: describe(query, side, part, args.top_k, examples, values) for side, part in ranked.items()}
+        marks = {side: [row["score"] for row in rows] for side, rows in cards.items()}
+        histogram = None if values is None else report.histogram(values, marks)
+        views.append(report.asked(query) | {"number": number, "cards": cards, "histogram": histogram})
+    write_lists(folder, args, views)
+    if "html" in args.format:
+        add_layers(views, folder, about)
+        if args.tokens:
+            add_shares(views, log, about)
+        add_word_matches(views, examples["text"], args.top_k)
+        with store.atomic(folder / "report.html") as path:
+            path.write_text(report.render(report.header(log, about, args.tokens), views, args.top_k), "utf-8")
+    print_table(views, table)
+    for kind in args.format:
+        run.say(str(folder / ("report.html" if kind == "html" else f"top_k.{kind}")))
 
 
 def newest_scores(log_dir: Path | None, split: str | None) -> tuple[Path, dict]:
@@ -69,87 +92,92 @@ def newest_scores(log_dir: Path | None, split: str | None) -> tuple[Path, dict]:
     raise ValueError(f"expected scores{wanted} under {root}, got none; run compute_influence.py first")
 
 
-class Scores:
-    """The scores of a folder: all of them, or with --top_k_only the ends."""
-
-    def __init__(self, folder: Path, queries: int, examples: int):
-        self.ends: dict[bool, dict[str, torch.Tensor]] = {}
-        try:
-            if (folder / "top.json").exists():
-                for largest, name in ((True, "top"), (False, "bottom")):
-                    entry = store.read_json(folder / f"{name}.json", "")
-                    self.ends[largest] = store.load_tensors(folder / f"{name}.safetensors", entry)
-                return
-            self.matrix = np.load(folder / "scores.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"expected scores in {folder}, got {error}; run compute_influence.py again") from error
-        if self.matrix.shape != (queries, examples) or self.matrix.dtype != np.float32:
-            raise ValueError(
-                f"expected float32 {[queries, examples]} in {folder / 'scores.npy'}, got {list(self.matrix.shape)}; "
-                "run compute_influence.py again"
-            )
-
-    def ranking(self, query: int, largest: bool, count: int | None) -> tuple[list[int], list[float]]:
-        """Return the example ids and scores of a query, best (or worst) first, `count` of them, as far as known."""
-        if self.ends:
-            return tuple(self.ends[largest][key][query][:count].tolist() for key in ("ids", "scores"))
-        row = torch.from_numpy(np.array(self.matrix[query]))
-        order = top_k(row, len(row) if count is None else count, largest)
-        return order.tolist(), row[order].tolist()
+def describe(query: dict, side: str, ranking: Ranking, count: int, examples, values: np.ndarray | None) -> list[dict]:
+    """Return the first rows of a query's ranking, for top_k.* and the report."""
+    rows = []
+    for rank, (i, score, of) in enumerate(zip(*(part[:count].tolist() for part in ranking), strict=True), 1):
+        row = examples[i]
+        entry = {"query": query["id"], "side": side, "rank": rank, "score": score, "example": i, "examples": of}
+        entry |= report.standing(score, values)
+        entry |= {"document": row["document_id"], "block": row.get("block")}
+        entry |= {"documents": row["document_ids"]} if "document_ids" in row else {}
+        rows.append(entry | {"text": row["text"]})
+    return rows
 
 
-def best_examples(
-    scores: Scores, query: int, documents: list[str], count: int, largest: bool, unique: bool
-) -> list[tuple[int, float]]:
-    """Return (example id, score), best first, at most `count`; with `unique` the best of each document only."""
-    seen, kept = set(), []
-    for i, score in zip(*scores.ranking(query, largest, None if unique else count), strict=True):
-        if unique and documents[i] in seen:
-            continue
-        kept.append((i, score))
-        seen.add(documents[i])
-        if len(kept) == count:
-            return kept
-    if scores.ends and len(seen) < len(set(documents)) and len(kept) < len(documents):
-        print(f"query {query}: {len(kept)} of {count} examples, since the scores were kept with --top_k_only")
-    return kept
+def write_lists(folder: Path, args: argparse.Namespace, views: list[dict]) -> None:
+    """Write top_k.jsonl, top_k.csv and top_k.txt, as far as they are wanted."""
+    sides = ("top", "bottom") if args.bottom else ("top",)
+    rows = [row for view in views for side in sides for row in view["cards"][side]]
+    if "jsonl" in args.format:
+        with store.atomic(folder / "top_k.jsonl") as path:
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    if "csv" in args.format:
+        with store.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    if "txt" in args.format:
+        with store.atomic(folder / "top_k.txt") as path:
+            path.write_text("\n".join(readable(views, sides)), "utf-8")
 
 
-def describe(query: dict, rank: int, score: float, example: int, row: dict, largest: bool) -> dict:
-    """Return a row of top_k.jsonl."""
-    entry = {
-        "query": query["id"],
-        "side": "top" if largest else "bottom",
-        "rank": rank,
-        "score": score,
-        "example": example,
-    }
-    entry |= {"document": row["document_id"], "block": row.get("block")}
-    return entry | ({"documents": row["document_ids"]} if "document_ids" in row else {}) | {"text": row["text"]}
-
-
-def readable(queries: list[dict], rows: list[dict]) -> list[str]:
+def readable(views: list[dict], sides: tuple[str, ...]) -> list[str]:
     """Return the lines of top_k.txt."""
-    lines, found = [], defaultdict(list)
-    for row in rows:
-        found[row["query"]].append(row)
-    for query in queries:
-        asked = query.get("prompt") or query.get("text", "")
-        lines += ["=" * 100, f"Query {query['id']}: {asked}", query.get("response", ""), ""]
-        for row in found[query["id"]]:
+    lines = []
+    for view in views:
+        lines += ["=" * 100, f"Query {view['id']}: {view['prompt']}", view["response"], ""]
+        for row in (row for side in sides for row in view["cards"][side]):
             place = f"{row['document']}  (example {row['example']})"
             lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}", row["text"].strip(), ""]
     return lines
 
 
-def print_table(queries: list[dict], scores: Scores, documents: list[str]) -> None:
+def add_layers(views: list[dict], folder: Path, about: dict) -> None:
+    """Add the mean dots of the blocks of layers, where stage 3 wrote them (--layerwise)."""
+    if "blocks" not in about:
+        return
+    layers = np.load(folder / "layer_scores.npy", mmap_mode="r", allow_pickle=False)  # [L, Q, N]
+    for view in views:
+        shown = [row["example"] for row in view["cards"]["top"]]
+        means = layers[:, view["number"], shown].mean(axis=1).tolist()
+        view["layers"] = report.bars(dict(zip(about["blocks"], means, strict=True)))
+
+
+def add_shares(views: list[dict], log: Log, about: dict) -> None:
+    """Add what each token, and each block of layers, adds to the scores shown."""
+    splitter = Splitter(log, about, run.start_processes())
+    top, bottom = ([[row["example"] for row in view["cards"][side]] for view in views] for side in ("top", "bottom"))
+    pairs, of_queries = splitter.split([[*a, *b] for a, b in zip(top, bottom, strict=True)], top)
+    examples = log.train()
+    for view, best in zip(views, top, strict=True):
+        number = view["number"]
+        for row in (row for rows in view["cards"].values() for row in rows):
+            ids, shares = examples[row["example"]]["input_ids"], pairs[number, row["example"]].tokens
+            row["shaded"] = report.shade(pieces(splitter.tokenizer, ids, shares))
+        if of_queries:
+            ids = splitter.groups[number][0].token_ids
+            view["shaded"] = report.shade(pieces(splitter.tokenizer, ids, of_queries[number]))
+        blocks = [pairs[number, i].blocks for i in best]
+        view["layers"] = report.bars({name: sum(b[name] for b in blocks) / len(blocks) for name in blocks[0]})
+
+
+def add_word_matches(views: list[dict], texts: list[str], k: int) -> None:
+    """Add the ranks that the examples shown have among BM25's k best."""
+    found = report.word_matches(texts, [view["prompt"] + view["response"] for view in views], k)
+    for view, best in zip(views, found or [], strict=False):
+        view["word_matches"] = True
+        for row in (row for rows in view["cards"].values() for row in rows):
+            row["word_rank"] = best.index(row["example"]) + 1 if row["example"] in best else None
+
+
+def print_table(views: list[dict], table: list[list[tuple[str, float]]]) -> None:
     """Print the first documents of each query."""
-    for number, query in enumerate(queries):
-        asked = " ".join((query.get("prompt") or query.get("text", "")).split())
-        print(f"\n{query['id']}: {asked[:90]}")
-        for rank, (i, score) in enumerate(best_examples(scores, number, documents, SHOWN, True, True), 1):
-            print(f"  {rank}. {score:+.4g}  {documents[i]}")
-    print()
+    for view, best in zip(views, table, strict=True):
+        run.say(f"\n{view['id']}: {' '.join(view['prompt'].split())[:90]}")
+        for rank, (document, score) in enumerate(best, 1):
+            run.say(f"  {rank}. {score:+.4g}  {document}")
+    run.say("")
 
 
 if __name__ == "__main__":

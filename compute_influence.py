@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         dampings = {f"abs{value:g}": (None, value) for value in args.damping_absolute}
     folders = [folder / "scores" / f"{label}-{damping}" for damping in dampings]
     about |= {"split": args.split, "mode": args.mode, "hessian": kind, "num_queries": len(queries)}
-    about |= {"num_examples": log.examples, "top_k_only": args.top_k_only}
+    about |= {"num_examples": log.examples, "top_k_only": args.top_k_only, "group_by": args.group_by}
     blocks = {layer: block_name(layer) if args.layerwise else "" for layer in layers}
     about |= {"blocks": list(dict.fromkeys(blocks.values()))} if args.layerwise else {}
     with ExitStack() as stack:

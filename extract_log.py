@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from logra import data, hessian, model, run, store
+from logra import data, estimate, hessian, model, run, store, verify
 from logra.extraction import HostGradients, load
 from logra.hooks import GradientCapture
 from logra.log import Log
@@ -32,6 +32,15 @@ def build_parser() -> run.Parser:
     group.add_argument(
         "--num_proc", type=run.positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
     )
+    group.add_argument("--dry_run", action="store_true", help="print what the run will need, and do nothing")
+    group.add_argument(
+        "--trial", type=run.positive, nargs="?", const=30, metavar="SECONDS",
+        help="as --dry_run, and hours, from extracting for 30 seconds",
+    )  # fmt: skip
+    group.add_argument(
+        "--verify", type=run.positive_int, nargs="?", const=4, metavar="EXAMPLES",
+        help="compare gradients, Hessians and scores of 4 examples with plain autograd, and do nothing else",
+    )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="delete the run's folder first")
     group.add_argument("--extend", action="store_true", help="add the documents of --data_name to the run in --log_dir")
     return parser
@@ -43,6 +52,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             "expected --extend with --log_dir and --data_name, and not --overwrite; give the run and the data"
         )
+    if args.dry_run or args.trial or args.verify:
+        (verify if args.verify else estimate).show(args)
+        return
     accelerator = run.start_processes()
     folder = find_folder(args, must_exist=args.extend)
     lock = store.locked(folder.with_name(f"{folder.name}.lock"), str(folder))

@@ -198,3 +198,15 @@ class ScoreCapture(GradientCapture):
         if dots is None:
             dots = grads @ query.to(grads).T
         return torch.cat([dots, *(solver(grads)[:, None] for solver in self.own[name])], dim=1)
+
+
+class TokenCapture(GradientCapture):
+    """Splits the dots of examples with some matrices by token: d~_t^T M x~_t, in the backward pass.
+
+    `matrices` is layer -> [P, r_out, r_in], of preconditioned queries; backward returns {layer: [B, P, T]}.
+    """
+
+    matrices: dict[str, Tensor]
+
+    def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
+        return torch.einsum("bto,poi,bti->bpt", d, self.matrices[name].to(d), x)

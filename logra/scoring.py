@@ -99,7 +99,7 @@ class Scorer:
         queries: dict = {}
         for first in range(0, len(groups), self.step):
             part = groups[first : first + self.step]
-            solved, solvers = self._precondition(self._query_gradients(part), len(part))
+            solved, solvers = self.preconditioned(part)
             for layer in list(solved) if self.log.bits == 0 else ():
                 q, shape = solved.pop(layer), self.log.projected[layer]
                 q = unrotated(q, self.projections[layer], shape) if whole else q
@@ -111,6 +111,10 @@ class Scorer:
         mine = range(self.accelerator.process_index, len(self.log.shards), self.accelerator.num_processes)
         device, bits = self.accelerator.device, self.log.bits
         return influence.score_shards(self.log.open_shard, mine, queries, solvers, device, bits, self.blocks)
+
+    def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], dict]:
+        """Return (C + lambda I)^-1 of the groups' mean gradients, {layer: [S * len(groups), k]}; see _precondition."""
+        return self._precondition(self._query_gradients(groups), len(groups))
 
     def _joined(self, queries: dict, more: dict) -> dict:
         """Join low-rank queries of two groups; rows are by damping, then by query."""

@@ -167,7 +167,9 @@ def test_what_is_written(cli, tiny, workspace):
     assert (np.load(folder / "self_influence.npy") >= 0).all()
     assert [json.loads(line)["id"] for line in open(folder / "queries.jsonl")] == ["0", "1", "pr"]
     assert not list(Path("log").rglob("*.tmp")) and not Path("log/work").exists()
-    status, out, err = cli("analysis", "--log_dir", "log", "--top_k", 5, "--bottom", "--unique_documents")
+    status, out, err = cli(
+        "analysis", "--log_dir", "log", "--top_k", 5, "--bottom", "--by", "document", "--combine", "max"
+    )
     assert status == 0, err
     rows = [json.loads(line) for line in open(folder / "top_k.jsonl")]
     assert len(rows) == 3 * 2 * 5
@@ -296,7 +298,7 @@ def test_top_k_only(cli, tiny, workspace, mode):
     ]
     assert np.allclose([r["score"] for r in rows[0]], [r["score"] for r in rows[1]])
     status, out, _ = cli("analysis", "--log_dir", "log", "--top_k", 7)
-    assert status == 0 and "5 of 7 examples" in out
+    assert status == 0 and "5 of 7" in out
 
 
 def test_queries_in_groups(cli, tiny, workspace, monkeypatch):

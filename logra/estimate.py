@@ -1,0 +1,192 @@
+"""What a run will need, before it runs: disk, memory, and, from a timed trial, hours.
+
+Only the configuration and a sample of the documents are read; the model exists without its weights (FakeTensorMode),
+which is enough to find the layers and to add up what its graph keeps.
+"""
+
+import argparse
+import math
+import resource
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from logra import data, hessian, loss, model, projection, run
+from logra.extraction import CALIBRATION, CPU_TOKENS, load
+from logra.hooks import GradientCapture
+from logra.log import Log
+from logra.prepare import find_folder, make_extractor
+from logra.quantise import BITS, stored_bytes
+from logra.store import DTYPES
+
+SAMPLE = 1000  # documents that are tokenised
+PROCESSES = (1, 2, 4, 8)
+
+
+def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, length: int) -> int:
+    """Return the bytes that the graph of a batch of `tokens` keeps for the backward pass; inside FakeTensorMode."""
+    own = {t.untyped_storage()._cdata for t in (*lm.parameters(), *lm.buffers())}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that its address is not used again
+        return tensor
+
+    capture = GradientCapture(lm, {name: projection.Projection(None, None) for name in projected})
+    ids = torch.zeros(max(1, tokens // length), min(tokens, length), dtype=torch.long)
+    with capture, saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss.hidden_states(lm, ids)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def count(documents, tokenizer, settings: dict) -> tuple[dict[str, float], Dataset]:
+    """Return examples, tokens, bytes of train/ and tokenising seconds of a run's data, and a sample's examples."""
+    limits = {"max_examples": None, "max_tokens": None, "shuffle_seed": None}
+    rows, begin = np.linspace(0, len(documents) - 1, min(SAMPLE, len(documents))).astype(int), time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        choice = data.choice(settings, **limits)
+        sample, _ = data.build_examples(documents.select(np.unique(rows)), tokenizer, choice, None, Path(work))
+        lengths, size, sample = data.token_counts(sample), sample.data.nbytes, Dataset.from_list(sample.to_list())
+    factor = len(documents) / len(np.unique(rows))
+    examples, tokens = factor * len(lengths), factor * int(lengths.sum())
+    share = min(1.0, (settings["max_examples"] or examples) / examples, settings["max_tokens"] / tokens)
+    scale = share * factor
+    seconds = scale * (time.perf_counter() - begin)
+    found = {"examples": round(scale * len(lengths)), "tokens": share * tokens, "bytes": scale * size}
+    return found | {"seconds": seconds}, sample
+
+
+def run_bytes(log: Log, kind: str, train: float) -> dict[str, float]:
+    """Return the bytes of each part of a run's folder."""
+    sizes, rotated = log.shard_size(log.examples), log.settings["basis"] == "eigen"
+    layout = hessian.layout(kind, log.projected, log.examples, rotated) if kind != "none" else {}
+    sides = [pair for name in log.shapes for pair in zip(log.projected[name], log.shapes[name], strict=True)]
+    stored = sum(r * d + r * rotated for r, d in sides if r < d or rotated)
+    factors = sum(4 * ((not log.squares_only) * (o * o + i * i) + o * i) for o, i in log.projected.values())
+    shards = math.ceil(log.examples / sizes["shard_examples"])
+    return {
+        "gradients": log.examples * sizes["bytes_per_example"],
+        "factor sums": shards * factors,
+        "Hessian": sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values()),
+        "projections": 4 * stored,
+        "train": train,
+    }
+
+
+def trial(args: argparse.Namespace, log: Log, examples, seconds: float, accelerator: Accelerator) -> dict[str, float]:
+    """Load the model and extract for some seconds; return tokens/s, seconds of loading, peak memory in bytes."""
+    begin = time.perf_counter()
+    lm, _ = load(log.settings, args, accelerator.device)
+    loading, kinds = time.perf_counter() - begin, {"factors": True, "squares_only": log.squares_only}
+    projections = projection.draw(log.shapes, log.projected, log.settings["seed"])
+    with GradientCapture(lm, projections, **kinds) as capture:
+        extractor, tokens, first, begin = make_extractor(args, lm, capture, log), 0, 0, 0.0
+        with tqdm(desc="trial", unit="tok", unit_scale=True, leave=False) as bar:
+            while not begin or time.perf_counter() - begin < seconds:
+                rows = examples[[i % len(examples) for i in range(first, first + 16)]]
+                extractor.gradients(
+                    rows["input_ids"], rows.get("counted"), 0, log.settings["store_dtype"], bar.update
+                ).wait()
+                if begin:  # the first ones warm up
+                    tokens, first = tokens + sum(map(len, rows["input_ids"])), first + 16
+                begin = begin or time.perf_counter()
+            passed = time.perf_counter() - begin
+    cuda = accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"rate": tokens / passed, "loading": loading, "peak": peak}
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print what the run of a command line of extract_log.py will need.
+
+    Raises:
+        ValueError: As extract_log.py itself.
+    """
+    accelerator, kind = run.start_processes(), args.hessian or "raw"
+    settings, folder = run.with_defaults(run.given_settings(args), kind), find_folder(args, must_exist=False)
+    hessian.check_kind(kind, settings, kind)
+    config, tokenizer = model.load_config(settings["model_name"]), model.load_tokenizer(settings["model_name"])
+    settings["block_size"] = model.block_size(config, settings["block_size"], run.say)
+    settings["dtype"] = settings["dtype"] or model.default_dtype(accelerator.device)
+    with FakeTensorMode():
+        lm = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings["dtype"]])
+        log = Log(folder, {"settings": settings, "arguments": vars(args)} | model.describe(lm, "", settings, run.say))
+        weights = sum(p.numel() * p.element_size() for p in lm.parameters())
+        tokens = args.batch_tokens if isinstance(args.batch_tokens, int) else CPU_TOKENS
+        graph = graph_bytes(lm, log.projected, tokens, settings["block_size"])
+    documents = data.load_documents(
+        settings["data_name"], settings["data_config"], settings["data_split"], args.cache_dir
+    )
+    counts, sample = count(documents, tokenizer, settings)
+    log.content["data"] = {"examples": counts["examples"]}
+    run.say(f"{'layers':24s}{'[d_out, d_in]':>16s}{'[r_out, r_in]':>16s}{'k':>12s}")
+    for (shape, projected), number in Counter((log.shapes[n], log.projected[n]) for n in log.layers).items():
+        run.say(f"{number:<24d}{list(shape)!s:>16s}{list(projected)!s:>16s}{math.prod(projected):12,d}")
+    run.say(f"\n{counts['tokens']:,.0f} tokens in {counts['examples']:,} examples of {len(documents):,} documents\n")
+    total = show_disk(log, kind, counts["bytes"])
+    for name in hessian.KINDS[:3]:
+        run.say(
+            f"memory for the Hessian {name:6s} {gigabytes(hessian.memory_bytes(name, log.projected, log.examples))}"
+        )
+    peak = weights + graph + 8 * loss.CHUNK
+    run.say(
+        f"memory for the model: {gigabytes(weights)} of weights, {gigabytes(graph)} of graph with {tokens} tokens in "
+        f"a batch; at least {gigabytes(peak)} a process"
+    )
+    cuda = accelerator.device.type == "cuda"
+    room = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if peak > room:
+        run.say(
+            f"WARNING: {gigabytes(room)} of memory are free; use --gradient_checkpointing, --fsdp or --batch_tokens"
+        )
+    free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
+    if total > free:
+        run.say(f"WARNING: {gigabytes(free)} of disk are free; use a lower --rank, --store_dtype or another --log_dir")
+    if args.trial:
+        show_hours(log, counts, trial(args, log, sample, args.trial, accelerator), cuda)
+
+
+def show_disk(log: Log, kind: str, train: float) -> float:
+    """Print the disk that the run takes, and its gradients would in other types; return the bytes of all."""
+    parts = run_bytes(log, kind, train)
+    run.say("disk: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items()))
+    run.say(f"      {gigabytes(sum(parts.values()))} in all, {log.settings['store_dtype']}, Hessian {kind}")
+    for name in (*DTYPES, *BITS):
+        size = sum(stored_bytes(o * i, name) for o, i in log.projected.values())
+        run.say(f"      {name:10s}{size:14,d} bytes an example{gigabytes(size * log.examples):>12s}")
+    return sum(parts.values())
+
+
+def show_hours(log: Log, counts: dict[str, float], found: dict[str, float], cuda: bool) -> None:
+    """Print the hours that the run takes, from a trial."""
+    calibration = 0
+    if log.settings["basis"] == "eigen" or log.settings["lora"] == "pca":
+        asked = log.settings["calibration_examples"] or min(CALIBRATION, max(64, log.examples // 4))
+        calibration = min(log.examples, asked) / log.examples * counts["tokens"]
+    hours = (counts["tokens"] + calibration) / found["rate"] / 3600
+    fixed = (counts["seconds"] + found["loading"]) / 3600
+    run.say(f"\ntrial: {found['rate']:,.0f} tokens/s, peak memory {gigabytes(found['peak'])}")
+    for processes in PROCESSES if cuda else (1,):
+        run.say(f"{processes} process{'es' * (processes > 1):2s} {hours / processes + fixed:10.3g} hours")
+    run.say(
+        "each process with a GPU of its own" if cuda else "more processes on this machine share its cores: no faster"
+    )
