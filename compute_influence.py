@@ -48,7 +48,7 @@ def build_parser() -> run.Parser:
     group.add_argument("--mode", choices=influence.MODES, default="dot", help="(dot)")
     group.add_argument(
         "--damping", type=run.positive, nargs="+",
-        help="in units of the mean eigenvalue (0.1 for raw and int1, else 0.01)",
+        help="in units of the mean eigenvalue (0.1 for raw, 0.2 for int1, else 0.01)",
     )  # fmt: skip
     group.add_argument("--damping_absolute", type=run.positive, nargs="+", help="added to the eigenvalues, instead")
     group.add_argument("--score_layers", type=run.pattern, metavar="PATTERN", help="scores from matching layers only")

@@ -33,7 +33,7 @@ run python generate_llama3.py --model_name "$MODEL" --prompts evaluation/topics.
 method full ekfac "--damping 0.01 --query_rank 64" --lora none --store_dtype none
 method raw64 raw "--damping 0.1 0.01" --rank 64
 method ekfac64 ekfac "--damping 0.01 0.1" --rank 64
-method int1-64 ekfac "--damping 0.01 0.1" --rank 64 --store_dtype int1
-method best ekfac "--damping 0.01 0.1" --preset best
-method int1-256 ekfac "--damping 0.01 0.1" --rank 256 --store_dtype int1
+method int1-64 ekfac "--damping 0.01 0.2" --rank 64 --store_dtype int1
+method best ekfac "--damping 0.01 0.2" --preset best
+method int1-256 ekfac "--damping 0.01 0.2" --rank 256 --store_dtype int1
 run python evaluation/agreement.py "$LOGS"/full/scores/* "$LOGS"/{raw64,ekfac64,int1-64,best,int1-256}/scores/*

@@ -49,7 +49,7 @@ def damping_lambda(trace: float, k: int, damping: float | None, absolute: float 
 def default_damping(kind: str, store_dtype: str) -> float:
     """Return the relative damping with the best scores on small models (evaluation/results)."""
     if kind in ("kfac", "ekfac"):
-        return 0.1 if store_dtype == "int1" else 0.01
+        return 0.2 if store_dtype == "int1" else 0.01
     return 0.1
 
 
