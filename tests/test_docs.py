@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_texts, save_model, write_jsonl
 from test_processes import COMMANDS
 
 SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
@@ -59,7 +59,10 @@ def test_commands_in_docstrings():
 
 
 SHELL = sorted(
-    p for folder in ("scripts", "evaluation", "benchmarks") for p in (ROOT / folder).glob("*.sh") if p.name != "venv.sh"
+    path
+    for folder in ("scripts", "evaluation", "benchmarks")
+    for path in (ROOT / folder).glob("*.sh")
+    if path.name not in ("venv.sh", "stages.sh")  # the others source them
 )
 
 
@@ -83,6 +86,43 @@ def test_shell_scripts(script):
         assert done.returncode == 0, done.stderr
         commands = [line.removeprefix("+ ") for line in done.stdout.splitlines() if line.startswith("+ ")]
         assert len([c for c in commands if check(c)]) >= least
+
+
+def test_several_machines_take_their_part():
+    """Each machine launches the two long steps with its own rank; the first one alone generates and analyses."""
+    ranks = []
+    for rank in ("0", "1"):
+        environment = os.environ | {"DRY_RUN": "1", "NUM_MACHINES": "2", "MACHINE_RANK": rank, "MAIN_IP": "10.0.0.1"}
+        command = ["bash", ROOT / "scripts/llama3.sh", "--num_proc", "32"]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert out.count("--num_processes 16 --num_machines 2 --machine_rank " + rank) == 2
+        assert "10.0.0.1" in out and "--num_proc 32" in out
+        ranks.append(("generate_llama3.py" in out, "analysis.py" in out))
+    assert ranks == [(True, True), (False, False)]
+    assert subprocess.run(["bash", "-n", ROOT / "scripts/slurm.sbatch"]).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="scripts/test.sh makes .venv, and was not used")
+@pytest.mark.parametrize(
+    ("recipe", "architecture"), [("gpt2_xl", "gpt2"), ("pythia", "neox"), ("llama3", "llama"), ("custom_data", "llama")]
+)
+def test_recipes_run_through_on_stand_ins(tmp_path, recipe, architecture):
+    """With a tiny model of the same architecture and a small file, on two processes, each ends with its report."""
+    stand_in = save_model(tmp_path / f"stand-in-{recipe}", architecture, context=512)
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in make_texts(30)])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the old mill\nthe river\n")
+    names = {"MODEL": str(stand_in), "DATA": str(data), "LOG_DIR": str(tmp_path / "log"), "NUM_GPUS": "2"}
+    environment = os.environ | names | {"BLOCK_SIZE": "32", "LORA_RANK": "4", "HF_HUB_OFFLINE": "1"}
+    flags = [stand_in, data, prompts] if recipe == "custom_data" else ["--shard_examples", "4"]
+    command = ["bash", ROOT / f"scripts/{recipe}.sh", *flags]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    finally:
+        shutil.rmtree(ROOT / "data/generated" / stand_in.name, ignore_errors=True)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    assert list((tmp_path / "log/scores").glob("queries-*/report.html"))
 
 
 def test_readme_flags_exist():

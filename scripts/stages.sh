@@ -1,0 +1,30 @@
+# Sourced by the recipes: the four stages on NUM_MACHINES machines of NUM_GPUS GPUs each (without a GPU: CPU processes).
+# Uses GENERATE, MODEL, DATA, LOG_DIR, the arrays PROMPTS, RUN, SCORES, and what is set here.
+
+NUM_GPUS=${NUM_GPUS:-8}            # processes a machine
+NUM_MACHINES=${NUM_MACHINES:-1}    # all start the same recipe, on a shared file system
+MACHINE_RANK=${MACHINE_RANK:-0}    # 0 on the first machine
+MAIN_IP=${MAIN_IP:-127.0.0.1}      # the first machine's address
+MAIN_PORT=${MAIN_PORT:-29500}
+
+run() {
+    echo "+ $*"
+    [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+launch() {
+    local flags=(--config_file scripts/accelerate.yaml --num_processes $((NUM_GPUS * NUM_MACHINES))
+        --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK" --main_process_ip "$MAIN_IP"
+        --main_process_port "$MAIN_PORT")
+    [ $((NUM_GPUS * NUM_MACHINES)) = 1 ] || flags+=(--multi_gpu)
+    run accelerate launch "${flags[@]}" "$@"
+}
+
+# stages [more flags of extract_log.py]
+stages() {
+    [ -n "${DRY_RUN:-}" ] || source scripts/venv.sh
+    [ "$MACHINE_RANK" != 0 ] || run python "$GENERATE" --model_name "$MODEL" "${PROMPTS[@]}"
+    launch extract_log.py --log_dir "$LOG_DIR" --model_name "$MODEL" --data_name "$DATA" "${RUN[@]}" "$@"
+    launch compute_influence.py --log_dir "$LOG_DIR" "${SCORES[@]}"
+    [ "$MACHINE_RANK" != 0 ] || run python analysis.py --log_dir "$LOG_DIR"
+}
