@@ -1,6 +1,7 @@
 """Every command that the README and scripts/ show is one that the scripts take."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -8,8 +9,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, make_texts, save_model, write_jsonl
+from test_pipeline import extract, influence
 from test_processes import COMMANDS
 
 SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
@@ -46,6 +49,22 @@ def test_readme_commands():
     for command in commands:
         if command.startswith("bash"):
             assert (ROOT / command.split()[1]).exists(), command
+
+
+def test_readme_python(cli, tiny, workspace):
+    """The README's Python runs as it stands, and its scores are those of the scripts."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    texts, asked = ([json.loads(line)["text"] for line in [*open(f"{name}.jsonl")][:2]] for name in ("docs", "queries"))
+    write_jsonl(Path("two.jsonl"), [{"text": text} for text in texts])
+    given = {"name, asked = ": f"{(str(tiny / 'llama'), asked)}", "texts = ": f"{texts}"}
+    lines = [
+        next((key + value for key, value in given.items() if line.startswith(key)), line) for line in code.splitlines()
+    ]
+    found: dict = {}
+    exec("\n".join(lines), found)
+    extract(cli, tiny / "llama", "--data_name", "two.jsonl", "--hessian", "kfac", "--mlp_only")
+    scores, _ = influence(cli, "--max_queries", 2)
+    assert np.allclose(found["scores"], scores, rtol=1e-3) and Path("logs/mine/00000.json").exists()
 
 
 def test_commands_in_docstrings():
