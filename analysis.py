@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logra import report, run, store
+from logra import progress, report, run, store
 from logra.log import Log
 from logra.ranking import Ranking, Scores, by_document
 from logra.tokens import Splitter, pieces
@@ -32,6 +32,7 @@ def build_parser() -> run.Parser:
     parser.add_argument("--by", choices=["example", "document"], default="example", help="what is ranked (example)")
     parser.add_argument("--combine", choices=["sum", "max"], default="sum", help="a document's examples' scores (sum)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
+    run.add_quiet(parser)
     parser.add_argument("--tokens", action="store_true", help="run the model: each token's share of the scores shown")
     return parser
 
@@ -44,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )
+    progress.keep_log(log.folder)
     examples = log.train()
     documents, owners = np.unique(examples["document_id"], return_inverse=True)
     queries = [json.loads(line) for line in store.read_lines(folder / "queries.jsonl")]

@@ -13,9 +13,8 @@ from functools import partial
 
 import xxhash
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from logra import hessian, influence, model, run, store
+from logra import hessian, influence, model, progress, run, store
 from logra.extraction import load
 from logra.log import Log
 from logra.prepare import find_folder, find_log, make_extractor
@@ -65,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.start_processes()
     folder = find_folder(args, must_exist=True)
     settings, log = find_log(folder, args, must_exist=True)
+    progress.keep_log(folder)
     kind = log.usable_hessian(args.hessian)
     layers = log.matching_layers(args.score_layers)
     lm, print_of_model = load(settings, args, accelerator.device)
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     for path in folders:
         run.say(f"{len(queries)} queries x {log.examples} examples in {path}")
-    run.say("Next: analysis.py")
+    progress.summary("analysis.py")
 
 
 def score(
@@ -126,7 +126,7 @@ def score(
     for first in range(0, len(groups), scorer.at_once):
         part = groups[first : first + scorer.at_once]
         found = scorer.score(part)
-        bar = tqdm(found, total=scorer.shards, desc="scoring", unit="shard", disable=not accelerator.is_main_process)
+        bar = progress.bar(found, total=scorer.shards, desc="scoring", unit="shard")
         for shard, dots, selves in bar:
             ids = log.shards[shard]
             if selves:

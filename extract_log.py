@@ -14,9 +14,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
-from logra import data, estimate, hessian, model, run, store, verify
+from logra import data, estimate, hessian, model, progress, run, store, verify
 from logra.extraction import HostGradients, load
 from logra.hooks import GradientCapture
 from logra.log import Log
@@ -74,19 +73,20 @@ def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerato
     hessian.check_kind(kind, settings, log.content["arguments"]["hessian"] if log else kind)
     further = with_data_flags(settings, args) if args.extend else None
     extend = bool(further and not log.is_part(further))
-    pending = unfinished_shards(log, accelerator) if log and not extend else None
+    pending, tokens = unfinished_shards(log, accelerator) if log and not extend else None, 0
     if pending != []:
         lm, log = set_up(args, folder, settings, log, accelerator, further if extend else None)
         if accelerator.is_main_process:
             log.check_disk()
             log.check_memory(kind)
         pending = unfinished_shards(log, accelerator) if pending is None else pending
-        extract(args, lm, log, pending, accelerator)
+        tokens = extract(args, lm, log, pending, accelerator)
         del lm
+    progress.keep_log(folder)
     write_hessian(kind, log, accelerator)
     documents = sum(part["documents"] for part in log.parts)
     run.say(f"{log.examples} examples of {documents} documents, Hessian {kind}, in {log.folder}")
-    run.say("Next: compute_influence.py with the same flags")
+    progress.summary("compute_influence.py with the same flags", tokens)
 
 
 def unfinished_shards(log: Log, accelerator: Accelerator) -> list[int]:
@@ -129,19 +129,25 @@ def set_up(
     return lm, Log.load(folder)
 
 
-def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Accelerator) -> None:
-    """Compute and write this rank's part of the pending shards; a thread writes one while the next is computed."""
+def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Accelerator) -> int:
+    """Compute and write this rank's part of the pending shards; a thread writes one while the next is computed.
+
+    Returns:
+        The tokens of all ranks.
+    """
     examples, projections, dtype = log.train(), log.projections(), log.settings["store_dtype"]
     mine = pending[accelerator.process_index :: accelerator.num_processes]
-    counts, shards = data.token_counts(examples), log.shards
-    bar = tqdm(
+    counts, shards, sizes = data.token_counts(examples), log.shards, []
+    bar = progress.bar(
         total=sum(int(counts[list(shards[index])].sum()) for index in mine), unit="tok", unit_scale=True,
-        desc=f"extracting (1 of {accelerator.num_processes})", disable=not accelerator.is_main_process,
+        desc=f"extracting (1 of {accelerator.num_processes})",
     )  # fmt: skip
 
     def write(index: int, result: HostGradients) -> None:
         about = {"relative_score_error": round(result.error.result(), 4)} if result.error else {}
         store.write_shard(log.gradients, index, shards[index], *result.wait(), **about)
+        sizes.append(sum(path.stat().st_size for path in store.shard_files(log.gradients, index).values()))
+        bar.set_postfix_str(f"{sum(sizes) / 1e9:.3g} GB written")
 
     capturing = GradientCapture(lm, projections, factors=True, squares_only=log.squares_only)
     with capturing as capture, bar, ThreadPoolExecutor(1) as writer:
@@ -156,6 +162,7 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Acce
             written = writer.submit(write, index, result)
         extractor.finish()
         written.result()
+    return sum(int(counts[list(shards[index])].sum()) for index in pending)
 
 
 def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
@@ -168,9 +175,9 @@ def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
     layout = hessian.layout(kind, log.projected, log.examples, rotated)
     mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)
     total = partial(run.sum_over_ranks, accelerator=accelerator)
-    tensors = tqdm(
+    tensors = progress.bar(
         hessian.statistics(kind, log, mine, total, rotated, accelerator.device),
-        total=len(layout), desc=f"Hessian {kind}", unit="tensor", disable=not accelerator.is_main_process,
+        total=len(layout), desc=f"Hessian {kind}", unit="tensor",
     )  # fmt: skip
     if not accelerator.is_main_process:
         for _ in tensors:

@@ -8,6 +8,7 @@ Works for any causal language model:
 from pathlib import Path
 
 from logra.generation import add_generation_flags, run_generation
+from logra.progress import say, summary
 from logra.run import Parser, guarded
 
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/continuation.txt"
@@ -30,7 +31,8 @@ def encode(tokenizer, prompt: str) -> list[int]:
 
 def main(args) -> None:
     """Generate continuations and say where they are."""
-    print(f"Wrote {run_generation(args, encode)}. Next: extract_log.py")
+    say(f"Wrote {run_generation(args, encode)}")
+    summary("extract_log.py")
 
 
 if __name__ == "__main__":

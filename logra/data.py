@@ -15,9 +15,9 @@ import datasets
 import numpy as np
 import xxhash
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from logra import progress
 from logra.rows import FORMS, bad_value, encoder, row_form
 from logra.store import atomic
 
@@ -191,7 +191,7 @@ def _tokenised(
     function = _tokenise(encoder(form, tokenizer), columns, size, choice.response)
     parts, tokens, examples, dropped = [], 0, 0, 0
     limit = (choice.max_examples or np.inf) * (choice.block_size if choice.pack else 1)
-    with tqdm(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
+    with progress.bar(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE):
             part, ids = _slice(documents, order[start : start + SLICE], choice.first_row)
             rows = list(zip(*(part[column][:] for column in columns), strict=True))

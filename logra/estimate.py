@@ -6,7 +6,6 @@ which is enough to find the layers and to add up what its graph keeps.
 
 import argparse
 import math
-import resource
 import shutil
 import tempfile
 import time
@@ -20,10 +19,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from logra import data, hessian, loss, model, projection, run
+from logra import data, hessian, loss, model, progress, projection, run
 from logra.extraction import CALIBRATION, CPU_TOKENS, load
 from logra.hooks import GradientCapture
 from logra.log import Log
@@ -95,7 +93,7 @@ def trial(args: argparse.Namespace, log: Log, examples, seconds: float, accelera
     projections = projection.draw(log.shapes, log.projected, log.settings["seed"])
     with GradientCapture(lm, projections, **kinds) as capture:
         extractor, tokens, first, begin = make_extractor(args, lm, capture, log), 0, 0, 0.0
-        with tqdm(desc="trial", unit="tok", unit_scale=True, leave=False) as bar:
+        with progress.bar(desc="trial", unit="tok", unit_scale=True, leave=False) as bar:
             while not begin or time.perf_counter() - begin < seconds:
                 rows = examples[[i % len(examples) for i in range(first, first + 16)]]
                 extractor.gradients(
@@ -105,9 +103,7 @@ def trial(args: argparse.Namespace, log: Log, examples, seconds: float, accelera
                     tokens, first = tokens + sum(map(len, rows["input_ids"])), first + 16
                 begin = begin or time.perf_counter()
             passed = time.perf_counter() - begin
-    cuda = accelerator.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rate": tokens / passed, "loading": loading, "peak": peak}
+    return {"rate": tokens / passed, "loading": loading, "peak": progress.peak_memory()}
 
 
 def gigabytes(size: float) -> str:
@@ -142,38 +138,39 @@ def show(args: argparse.Namespace) -> None:
     for (shape, projected), number in Counter((log.shapes[n], log.projected[n]) for n in log.layers).items():
         run.say(f"{number:<24d}{list(shape)!s:>16s}{list(projected)!s:>16s}{math.prod(projected):12,d}")
     run.say(f"\n{counts['tokens']:,.0f} tokens in {counts['examples']:,} examples of {len(documents):,} documents\n")
-    total = show_disk(log, kind, counts["bytes"])
-    for name in hessian.KINDS[:3]:
-        run.say(
-            f"memory for the Hessian {name:6s} {gigabytes(hessian.memory_bytes(name, log.projected, log.examples))}"
-        )
-    peak = weights + graph + 8 * loss.CHUNK
-    run.say(
-        f"memory for the model: {gigabytes(weights)} of weights, {gigabytes(graph)} of graph with {tokens} tokens in "
-        f"a batch; at least {gigabytes(peak)} a process"
-    )
+    show_disk(log, kind, counts["bytes"])
     cuda = accelerator.device.type == "cuda"
-    room = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    if peak > room:
-        run.say(
-            f"WARNING: {gigabytes(room)} of memory are free; use --gradient_checkpointing, --fsdp or --batch_tokens"
-        )
-    free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
-    if total > free:
-        run.say(f"WARNING: {gigabytes(free)} of disk are free; use a lower --rank, --store_dtype or another --log_dir")
+    show_memory(log, weights, graph, tokens, cuda)
     if args.trial:
         show_hours(log, counts, trial(args, log, sample, args.trial, accelerator), cuda)
 
 
-def show_disk(log: Log, kind: str, train: float) -> float:
-    """Print the disk that the run takes, and its gradients would in other types; return the bytes of all."""
+def show_memory(log: Log, weights: int, graph: int, tokens: int, cuda: bool) -> None:
+    """Print the memory of the Hessians and of the model, and warn where it is not there."""
+    for kind in hessian.KINDS[:3]:
+        size = hessian.memory_bytes(kind, log.projected, log.examples)
+        run.say(f"memory for the Hessian {kind:6s} {gigabytes(size)}")
+    peak = weights + graph + 8 * loss.CHUNK  # two float32 blocks of logits
+    batch = f"{gigabytes(graph)} of graph with {tokens} tokens in a batch"
+    run.say(f"memory for the model: {gigabytes(weights)} of weights, {batch}; at least {gigabytes(peak)} a process")
+    room = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if peak > room:
+        text = "of memory are free; use --gradient_checkpointing, --fsdp or --batch_tokens"
+        run.say(f"WARNING: {gigabytes(room)} {text}")
+
+
+def show_disk(log: Log, kind: str, train: float) -> None:
+    """Print the disk that the run takes, and its gradients would in other types; warn where it is not there."""
     parts = run_bytes(log, kind, train)
     run.say("disk: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items()))
     run.say(f"      {gigabytes(sum(parts.values()))} in all, {log.settings['store_dtype']}, Hessian {kind}")
     for name in (*DTYPES, *BITS):
         size = sum(stored_bytes(o * i, name) for o, i in log.projected.values())
         run.say(f"      {name:10s}{size:14,d} bytes an example{gigabytes(size * log.examples):>12s}")
-    return sum(parts.values())
+    folder = log.folder.absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if sum(parts.values()) > free:
+        run.say(f"WARNING: {gigabytes(free)} of disk are free; use a lower --rank, --store_dtype or another --log_dir")
 
 
 def show_hours(log: Log, counts: dict[str, float], found: dict[str, float], cuda: bool) -> None:
@@ -187,6 +184,4 @@ def show_hours(log: Log, counts: dict[str, float], found: dict[str, float], cuda
     run.say(f"\ntrial: {found['rate']:,.0f} tokens/s, peak memory {gigabytes(found['peak'])}")
     for processes in PROCESSES if cuda else (1,):
         run.say(f"{processes} process{'es' * (processes > 1):2s} {hours / processes + fixed:10.3g} hours")
-    run.say(
-        "each process with a GPU of its own" if cuda else "more processes on this machine share its cores: no faster"
-    )
+    run.say("each with a GPU of its own" if cuda else "more processes on this machine share its cores: no faster")

@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from logra.model import context_length, default_dtype, load_model, load_tokenizer, short_name
-from logra.run import non_negative, positive_int, seed_int
+from logra.progress import bar
+from logra.run import add_quiet, non_negative, positive_int, seed_int
 from logra.store import DTYPES, atomic, read_lines
 
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # ends of a turn, beside the EOS token
@@ -26,6 +26,7 @@ def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: P
     group.add_argument("--prompts", type=Path, default=prompts, help=".txt, a prompt a line; or .jsonl with id, prompt")
     group.add_argument("--output", type=Path, help="(data/generated/<model>/queries.jsonl)")
     group.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, bfloat16 on a GPU")
+    add_quiet(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--max_new_tokens", type=positive_int, default=defaults["max_new_tokens"], help="(%(default)s)")
     group.add_argument(
@@ -94,7 +95,7 @@ def generate(
         raise ValueError("expected --num_return_sequences 1 with --temperature 0, which has one response; raise either")
     pad, responses = ends[0] if ends else 0, []
     set_seed(args.seed)
-    for start in tqdm(range(0, len(prompt_ids), args.batch_size), desc="generating", unit="batch"):
+    for start in bar(range(0, len(prompt_ids), args.batch_size), desc="generating", unit="batch"):
         batch = prompt_ids[start : start + args.batch_size]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
-from logra import data, projection, run, store
+from logra import data, progress, projection, run, store
 from logra.extraction import CPU_TOKENS, Extractor, calibration_batches, factor_sums
 from logra.hooks import GradientCapture
 from logra.log import Log
@@ -127,7 +126,7 @@ def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) ->
                 extractor.batch_tokens, args.batch_size,
             )  # fmt: skip
             mine = batches[rank::ranks]
-            with tqdm(total=len(mine), desc="calibrating", unit="batch", disable=rank > 0) as bar:
+            with progress.bar(total=len(mine), desc="calibrating", unit="batch") as bar:
                 sums = factor_sums(extractor, sizes, examples, mine, bar.update)
         rotated = []
         for i, (layer, p) in enumerate(projections.items()):

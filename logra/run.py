@@ -19,6 +19,7 @@ from torch import Tensor
 
 from logra.hessian import KINDS
 from logra.model import DEFAULT_MODEL, short_name
+from logra.progress import begin, say
 from logra.quantise import BITS
 from logra.store import DTYPES
 
@@ -34,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Parse; a preset's flags that are not given take its values, and are printed."""
         found = super().parse_args(args, namespace)
+        begin(getattr(found, "quiet", False))
         if preset := PRESETS.get(getattr(found, "preset", None)):
             ranks = ("rank", "rank_in", "rank_out", "bytes_per_example")
             sized = any(vars(found)[flag] for flag in ranks) or found.lora == "none"
@@ -157,6 +159,11 @@ DATA_FLAGS = (  # which documents; an extension has others
 )  # fmt: skip
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet."""
+    parser.add_argument("--quiet", action="store_true", help="print errors only; log.txt in the run's folder has all")
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that describe a run, and --hessian, --log_dir and --cache_dir."""
     group = parser.add_argument_group("the run (what is not given is read from run.json where there is one)")
@@ -172,6 +179,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
     group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
     group.add_argument("--cache_dir", help="where downloaded data sets are kept")
+    add_quiet(parser)
 
 
 def batch_tokens(text: str) -> int | str:
@@ -292,12 +300,6 @@ def gather_list(mine: list, accelerator: Accelerator) -> list:
 def sum_over_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """Return the sum of every rank's tensor, on the CPU of every rank."""
     return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
-
-
-def say(text: str) -> None:
-    """Print on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
 
 
 def guarded(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from logra import hessian, influence, run
+from logra import hessian, influence, progress, run
 from logra.extraction import Extractor
 from logra.hooks import GradientCapture, ScoreCapture
 from logra.log import Log
@@ -130,7 +129,7 @@ class Scorer:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         queries = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group][rank::ranks]
         token_ids, counted = [q.token_ids for _, _, q in queries], [q.counted for _, _, q in queries]
-        bar = tqdm(total=sum(map(len, token_ids)), desc="query gradients", unit="tok", disable=rank > 0)
+        bar = progress.bar(total=sum(map(len, token_ids)), desc="query gradients", unit="tok")
         with self.capture, bar:
             mine, _ = self.extractor.gradients(token_ids, counted, done=bar.update).wait()
             self.extractor.finish()
@@ -157,8 +156,7 @@ class Scorer:
         log, own, ranks = self.log, self.own, self.accelerator.num_processes
         statistics, every = log.statistics(self.kind), range(len(log.shards))
         solved, solvers, device = {}, {layer: [] for layer in grads}, self.accelerator.device
-        main = self.accelerator.is_main_process
-        for number, layer in enumerate(tqdm(list(grads), desc=f"Hessian {self.kind}", unit="layer", disable=not main)):
+        for number, layer in enumerate(progress.bar(list(grads), desc=f"Hessian {self.kind}", unit="layer")):
             q, mine = grads.pop(layer), number % ranks == self.accelerator.process_index
             solved[layer] = torch.zeros(len(self.dampings) * count, q.shape[1])
             streamed = own and not own.whole and self.kind != "raw"

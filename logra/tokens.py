@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from logra.extraction import CPU_TOKENS, Extractor
 from logra.hooks import TokenCapture
 from logra.log import Log
 from logra.model import fingerprint, load_model, load_tokenizer
 from logra.prepare import make_extractor
+from logra.progress import bar
 from logra.queries import Query, group_queries, load_queries, query_hash
 from logra.scores import SelfInfluence
 from logra.scoring import Scorer, block_name
@@ -87,7 +87,7 @@ class Splitter:
             examples = sorted({e for i in part for e in shown[i]})
             own = self.scorer.preconditioned([[example(e)] for e in examples])[0] if self.mode == "l2" else {}
             with TokenCapture(self.lm, {layer: self.scorer.projections[layer] for layer in asked}) as capture:
-                for number, e in enumerate(tqdm(examples, desc="tokens", unit="example")):
+                for number, e in enumerate(bar(examples, desc="tokens", unit="example")):
                     rows = [i for i in part if e in shown[i]]
                     matrices = {layer: q[[i - first for i in rows]] for layer, q in asked.items()}
                     if self.mode == "l2":

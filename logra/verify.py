@@ -15,10 +15,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from logra import data, hessian, influence, model, projection, run
+from logra import data, hessian, influence, model, progress, projection, run
 from logra.extraction import Extractor, load
 from logra.hooks import GradientCapture
 from logra.loss import IGNORE
@@ -117,7 +116,7 @@ def plain_sums(
 ) -> dict[str, Tensor]:
     """Return what GradientCapture computes, <layer> [n, k], <layer>.A and <layer>.B, by the plain loop, in float64."""
     found: dict[str, list[Tensor]] = {}
-    for ids, counts in zip(tqdm(token_ids, desc="plain loop", unit="example"), counted, strict=True):
+    for ids, counts in zip(progress.bar(token_ids, desc="plain loop", unit="example"), counted, strict=True):
         last = max((t for t, counts_ in enumerate(counts) if counts_), default=0)  # from here on there is no gradient
         for layer, (grad, x, d) in zip(projections, plain(lm, list(projections), ids, counts), strict=True):
             p_in, p_out = (None if p is None else p.to(grad) for p in projections[layer][:2])
