@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from logra import progress, report, run, store
+from logra.diagnose import diagnose
 from logra.log import Log
 from logra.ranking import Ranking, Scores, by_document
 from logra.tokens import Splitter, pieces
@@ -32,6 +33,7 @@ def build_parser() -> run.Parser:
     parser.add_argument("--by", choices=["example", "document"], default="example", help="what is ranked (example)")
     parser.add_argument("--combine", choices=["sum", "max"], default="sum", help="a document's examples' scores (sum)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
+    parser.add_argument("--diagnose", action="store_true", help="also show Hessian, odd examples and duplicates")
     run.add_quiet(parser)
     parser.add_argument("--tokens", action="store_true", help="run the model: each token's share of the scores shown")
     return parser
@@ -70,14 +72,19 @@ def main(args: argparse.Namespace) -> None:
         histogram = None if values is None else report.histogram(values, marks)
         views.append(report.asked(query) | {"number": number, "cards": cards, "histogram": histogram})
     write_lists(folder, args, views)
+    diagnosis = diagnose(log, about, scores, queries) if args.diagnose else ""
     if "html" in args.format:
         add_layers(views, folder, about)
         if args.tokens:
             add_shares(views, log, about)
         add_word_matches(views, examples["text"], args.top_k)
         with store.atomic(folder / "report.html") as path:
-            path.write_text(report.render(report.header(log, about, args.tokens), views, args.top_k), "utf-8")
+            path.write_text(
+                report.render(report.header(log, about, args.tokens) | {"diagnosis": diagnosis}, views, args.top_k),
+                "utf-8",
+            )
     print_table(views, table)
+    run.say(diagnosis)
     for kind in args.format:
         run.say(str(folder / ("report.html" if kind == "html" else f"top_k.{kind}")))
 
