@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Reproduces: agreement with uncompressed EK-FAC on SmolLM2-135M, all MLP layers: Spearman, overlap of the top 10, bytes
 # Needs:      as scripts/quickstart.sh, 12 GB of memory
-# Takes:      not measured as a whole
+# Takes:      about 50 minutes on 2 CPU cores, half of it the reference; EXAMPLES=60: half of that
 # Expect:     a row a run: Spearman's correlation, overlap of the top 10, stored bytes an example
-# Checked:    not measured
+# Checked:    2026-11-24, 2 CPU cores, Python 3.11, without the last run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${DRY_RUN:-}" ] || source scripts/venv.sh
