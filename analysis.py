@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> None:
                 "utf-8",
             )
     print_table(views, table)
-    run.say(diagnosis)
+    if diagnosis:
+        run.say(diagnosis)
     for kind in args.format:
         run.say(str(folder / ("report.html" if kind == "html" else f"top_k.{kind}")))
 

@@ -109,8 +109,9 @@ class Splitter:
         parts, _ = extractor.gradients([text.token_ids], [text.counted]).wait()  # {layer: [1, P, T]}
         tokens = scale * sum(part[0].double() for part in parts.values())
         blocks: list[dict[str, float]] = [{} for _ in tokens]
-        for layer, part in parts.items():
-            for sums, value in zip(blocks, (scale * part[0].double().sum(dim=1)).tolist(), strict=True):
+        for layer in self.scorer.blocks:  # in the model's order, not the backward pass's
+            of_layer = scale * parts[layer][0].double().sum(dim=1)
+            for sums, value in zip(blocks, of_layer.tolist(), strict=True):
                 name = self.scorer.blocks[layer]
                 sums[name] = sums.get(name, 0.0) + value
         return [Shares(*pair) for pair in zip(tokens, blocks, strict=True)]
