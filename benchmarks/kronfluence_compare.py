@@ -34,7 +34,8 @@ TIMED = {"make_projections": PHASES[0], "extract": PHASES[1], "write_hessian": P
 LEFT_OUT = ("start_processes", "load_config", "load_tokenizer", "load", "prepare_data", "load_queries")
 NOT_EQUAL = """\
 - ours flushes its files to the disk, takes checksums, and computes a scale of each example's gradients
-- ours: batches of like length, at most 1024 tokens; kronfluence: --batch_size texts, sorted by length here
+- ours: batches of like length, at most 64 * --batch_size tokens; kronfluence: --batch_size texts of at most 64 tokens,
+  sorted by length here
 - kronfluence calls gc.collect ten times, which takes long after many imports; gc.freeze spares it that here
 - kronfluence's A would include an example's last position, which no gradient goes through; get_attention_mask leaves
   it out here (else scores differed by 2%, 100 texts). A and B are divided by other counts, which changes no eigenvector
@@ -131,6 +132,7 @@ def ours(job: dict, seconds: Counter) -> np.ndarray:
         for name in {*TIMED, *LEFT_OUT} & set(vars(module)):
             setattr(module, name, timed(seconds, TIMED.get(name, "left out"), getattr(module, name)))
     flags = f"--log_dir {folder} --lora none --hessian ekfac --mlp_only --model_name {job['model']} --data_name {TRAIN}"
+    flags += f" --batch_tokens {64 * job['batch_size']} --shard_examples 250"
     stages = {extract_log: f"{flags} --dtype float32 --store_dtype none --calibration_examples 1000000"}
     stages[compute_influence] = f"{flags} --split {QUERIES} --mode dot --damping 0.1"
     for module, words in stages.items():
