@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Reproduces: recall of planted facts by raw and ekfac, both of rank 64, beside BM25, embeddings and a random order
 # Needs:      as scripts/test.sh
-# Takes:      not measured as a whole
+# Takes:      7 minutes on 2 busy CPU cores
 # Expect:     the share of facts that the model has learned, and a table: scores, recall@3, recall@10, MRR
-# Checked:    not yet as a whole
+# Checked:    2026-11-24, 2 CPU cores, Python 3.11; see evaluation/results/planted_*
 #
 # Usage: bash evaluation/planted.sh [--model_name MODEL] [more flags of evaluation/planted.py]
 set -euo pipefail
