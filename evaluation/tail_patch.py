@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     parser.add_argument("scores", nargs="+", type=Path, help="folders under logs/<run>/scores/")
     parser.add_argument("--k", type=positive_int, default=10, help="examples in a step (10)")
     parser.add_argument(
-        "--learning_rate", type=positive, default=1e-3, help="step, in units of the weights' norm (1e-3)"
+        "--learning_rate", type=positive, default=1e-5, help="step, in units of the weights' norm (1e-5)"
     )
     parser.add_argument("--max_queries", type=positive_int, help="the first ones")
     parser.add_argument("--seed", type=seed_int, default=0, help="of the random examples (0)")
