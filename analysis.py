@@ -72,11 +72,11 @@ def main(args: argparse.Namespace) -> None:
         histogram = None if values is None else report.histogram(values, marks)
         views.append(report.asked(query) | {"number": number, "cards": cards, "histogram": histogram})
     write_lists(folder, args, views)
-    diagnosis = diagnose(log, about, scores, queries) if args.diagnose else ""
+    diagnosis = diagnose(log, about, scores, queries, examples) if args.diagnose else ""
     if "html" in args.format:
         add_layers(views, folder, about)
         if args.tokens:
-            add_shares(views, log, about)
+            add_shares(views, log, about, examples)
         add_word_matches(views, examples["text"], args.top_k)
         with store.atomic(folder / "report.html") as path:
             path.write_text(
@@ -154,12 +154,11 @@ def add_layers(views: list[dict], folder: Path, about: dict) -> None:
         view["layers"] = report.bars(dict(zip(about["blocks"], means, strict=True)))
 
 
-def add_shares(views: list[dict], log: Log, about: dict) -> None:
+def add_shares(views: list[dict], log: Log, about: dict, examples) -> None:
     """Add what each token, and each block of layers, adds to the scores shown."""
     splitter = Splitter(log, about, run.start_processes())
     top, bottom = ([[row["example"] for row in view["cards"][side]] for view in views] for side in ("top", "bottom"))
-    pairs, of_queries = splitter.split([[*a, *b] for a, b in zip(top, bottom, strict=True)], top)
-    examples = log.train()
+    pairs, of_queries = splitter.split(examples, [[*a, *b] for a, b in zip(top, bottom, strict=True)], top)
     for view, best in zip(views, top, strict=True):
         number = view["number"]
         for row in (row for rows in view["cards"].values() for row in rows):

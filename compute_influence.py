@@ -20,7 +20,7 @@ from logra.log import Log
 from logra.prepare import find_folder, find_log, make_extractor
 from logra.queries import Query, group_queries, load_queries, merged, query_hash
 from logra.scores import ScoreFile, SelfInfluence
-from logra.scoring import Dampings, Scorer, block_name
+from logra.scoring import Dampings, Scorer, block_name, damping_label
 
 
 def build_parser() -> run.Parser:
@@ -80,9 +80,8 @@ def main(args: argparse.Namespace) -> None:
     hashed = about | {name: getattr(args, name) for name in changed if getattr(args, name)}
     label = f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(hashed).encode())[:8]}-{args.mode}-{kind}"
     relative = args.damping or [hessian.default_damping(kind, settings["store_dtype"])]
-    dampings: Dampings = {f"{value:g}": (value, None) for value in relative}
-    if args.damping_absolute:
-        dampings = {f"abs{value:g}": (None, value) for value in args.damping_absolute}
+    pairs = [(None, value) for value in args.damping_absolute or ()] or [(value, None) for value in relative]
+    dampings: Dampings = {damping_label(*pair): pair for pair in pairs}
     folders = [folder / "scores" / f"{label}-{damping}" for damping in dampings]
     about |= {"split": args.split, "mode": args.mode, "hessian": kind, "num_queries": len(queries)}
     about |= {"num_examples": log.examples, "top_k_only": args.top_k_only, "group_by": args.group_by}

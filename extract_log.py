@@ -109,8 +109,7 @@ def set_up(
     name = settings["model_name"]
     with accelerator.main_process_first():  # the embedded model is converted once
         config, tokenizer = model.load_config(name), model.load_tokenizer(name)
-    settings["block_size"] = model.block_size(config, settings["block_size"], run.say)
-    settings["dtype"] = settings["dtype"] or model.default_dtype(accelerator.device)
+    model.complete(settings, config, accelerator.device, run.say)
     lm, print_of_model = load(settings, args, accelerator.device)
     described = model.describe(lm, print_of_model, settings, run.say)
     if log:

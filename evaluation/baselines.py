@@ -13,7 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from logra.hooks import GradientCapture
 from logra.log import Log
 from logra.loss import example_losses, hidden_states
 from logra.queries import load_queries
+from logra.report import word_scores
 from logra.run import Parser, guarded
 
 NAMES = ("bm25", "embedding", "trak")
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     _, queries = load_queries(args.split, log.settings, tokenizer)
     asked, train = [query.token_ids for query in queries], list(log.train()["input_ids"])
     scores = {
-        "bm25": lambda: bm25(tokenizer.batch_decode(asked), tokenizer.batch_decode(train)),
+        "bm25": lambda: list(word_scores(tokenizer.batch_decode(train), tokenizer.batch_decode(asked))),
         "embedding": lambda: embeddings(lm, asked) @ embeddings(lm, train).T,
         "trak": lambda: trak(log, lm, asked, [query.counted for query in queries], train),
     }
@@ -63,14 +63,6 @@ def main(args: argparse.Namespace) -> None:
         with store.atomic(args.output / baseline / "scores.npy") as path, open(path, "wb") as file:
             np.save(file, np.asarray(scores[baseline](), dtype=np.float32))
         print(args.output / baseline)
-
-
-def bm25(queries: list[str], documents: list[str]) -> np.ndarray:
-    """Return BM25 scores [Q, N] of texts."""
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(documents, stopwords=None, show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize(queries, stopwords=None, show_progress=False, return_ids=False)
-    return np.stack([index.get_scores(words) for words in tokens])
 
 
 @torch.no_grad()

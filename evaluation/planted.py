@@ -20,7 +20,6 @@ import json
 import sys
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -35,6 +34,7 @@ from logra import store
 from logra.batches import make_batch
 from logra.loss import hidden_states
 from logra.model import load_model, load_tokenizer
+from logra.report import word_scores
 from logra.rows import encode_prompt
 from logra.run import Parser, guarded, positive_int, seed_int
 
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     known = np.array([learned(model, tokenizer, query) for query in queries])
     print(f"Share of the {len(queries)} facts that the model has learned: {scored.interval(known)}\n")
     texts, asked = [row["text"] for row in corpus], [query["prompt"] + query["response"] for query in queries]
-    found["BM25"] = bm25(texts, asked)
+    found["BM25"] = np.stack(list(word_scores(texts, asked)))
     found["cosine of mean last hidden states"] = embed(model, tokenizer, asked) @ embed(model, tokenizer, texts).T
     found["random"] = np.random.default_rng(0).random(planted.shape)
     rows = {name: measures(scores, planted) for name, scores in found.items()}
@@ -166,13 +166,6 @@ def by_document(folder: Path, ids: list[str], queries: list[str]) -> np.ndarray:
     best, place = np.full((len(ids), len(queries)), -np.inf), {name: i for i, name in enumerate(ids)}
     np.maximum.at(best, [place[name] for name in run.documents], run.scores.T)
     return best.T
-
-
-def bm25(texts: list[str], asked: list[str]) -> np.ndarray:
-    """Return BM25 scores [Q, D] (Lucene's, lower case, no stemming)."""
-    options, index = {"stopwords": None, "return_ids": False, "show_progress": False}, bm25s.BM25()
-    index.index(bm25s.tokenize(texts, **options), show_progress=False)
-    return np.stack([index.get_scores(words) for words in bm25s.tokenize(asked, **options)])
 
 
 @torch.no_grad()

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from logra import hessian, progress
 from logra.log import Log
-from logra.projection import eigenbasis
 from logra.quantise import unpack
 from logra.ranking import Scores
 from logra.scores import SelfInfluence
+from logra.scoring import damping_label
 
 SHOWN = 10
 DENSE = 3  # layers whose C is decomposed, of the kind raw: the first, the middle and the last one
@@ -26,14 +27,10 @@ ALIKE = 0.02  # of two gradients, relative difference that is still called equal
 
 def eigenvalues(kind: str, stats: dict[str, Tensor]) -> Tensor:
     """Return the eigenvalues of a layer's C, largest first, float64 (see hessian.preconditioner for the statistics)."""
-    count = stats["examples"].item()
     if kind == "raw":
-        found = torch.linalg.eigvalsh(stats["cov" if "cov" in stats else "gram"].double()) / count
-    elif kind == "kfac":
-        a, b = (eigenbasis(stats[side])[0] for side in "AB")
-        found = torch.outer(b, a).flatten() / (max(stats["tokens"].item(), 1) * count)
+        found = torch.linalg.eigvalsh(stats["cov" if "cov" in stats else "gram"].double()) / stats["examples"].item()
     else:
-        found = stats["square"].double().flatten() / count
+        found = hessian.eigen(kind, stats)[0].flatten()
     return found.clamp_min(0).sort(descending=True).values
 
 
@@ -60,14 +57,14 @@ def spectra(log: Log, about: dict) -> Iterator[str]:
         yield f"({len(rows)} of {len(about['layers'])} layers, whose C is decomposed)"
 
 
-def odd_examples(log: Log, about: dict) -> Iterator[str]:
+def odd_examples(log: Log, about: dict, train: Dataset) -> Iterator[str]:
     """Yield the examples with the largest self-influence: often broken, rare or very long texts."""
-    label = f"{about['damping']:g}" if about["damping"] is not None else f"abs{about['damping_absolute']:g}"
+    label = damping_label(about["damping"], about["damping_absolute"])
     own = SelfInfluence(log, about["hessian"], about["layers"], [label])
     if not own.whole:
         yield "not known: score with --self_influence, or in a mode that needs it"
         return
-    values, train = own.values[0], log.train()
+    values = own.values[0]
     for i in values.sort(descending=True, stable=True).indices[:SHOWN].tolist():
         row = train[i]
         share = values[i].item() / max(values.double().sum().item(), 1e-30)
@@ -88,12 +85,12 @@ def sketches(log: Log) -> np.ndarray:
     return np.concatenate(found)
 
 
-def duplicates(log: Log) -> Iterator[str]:
+def duplicates(log: Log, train: Dataset) -> Iterator[str]:
     """Yield groups of examples whose gradients are equal: the same text, again."""
     if log.bits == 0:
         yield "not known: the run stores no gradients"
         return
-    sketch, train = sketches(log), log.train()
+    sketch = sketches(log)
     order, groups, leader = np.argsort(sketch[:, 0], kind="stable"), {}, {}
     for place, i in enumerate(order.tolist()):
         near = order[max(0, place - NEIGHBOURS) : place]
@@ -119,12 +116,12 @@ def distribution(scores: Scores, queries: list[dict]) -> Iterator[str]:
         yield f"{str(query['id'])[:23]:24s}{numbers}{(row > 0).mean():10.0%}"
 
 
-def diagnose(log: Log, about: dict, scores: Scores, queries: list[dict]) -> str:
+def diagnose(log: Log, about: dict, scores: Scores, queries: list[dict], train: Dataset) -> str:
     """Return all of it, with headings."""
     parts = {
         f"Hessian {about['hessian']} by layer": spectra(log, about),
-        "Largest self-influence (and its share)": odd_examples(log, about),
-        "Equal gradients": duplicates(log),
+        "Largest self-influence (and its share)": odd_examples(log, about, train),
+        "Equal gradients": duplicates(log, train),
         "Scores": distribution(scores, queries),
     }
     return "\n".join(line for title, lines in parts.items() for line in (title, *lines, ""))

@@ -121,8 +121,7 @@ def show(args: argparse.Namespace) -> None:
     settings, folder = run.with_defaults(run.given_settings(args), kind), find_folder(args, must_exist=False)
     hessian.check_kind(kind, settings, kind)
     config, tokenizer = model.load_config(settings["model_name"]), model.load_tokenizer(settings["model_name"])
-    settings["block_size"] = model.block_size(config, settings["block_size"], run.say)
-    settings["dtype"] = settings["dtype"] or model.default_dtype(accelerator.device)
+    model.complete(settings, config, accelerator.device, run.say)
     with FakeTensorMode():
         lm = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings["dtype"]])
         log = Log(folder, {"settings": settings, "arguments": vars(args)} | model.describe(lm, "", settings, run.say))

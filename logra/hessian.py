@@ -202,6 +202,16 @@ def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tenso
     return total
 
 
+def eigen(kind: str, stats: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return kfac's or ekfac's eigenvalues [r_out, r_in] float64, and the bases unless gradients are stored in them."""
+    count = stats["examples"].item()
+    if kind == "ekfac":
+        return stats["square"].double() / count, stats.get("basis_in"), stats.get("basis_out")
+    tokens = max(stats["tokens"].item(), 1)
+    (a, basis_in), (b, basis_out) = eigenbasis(stats["A"]), eigenbasis(stats["B"])
+    return torch.outer(b, a) / (tokens * count), basis_in, basis_out  # (tokens / count) * (b / tokens) (a / tokens)
+
+
 def preconditioner(
     kind: str,
     stats: dict[str, Tensor],
@@ -228,12 +238,7 @@ def preconditioner(
     if kind == "raw":
         cov = stats["cov"].double() / count
         return Dense(cov, damping_lambda(cov.trace().item(), len(cov), damping, absolute))
-    if kind == "kfac":
-        tokens = max(stats["tokens"].item(), 1)
-        (a, basis_in), (b, basis_out) = eigenbasis(stats["A"]), eigenbasis(stats["B"])
-        values = torch.outer(b, a) / (tokens * count)  # (tokens / count) * (b / tokens) (a / tokens)
-    else:
-        values, basis_in, basis_out = stats["square"].double() / count, stats.get("basis_in"), stats.get("basis_out")
+    values, basis_in, basis_out = eigen(kind, stats)
     return Diagonal(values, basis_in, basis_out, damping_lambda(values.sum().item(), values.numel(), damping, absolute))
 
 

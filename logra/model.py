@@ -103,6 +103,12 @@ def block_size(config, asked: int | None, say: Callable[[str], None]) -> int:
     return asked or min(512, context)
 
 
+def complete(settings: dict, config, device: torch.device | str, say: Callable[[str], None]) -> None:
+    """Fill in the settings of a run that depend on its model and device: block_size and dtype."""
+    settings["block_size"] = block_size(config, settings["block_size"], say)
+    settings["dtype"] = settings["dtype"] or default_dtype(device)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; an adapter without one of its own has its base model's."""
     own = not Path(name).exists() or any(Path(name).glob("tokenizer*"))

@@ -3,6 +3,7 @@
 Texts come from data and are escaped by Jinja2 (autoescape); report.html.j2 holds the page, its styles and its script.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,16 +87,19 @@ def standing(score: float, values: np.ndarray | None) -> dict[str, float | None]
     return {"percentile": 100 * float((values < score).mean()), "z": z}
 
 
+def word_scores(texts: list[str], asked: list[str]) -> Iterator[np.ndarray]:
+    """Yield the BM25 scores of all texts, [N], for each query (Lucene's, lower case, no stemming)."""
+    options, index = {"stopwords": None, "return_ids": False, "show_progress": False}, bm25s.BM25()
+    index.index(bm25s.tokenize(texts, **options), show_progress=False)
+    yield from (index.get_scores(words) for words in bm25s.tokenize(asked, **options))
+
+
 def word_matches(texts: list[str], asked: list[str], k: int) -> list[list[int]] | None:
     """Return the ids of BM25's k best texts for each query, best first; None where there are too many texts."""
     if len(texts) > MOST_TEXTS:
         return None
-    options = {"stopwords": None, "return_ids": False, "show_progress": False}
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, **options), show_progress=False)
     found = []
-    for words in bm25s.tokenize(asked, **options):
-        scores = index.get_scores(words)
+    for scores in word_scores(texts, asked):
         best = np.argsort(-scores, kind="stable")[:k]
         found.append([int(i) for i in best if scores[i] > 0])
     return found

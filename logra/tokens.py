@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
 
 from logra.extraction import CPU_TOKENS, Extractor
@@ -21,7 +22,7 @@ from logra.prepare import make_extractor
 from logra.progress import bar
 from logra.queries import Query, group_queries, load_queries, query_hash
 from logra.scores import SelfInfluence
-from logra.scoring import Scorer, block_name
+from logra.scoring import Scorer, block_name, damping_label
 from logra.store import DTYPES
 
 
@@ -54,7 +55,7 @@ class Splitter:
         device, dtype = accelerator.device, DTYPES[settings["dtype"]]
         self.lm = load_model(settings["model_name"], dtype, device, settings["quantize"])
         log.check_model({"model": {"class": type(self.lm).__name__, "fingerprint": fingerprint(self.lm)}})
-        label = f"abs{about['damping_absolute']:g}" if about["damping"] is None else f"{about['damping']:g}"
+        label = damping_label(about["damping"], about["damping_absolute"])
         dampings = {label: (about["damping"], about["damping_absolute"])}
         own = None if self.mode == "dot" else SelfInfluence(log, about["hessian"], about["layers"], [label])
         if own and not own.whole:
@@ -66,24 +67,29 @@ class Splitter:
         self.scorer = Scorer(log, about["hessian"], blocks, self.lm, dampings, None, None, prepare, accelerator)
 
     def split(
-        self, shown: list[list[int]], proponents: list[list[int]]
+        self, train: Dataset, shown: list[list[int]], proponents: list[list[int]]
     ) -> tuple[dict[tuple[int, int], Shares], list[Tensor]]:
         """Return {(query, example): Shares} of the examples shown, and each query's tokens' shares [T].
 
         Args:
+            train: The run's examples.
             shown: Ids of each query's (or group's) examples.
             proponents: Of which a query's tokens share the summed dots; groups have no tokens of their own.
         """
-        pairs, of_queries, train = {}, [], self.log.train()
+        pairs, of_queries = {}, []
 
         def example(i: int) -> Query:
             row = train[i]
             return Query(str(i), row["input_ids"], row.get("counted") or [True] * len(row["input_ids"]), {})
 
-        for first in range(0, len(shown), self.scorer.step):
-            part = range(first, min(first + self.scorer.step, len(shown)))
-            asked, _ = self.scorer.preconditioned([self.groups[i] for i in part])
-            found, _ = self.scorer.preconditioned([[example(e) for e in proponents[i]] for i in part])
+        step = max(1, self.scorer.step // 2)
+        for first in range(0, len(shown), step):
+            part = range(first, min(first + step, len(shown)))
+            means = [] if self.grouped else [[example(e) for e in proponents[i]] for i in part]
+            solved, _ = self.scorer.preconditioned([self.groups[i] for i in part] + means)
+            asked, found = (
+                {name: q[rows] for name, q in solved.items()} for rows in (slice(len(part)), slice(len(part), None))
+            )
             examples = sorted({e for i in part for e in shown[i]})
             own = self.scorer.preconditioned([[example(e)] for e in examples])[0] if self.mode == "l2" else {}
             with TokenCapture(self.lm, {layer: self.scorer.projections[layer] for layer in asked}) as capture:

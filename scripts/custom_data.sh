@@ -25,15 +25,11 @@ LOG_DIR=${LOG_DIR:-logs/$(basename "$MODEL")-$(basename "${DATA%.*}")}
 NUM_GPUS=${NUM_GPUS:-1}
 RUN=(--preset best)
 SCORES=(--mode cosine)
-GENERATE=generate_llama3.py
+ANALYSIS=(--tokens)
 
 source scripts/stages.sh
 [ -n "${DRY_RUN:-}" ] || source scripts/venv.sh
-if [ -z "${DRY_RUN:-}" ]; then # a model without a chat template continues texts
-    python -c 'import sys; from logra.model import load_tokenizer as load; sys.exit(not load(sys.argv[1]).chat_template)' "$MODEL" \
-        || GENERATE=generate.py
-fi
+choose_generate
 run python extract_log.py --model_name "$MODEL" --data_name "$DATA" "${RUN[@]}" --verify
 run python extract_log.py --log_dir "$LOG_DIR" --model_name "$MODEL" --data_name "$DATA" "${RUN[@]}" "$@" --dry_run
 stages "$@"
-run python analysis.py --log_dir "$LOG_DIR" --tokens

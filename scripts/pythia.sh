@@ -26,6 +26,7 @@ GENERATE=generate.py
 PROMPTS=(--max_new_tokens 128 --temperature 0.8 --top_p 0.95)
 RUN=(--lora random --rank "$LORA_RANK" --hessian raw --mlp_only --pack --block_size "$BLOCK_SIZE" --max_tokens "$TOKENS" --store_dtype "$STORE_DTYPE")
 SCORES=(--mode cosine)
+ANALYSIS=()
 
 source scripts/stages.sh
 stages "$@"

@@ -32,15 +32,8 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-run() {
-    echo "+ $*"
-    [ -n "${DRY_RUN:-}" ] || "$@"
-}
-
-if [ "$MODEL" != models/SmolLM2-135M-Instruct ] && [ -z "${DRY_RUN:-}" ]; then  # a model without a chat template continues texts
-    python -c 'import sys; from logra.model import load_tokenizer as load; sys.exit(not load(sys.argv[1]).chat_template)' "$MODEL" \
-        || GENERATE=generate.py
-fi
+source scripts/stages.sh
+[ "$MODEL" = models/SmolLM2-135M-Instruct ] || choose_generate
 run python "$GENERATE" --model_name "$MODEL" --max_new_tokens 96 --temperature 0 "${PROMPTS[@]}"
 run python extract_log.py --log_dir "$LOG" --model_name "$MODEL" "${DATA[@]}" "${RUN[@]}" "${MORE[@]}"
 run python compute_influence.py --log_dir "$LOG" --mode cosine --damping 0.1

@@ -1,5 +1,6 @@
-# Sourced by the recipes: the four stages on NUM_MACHINES machines of NUM_GPUS GPUs each (without a GPU: CPU processes).
-# Uses GENERATE, MODEL, DATA, LOG_DIR, the arrays PROMPTS, RUN, SCORES, and what is set here.
+# Sourced by the recipes (by quickstart.sh for run and choose_generate alone): the four stages on NUM_MACHINES machines
+# of NUM_GPUS GPUs each (without a GPU: CPU processes).
+# Uses GENERATE, MODEL, DATA, LOG_DIR, the arrays PROMPTS, RUN, SCORES, ANALYSIS, and what is set here.
 
 NUM_GPUS=${NUM_GPUS:-8}            # processes a machine
 NUM_MACHINES=${NUM_MACHINES:-1}    # all start the same recipe, on a shared file system
@@ -10,6 +11,14 @@ MAIN_PORT=${MAIN_PORT:-29500}
 run() {
     echo "+ $*"
     [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+# Sets GENERATE for MODEL: one without a chat template continues texts
+choose_generate() {
+    GENERATE=generate_llama3.py
+    [ -n "${DRY_RUN:-}" ] \
+        || python -c 'import sys; from logra.model import load_tokenizer as load; sys.exit(not load(sys.argv[1]).chat_template)' "$MODEL" \
+        || GENERATE=generate.py
 }
 
 launch() {
@@ -26,5 +35,5 @@ stages() {
     [ "$MACHINE_RANK" != 0 ] || run python "$GENERATE" --model_name "$MODEL" "${PROMPTS[@]}"
     launch extract_log.py --log_dir "$LOG_DIR" --model_name "$MODEL" --data_name "$DATA" "${RUN[@]}" "$@"
     launch compute_influence.py --log_dir "$LOG_DIR" "${SCORES[@]}"
-    [ "$MACHINE_RANK" != 0 ] || run python analysis.py --log_dir "$LOG_DIR"
+    [ "$MACHINE_RANK" != 0 ] || run python analysis.py --log_dir "$LOG_DIR" "${ANALYSIS[@]}"
 }

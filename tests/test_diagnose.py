@@ -41,7 +41,7 @@ def test_copies_are_found_and_nothing_else(cli, tiny, workspace, store):
     rows += [{"id": "copy", "text": rows[4]["text"]}, {"id": "again", "text": rows[4]["text"]}]
     write_jsonl(Path("docs.jsonl"), rows)
     log = extract(cli, tiny / "gpt2", "--rank", 12, "--hessian", "ekfac", "--store_dtype", store, "--shard_examples", 3)
-    lines = list(duplicates(log))
+    lines = list(duplicates(log, log.train()))
     if store == "none":
         assert "stores no gradients" in lines[0]
         return

@@ -31,7 +31,7 @@ def shares_of(folder: Path, shown: list[list[int]]):
     """Return the Splitter of a folder of scores, and the shares of the pairs and of the queries."""
     about = json.loads((folder / "run.json").read_text())
     splitter = Splitter(Log.load(folder.parents[1]), about, Accelerator(cpu=True))
-    return splitter, *splitter.split(shown, shown)
+    return splitter, *splitter.split(splitter.log.train(), shown, shown)
 
 
 @pytest.mark.parametrize("mode", ["dot", "cosine", "l2"])
