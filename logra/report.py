@@ -89,9 +89,12 @@ def standing(score: float, values: np.ndarray | None) -> dict[str, float | None]
 
 def word_scores(texts: list[str], asked: list[str]) -> Iterator[np.ndarray]:
     """Yield the BM25 scores of all texts, [N], for each query (Lucene's, lower case, no stemming)."""
-    options, index = {"stopwords": None, "return_ids": False, "show_progress": False}, bm25s.BM25()
-    index.index(bm25s.tokenize(texts, **options), show_progress=False)
-    yield from (index.get_scores(words) for words in bm25s.tokenize(asked, **options))
+    options = {"stopwords": None, "return_ids": False, "show_progress": False}
+    index, words = bm25s.BM25(), bm25s.tokenize(texts, **options)
+    if any(words):  # of two letters at least; bm25s needs one, of a query too
+        index.index(words, show_progress=False)
+    for query in bm25s.tokenize(asked, **options):
+        yield index.get_scores(query) if query and any(words) else np.zeros(len(texts), np.float32)
 
 
 def word_matches(texts: list[str], asked: list[str], k: int) -> list[list[int]] | None:

@@ -245,3 +245,9 @@ def test_the_report_works_in_a_browser(cli, hostile, tmp_path, width):
     ranks = [str(row["rank"]) for row in sorted(rows, key=lambda row: (row["document"].lower(), row["rank"]))]
     assert title == f"probe 20 10 0 {'.'.join(ranks)} 0 errors 0 wide false", done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr
+
+
+def test_texts_without_a_word():
+    """Where no text has a word of two letters, none matches, instead of an error."""
+    assert report.word_matches(["a b.", "..", ""], ["what is it?", ""], 2) == [[], []]
+    assert report.word_matches(["a b.", "it", ""], ["what is it?", ""], 2) == [[1], []]
