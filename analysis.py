@@ -104,12 +104,13 @@ def newest_scores(log_dir: Path | None, split: str | None) -> tuple[Path, dict]:
 
 def describe(query: dict, side: str, ranking: Ranking, count: int, examples, values: np.ndarray | None) -> list[dict]:
     """Return the first rows of a query's ranking, for top_k.* and the report."""
+    ids, scores, counts = (part[:count] for part in ranking)
+    shown, places = examples[ids.tolist()], report.standings(scores, values)
     rows = []
-    for rank, (i, score, of) in enumerate(zip(*(part[:count].tolist() for part in ranking), strict=True), 1):
-        row = examples[i]
-        entry = {"query": query["id"], "side": side, "rank": rank, "score": score, "example": i, "examples": of}
-        entry |= report.standing(score, values)
-        entry |= {"document": row["document_id"], "block": row.get("block")}
+    for n, (i, score, of) in enumerate(zip(ids.tolist(), scores.tolist(), counts.tolist(), strict=True)):
+        row = {name: column[n] for name, column in shown.items()}
+        entry = {"query": query["id"], "side": side, "rank": n + 1, "score": score, "example": i, "examples": of}
+        entry |= places[n] | {"document": row["document_id"], "block": row.get("block")}
         entry |= {"documents": row["document_ids"]} if "document_ids" in row else {}
         rows.append(entry | {"text": row["text"]})
     return rows

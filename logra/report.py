@@ -14,6 +14,8 @@ import numpy as np
 from logra.log import Log
 
 MOST_BYTES = 5_000_000
+LEAST_BYTES = 2_000  # of a query
+FEW_CARDS = 5
 MOST_TEXTS = 100_000  # for BM25, whose index is in memory
 BINS = 60  # of the histogram
 LEVELS = 4  # of a token's shade, on each side of none
@@ -78,13 +80,19 @@ def histogram(values: np.ndarray, marked: dict[str, list[float]]) -> dict:
     return {"bars": bars, "marks": marks, "low": low, "high": high, "zero": zero, "count": len(values)}
 
 
-def standing(score: float, values: np.ndarray | None) -> dict[str, float | None]:
-    """Return the percentile (share of scores below, 0 to 100) and the z-score of a score among a query's scores."""
+def standings(scores: np.ndarray, values: np.ndarray | None) -> list[dict[str, float | None]]:
+    """Return the percentile (share of scores below, 0 to 100) and the z-score of each of `scores` among all.
+
+    Args:
+        scores: Some of a query's scores, [n].
+        values: All of them, highest first, [N]; None where they are not known.
+    """
     if values is None:
-        return {"percentile": None, "z": None}
-    spread = float(values.std(dtype=np.float64))
-    z = (score - float(values.mean(dtype=np.float64))) / spread if spread > 0 else 0.0
-    return {"percentile": 100 * float((values < score).mean()), "z": z}
+        return [{"percentile": None, "z": None}] * len(scores)
+    mean, spread = (float(of(values, dtype=np.float64)) for of in (np.mean, np.std))
+    below = np.searchsorted(values[::-1], scores) / len(values)
+    zs = (scores.astype(np.float64) - mean) / spread if spread > 0 else np.zeros(len(scores))
+    return [{"percentile": 100 * float(p), "z": float(z)} for p, z in zip(below, zs, strict=True)]
 
 
 def word_scores(texts: list[str], asked: list[str]) -> Iterator[np.ndarray]:
@@ -115,7 +123,7 @@ def bars(values: dict[str, float]) -> list[dict]:
 
 
 def render(content: dict, queries: list[dict], asked: int) -> str:
-    """Return the page with as many cards a query and side, then with as many queries, as fit in MOST_BYTES.
+    """Return the page with as many cards a query and side (a few at least), then as many queries, as fit in MOST_BYTES.
 
     Args:
         content: What the template shows of all queries together.
@@ -125,10 +133,13 @@ def render(content: dict, queries: list[dict], asked: int) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
     template = environment.get_template("report.html.j2")
-    cards, count = asked, len(queries)
+    cards, count = asked, min(len(queries), MOST_BYTES // LEAST_BYTES)
     while True:
         shown = [q | {"cards": {side: rows[:cards] for side, rows in q["cards"].items()}} for q in queries[:count]]
         page = template.render(content, queries=shown, cards=cards, asked=asked, total=len(queries))
         if len(page.encode()) <= MOST_BYTES or cards == count == 1:
             return page
-        cards, count = (cards // 2, count) if cards > 1 else (1, count // 2)
+        if cards > FEW_CARDS or count == 1:
+            cards //= 2
+        else:
+            count //= 2

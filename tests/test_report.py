@@ -114,12 +114,14 @@ def test_documents_are_ranked_by_sum_or_best(largest, combine):
         assert count == len(of) and i == of[extreme(scores[of])]
 
 
-def test_standing():
-    """The percentile is the share of scores below, the z-score in standard deviations from the mean."""
-    values = np.arange(100, dtype=np.float32)
-    found = report.standing(75.0, values)
-    assert found["percentile"] == 75 and found["z"] == pytest.approx((75 - 49.5) / values.std(), rel=1e-6)
-    assert report.standing(1.0, np.ones(4, np.float32)) == {"percentile": 0, "z": 0}
+def test_standings():
+    """The percentile is the share of scores below, the z-score in standard deviations from the mean; ties agree."""
+    values = np.random.default_rng(0).integers(0, 30, 100).astype(np.float32)
+    found = report.standings(values[:20], np.sort(values)[::-1])
+    for score, place in zip(values[:20], found, strict=True):
+        assert place["percentile"] == pytest.approx(100 * (values < score).mean())
+        assert place["z"] == pytest.approx((score - values.mean()) / values.std(), rel=1e-5)
+    assert report.standings(np.ones(1), np.ones(4, np.float32)) == [{"percentile": 0, "z": 0}]
 
 
 class Page(HTMLParser):
