@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
         )
     progress.keep_log(log.folder)
     examples = log.train()
-    documents, owners = np.unique(examples["document_id"], return_inverse=True)
+    documents, owners = np.unique(examples["document_id"][:], return_inverse=True)
     queries = [json.loads(line) for line in store.read_lines(folder / "queries.jsonl")]
     scores = Scores(folder, len(queries), log.examples)
     if args.by == "document" and (log.settings["pack"] or (scores.ends and args.combine == "sum")):

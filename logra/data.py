@@ -254,7 +254,7 @@ def build_examples(
         cache_file_name=str(work / "text.arrow"),
         **options,
     )
-    names = chain.from_iterable(rows["document_ids"]) if choice.pack else rows["document_id"]
+    names = chain.from_iterable(rows["document_ids"][:]) if choice.pack else rows["document_id"][:]
     return rows, {"documents": len(set(names)), "dropped_rows": dropped, "rows": len(documents)}
 
 
@@ -299,5 +299,5 @@ def examples_fingerprint(examples: Dataset) -> str:
         for lists in _lists(examples, column) if column in examples.column_names else ():
             checksum.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
     checksum.update(token_counts(examples))
-    checksum.update("\0".join(examples["document_id"]).encode())
+    checksum.update("\0".join(examples["document_id"][:]).encode())
     return checksum.hexdigest()

@@ -183,7 +183,7 @@ class Log:
 
     def check_new_documents(self, folder: Path) -> None:
         """Raise a ValueError where an extension's examples are of a document that the run has already."""
-        if double := set(self.train()["document_id"]) & set(load_from_disk(folder)["document_id"]):
+        if double := set(self.train()["document_id"][:]) & set(load_from_disk(folder)["document_id"][:]):
             raise ValueError(
                 f"expected further documents, got {len(double)} that {self.folder} has already, e.g. "
                 f"{min(double)}; leave them out, or give them other ids"
