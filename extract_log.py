@@ -106,9 +106,9 @@ def set_up(
     args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator, further: dict | None
 ) -> tuple[nn.Module, Log]:
     """Load the model; write run.json, train/ (or an extension) and projections.safetensors where they are missing."""
-    name = settings["model_name"]
+    name, hub = settings["model_name"], model.hub_options(settings, args.trust_remote_code)
     with accelerator.main_process_first():  # the embedded model is converted once
-        config, tokenizer = model.load_config(name), model.load_tokenizer(name)
+        config, tokenizer = model.load_config(name, **hub), model.load_tokenizer(name, **hub)
     model.complete(settings, config, accelerator.device, run.say)
     lm, print_of_model = load(settings, args, accelerator.device)
     described = model.describe(lm, print_of_model, settings, run.say)
@@ -170,8 +170,7 @@ def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
     if kind == "none" or log.hessian_problem(kind) is None:
         return
     run.say(f"Hessian {kind}: at most {log.check_memory(kind) / 1e6:,.0f} MB of memory a process")
-    path, rotated = log.hessian_path(kind), log.settings["basis"] == "eigen"
-    layout = hessian.layout(kind, log.projected, log.examples, rotated)
+    path, rotated, layout = log.hessian_path(kind), log.settings["basis"] == "eigen", log.hessian_layout(kind)
     mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)
     total = partial(run.sum_over_ranks, accelerator=accelerator)
     tensors = progress.bar(

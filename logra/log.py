@@ -17,10 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 
 from logra import data, hessian, projection, quantise, store
+from logra.checks import is_run
 from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, processes_here
@@ -48,10 +50,20 @@ class Log:
             ValueError: There is none, or it is of another format.
         """
         path, remedy = folder / "run.json", f"restore it, or delete {folder} and run extract_log.py"
+        store.check_folder(folder)
         content = store.read_json(path, remedy)
-        if content.get("format") != FORMAT or not {"settings", "layers"} <= set(content):
+        if content.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT} in {path}, got {content.get('format')}; {remedy}")
-        return cls(folder, content)
+        if not is_run(content):
+            raise ValueError(f"expected a whole {path}, got missing entries or impossible ones; {remedy}")
+        log = cls(folder, content)
+        for number, part in enumerate(log.parts):  # what is made for N examples must not outgrow what is there
+            size = sum(file.stat().st_size for file in log.train_folder(number).glob("*"))
+            if part["examples"] > size:
+                raise ValueError(
+                    f"expected {part['examples']} examples in {log.train_folder(number)}, got {size} bytes; {remedy}"
+                )
+        return log
 
     def save(self, **entries: object) -> None:
         """Add entries to run.json."""
@@ -82,7 +94,7 @@ class Log:
     @property
     def parts(self) -> list[dict]:
         """What run.json says of train/ and of each extension, in order."""
-        return [self.content["data"], *self.content.get("extensions", [])]
+        return [self.content["data"], *self.content.get("extensions", [])] if "data" in self.content else []
 
     @property
     def examples(self) -> int:
@@ -120,6 +132,9 @@ class Log:
             folder = self.train_folder(number)
             try:
                 loaded.append(load_from_disk(folder))
+                loaded[-1].data.table.validate(full=True)  # offsets that lead out of a buffer
+                if any(loaded[-1].features[name].dtype != "string" for name in ("document_id", "text")):
+                    raise ValueError("other columns")
                 found = data.examples_fingerprint(loaded[-1])
             except Exception as error:  # Arrow has exceptions of its own
                 raise ValueError(
@@ -249,6 +264,10 @@ class Log:
         path = self.hessian_path(kind).with_suffix(".json")
         return store.read_json(path, "delete it and run extract_log.py again")
 
+    def hessian_layout(self, kind: str) -> store.Layout:
+        """Return the tensors of a Hessian file."""
+        return hessian.layout(kind, self.projected, self.examples, self.settings["basis"] == "eigen")
+
     def hessian_problem(self, kind: str) -> str | None:
         """Say what is wrong with a Hessian file: missing, altered or of other examples; None where it is whole."""
         path = self.hessian_path(kind)
@@ -258,7 +277,7 @@ class Log:
         if entry.get("examples") != self.examples:
             return f"{path} is of {entry.get('examples')} examples, not of {self.examples}"
         try:
-            store.check_tensors(store.TensorFile(path, entry))
+            store.check_tensors(store.TensorFile(path, entry, self.hessian_layout(kind)))
         except ValueError as error:
             return str(error)
         return None
@@ -286,8 +305,8 @@ class Log:
         """Return a function layer -> its tensors of a Hessian file, for hessian.preconditioner."""
         if kind == "none":
             return lambda layer: {}
-        file = store.TensorFile(self.hessian_path(kind), self.hessian_entry(kind))
-        counts = {key: file.read(key) for key in ("examples", "tokens")}
+        file = store.TensorFile(self.hessian_path(kind), self.hessian_entry(kind), self.hessian_layout(kind))
+        counts = {"examples": torch.tensor(self.examples), "tokens": file.read("tokens")}
         keys = ("cov", "gram", "A", "B", "square", "basis_in", "basis_out")
         return lambda layer: counts | {k: file.read(f"{layer}.{k}") for k in keys if f"{layer}.{k}" in file.header}
 
@@ -304,6 +323,18 @@ class Log:
             with self.open_shard(index, kind) as file:
                 yield file.read(name)
 
+    def shard_layout(self, n: int, kind: str) -> store.Layout:
+        """Return the tensors of a shard of n examples: its gradients or its factors."""
+        found = {}
+        for layer, (o, i) in self.projected.items():
+            if kind == "gradients":
+                parts = quantise.stored(layer, torch.empty(n, o * i, device="meta"), self.settings["store_dtype"])
+                found |= {name: (part.dtype, list(part.shape)) for name, part in parts.items()}
+                continue
+            sizes = {} if self.squares_only else {"A": [i, i], "B": [o, o]}
+            found |= {f"{layer}.{key}": (torch.float32, size) for key, size in (sizes | {"square": [o * i]}).items()}
+        return found if kind == "gradients" else found | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+
     def open_shard(self, index: int, kind: str = "gradients") -> store.TensorFile:
         """Open a shard's gradients or factors.
 
@@ -311,7 +342,8 @@ class Log:
             ValueError: The shard is missing or was altered.
         """
         try:
-            return store.open_shard(self.gradients, index, self.shards[index], kind)
+            ids = self.shards[index]
+            return store.open_shard(self.gradients, index, ids, kind, self.shard_layout(len(ids), kind))
         except ValueError as error:
             raise ValueError(
                 f"expected {len(self.shards)} whole shards, but {error}; "
