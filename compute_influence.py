@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from functools import partial
 
 import xxhash
-from accelerate import Accelerator
 
 from logra import hessian, influence, model, progress, run, store
 from logra.extraction import load
@@ -112,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
 def score(
     args, log: Log, kind: str, blocks: dict[str, str], lm, groups: list[list[Query]], dampings: Dampings,
-    files: list[ScoreFile], own: SelfInfluence | None, accelerator: Accelerator,
+    files: list[ScoreFile], own: SelfInfluence | None, accelerator: run.Accelerator,
 ) -> None:  # fmt: skip
     """Fill the score files: as many queries as fit in memory, then the others, each past all train examples once."""
     if own:

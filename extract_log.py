@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import nn
 
 from logra import data, estimate, hessian, model, progress, run, store, verify
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.wait_for_everyone()
 
 
-def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator) -> None:
+def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerator: run.Accelerator) -> None:
     """Find out what is missing, and make it."""
     kind = args.hessian or (log.content["arguments"]["hessian"] if log else None) or "raw"
     hessian.check_kind(kind, settings, log.content["arguments"]["hessian"] if log else kind)
@@ -89,7 +88,7 @@ def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerato
     progress.summary("compute_influence.py with the same flags", tokens)
 
 
-def unfinished_shards(log: Log, accelerator: Accelerator) -> list[int]:
+def unfinished_shards(log: Log, accelerator: run.Accelerator) -> list[int]:
     """Return the shards that are missing or altered, on every rank; each rank checks its share."""
     shards = log.shards
     if "projections" not in log.content:
@@ -103,7 +102,7 @@ def unfinished_shards(log: Log, accelerator: Accelerator) -> list[int]:
 
 
 def set_up(
-    args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator, further: dict | None
+    args, folder: Path, settings: dict, log: Log | None, accelerator: run.Accelerator, further: dict | None
 ) -> tuple[nn.Module, Log]:
     """Load the model; write run.json, train/ (or an extension) and projections.safetensors where they are missing."""
     name, hub = settings["model_name"], model.hub_options(settings, args.trust_remote_code)
@@ -128,7 +127,7 @@ def set_up(
     return lm, Log.load(folder)
 
 
-def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Accelerator) -> int:
+def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: run.Accelerator) -> int:
     """Compute and write this rank's part of the pending shards; a thread writes one while the next is computed.
 
     Returns:
@@ -164,7 +163,7 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Acce
     return sum(int(counts[list(shards[index])].sum()) for index in pending)
 
 
-def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
+def write_hessian(kind: str, log: Log, accelerator: run.Accelerator) -> None:
     """Sum the Hessian's statistics over all shards, and write them with their checksum."""
     accelerator.wait_for_everyone()
     if kind == "none" or log.hessian_problem(kind) is None:

@@ -57,12 +57,9 @@ class Log:
         if not is_run(content):
             raise ValueError(f"expected a whole {path}, got missing entries or impossible ones; {remedy}")
         log = cls(folder, content)
-        for number, part in enumerate(log.parts):  # what is made for N examples must not outgrow what is there
-            size = sum(file.stat().st_size for file in log.train_folder(number).glob("*"))
-            if part["examples"] > size:
-                raise ValueError(
-                    f"expected {part['examples']} examples in {log.train_folder(number)}, got {size} bytes; {remedy}"
-                )
+        held = sum(file.stat().st_size for n in range(len(log.parts)) for file in log.train_folder(n).glob("*"))
+        if log.examples > held:  # before anything is made for so many
+            raise ValueError(f"expected {log.examples} examples in {folder}, got {held} bytes of them; {remedy}")
         return log
 
     def save(self, **entries: object) -> None:
@@ -323,18 +320,6 @@ class Log:
             with self.open_shard(index, kind) as file:
                 yield file.read(name)
 
-    def shard_layout(self, n: int, kind: str) -> store.Layout:
-        """Return the tensors of a shard of n examples: its gradients or its factors."""
-        found = {}
-        for layer, (o, i) in self.projected.items():
-            if kind == "gradients":
-                parts = quantise.stored(layer, torch.empty(n, o * i, device="meta"), self.settings["store_dtype"])
-                found |= {name: (part.dtype, list(part.shape)) for name, part in parts.items()}
-                continue
-            sizes = {} if self.squares_only else {"A": [i, i], "B": [o, o]}
-            found |= {f"{layer}.{key}": (torch.float32, size) for key, size in (sizes | {"square": [o * i]}).items()}
-        return found if kind == "gradients" else found | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
-
     def open_shard(self, index: int, kind: str = "gradients") -> store.TensorFile:
         """Open a shard's gradients or factors.
 
@@ -343,7 +328,11 @@ class Log:
         """
         try:
             ids = self.shards[index]
-            return store.open_shard(self.gradients, index, ids, kind, self.shard_layout(len(ids), kind))
+            if kind == "factors":
+                layout = hessian.factor_layout(self.projected, self.squares_only)
+            else:
+                layout = quantise.layout(self.projected, len(ids), self.settings["store_dtype"])
+            return store.open_shard(self.gradients, index, ids, kind, layout)
         except ValueError as error:
             raise ValueError(
                 f"expected {len(self.shards)} whole shards, but {error}; "
