@@ -45,7 +45,11 @@ def main(args: argparse.Namespace) -> None:
     folder, about = newest_scores(args.log_dir, args.split)
     log = Log.load(folder.parents[1])
     whole = store.fits(about, SCORES) and store.fits(about.get("blocks", []), [str])
-    if not whole or Log(folder, about["log"]).fingerprints != log.fingerprints:
+    if (
+        not whole
+        or set(about["layers"]) - set(log.layers)
+        or Log(folder, about["log"]).fingerprints != log.fingerprints
+    ):
         raise ValueError(
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )
