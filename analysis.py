@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from logra import progress, report, run, store
+from logra.checks import SCORES
 from logra.diagnose import diagnose
 from logra.log import Log
-from logra.ranking import Ranking, Scores, by_document
+from logra.ranking import Ranking, Scores, by_document, load_matrix, read_queries
 from logra.tokens import Splitter, pieces
 
 SHOWN = 3  # documents a query in the printed table
@@ -34,7 +35,7 @@ def build_parser() -> run.Parser:
     parser.add_argument("--combine", choices=["sum", "max"], default="sum", help="a document's examples' scores (sum)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
     parser.add_argument("--diagnose", action="store_true", help="also show Hessian, odd examples and duplicates")
-    run.add_quiet(parser)
+    run.add_common(parser)
     parser.add_argument("--tokens", action="store_true", help="run the model: each token's share of the scores shown")
     return parser
 
@@ -43,15 +44,20 @@ def main(args: argparse.Namespace) -> None:
     """Write the best examples, or documents, of each query."""
     folder, about = newest_scores(args.log_dir, args.split)
     log = Log.load(folder.parents[1])
-    if Log(folder, about["log"]).fingerprints != log.fingerprints:
+    whole = store.fits(about, SCORES) and store.fits(about.get("blocks", []), [str])
+    if (
+        not whole
+        or set(about["layers"]) - set(log.layers)
+        or Log(folder, about["log"]).fingerprints != log.fingerprints
+    ):
         raise ValueError(
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )
     progress.keep_log(log.folder)
     examples = log.train()
     documents, owners = np.unique(examples["document_id"][:], return_inverse=True)
-    queries = [json.loads(line) for line in store.read_lines(folder / "queries.jsonl")]
-    scores = Scores(folder, len(queries), log.examples)
+    queries = read_queries(folder / "queries.jsonl")
+    scores = Scores(folder, len(queries), log.examples, about["top_k_only"])
     if args.by == "document" and (log.settings["pack"] or (scores.ends and args.combine == "sum")):
         raise ValueError(
             "expected all scores, and examples of one document each, for --by document, got --top_k_only or --pack; "
@@ -74,9 +80,9 @@ def main(args: argparse.Namespace) -> None:
     write_lists(folder, args, views)
     diagnosis = diagnose(log, about, scores, queries, examples) if args.diagnose else ""
     if "html" in args.format:
-        add_layers(views, folder, about)
+        add_layers(views, folder, about, log.examples)
         if args.tokens:
-            add_shares(views, log, about, examples)
+            add_shares(views, log, about, examples, args.trust_remote_code)
         add_word_matches(views, examples["text"], args.top_k)
         with store.atomic(folder / "report.html") as path:
             path.write_text(
@@ -144,20 +150,20 @@ def readable(views: list[dict], sides: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def add_layers(views: list[dict], folder: Path, about: dict) -> None:
+def add_layers(views: list[dict], folder: Path, about: dict, examples: int) -> None:
     """Add the mean dots of the blocks of layers, where stage 3 wrote them (--layerwise)."""
     if "blocks" not in about:
         return
-    layers = np.load(folder / "layer_scores.npy", mmap_mode="r", allow_pickle=False)  # [L, Q, N]
+    layers = load_matrix(folder / "layer_scores.npy", (len(about["blocks"]), len(views), examples))  # [L, Q, N]
     for view in views:
         shown = [row["example"] for row in view["cards"]["top"]]
         means = layers[:, view["number"], shown].mean(axis=1).tolist()
         view["layers"] = report.bars(dict(zip(about["blocks"], means, strict=True)))
 
 
-def add_shares(views: list[dict], log: Log, about: dict, examples) -> None:
+def add_shares(views: list[dict], log: Log, about: dict, examples, trust_remote_code: bool) -> None:
     """Add what each token, and each block of layers, adds to the scores shown."""
-    splitter = Splitter(log, about, run.start_processes())
+    splitter = Splitter(log, about, trust_remote_code, run.start_processes())
     top, bottom = ([[row["example"] for row in view["cards"][side]] for view in views] for side in ("top", "bottom"))
     pairs, of_queries = splitter.split(examples, [[*a, *b] for a, b in zip(top, bottom, strict=True)], top)
     for view, best in zip(views, top, strict=True):

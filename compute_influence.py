@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from functools import partial
 
 import xxhash
-from accelerate import Accelerator
 
 from logra import hessian, influence, model, progress, run, store
 from logra.extraction import load
@@ -68,8 +67,9 @@ def main(args: argparse.Namespace) -> None:
     kind = log.usable_hessian(args.hessian)
     layers = log.matching_layers(args.score_layers)
     lm, print_of_model = load(settings, args, accelerator.device)
-    log.check_model({"model": {"class": type(lm).__name__, "fingerprint": print_of_model}})
-    tokenizer, context = model.load_tokenizer(settings["model_name"]), model.context_length(lm.config)
+    log.check_model(model.describe(lm, print_of_model, settings, lambda text: None))
+    hub, context = model.hub_options(settings, args.trust_remote_code), model.context_length(lm.config)
+    tokenizer = model.load_tokenizer(settings["model_name"], **hub)
     name, queries = load_queries(
         args.split, settings, tokenizer, args.query_loss, args.max_queries, context, args.cache_dir
     )
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
 def score(
     args, log: Log, kind: str, blocks: dict[str, str], lm, groups: list[list[Query]], dampings: Dampings,
-    files: list[ScoreFile], own: SelfInfluence | None, accelerator: Accelerator,
+    files: list[ScoreFile], own: SelfInfluence | None, accelerator: run.Accelerator,
 ) -> None:  # fmt: skip
     """Fill the score files: as many queries as fit in memory, then the others, each past all train examples once."""
     if own:

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import nn
 
 from logra import data, estimate, hessian, model, progress, run, store, verify
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.wait_for_everyone()
 
 
-def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator) -> None:
+def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerator: run.Accelerator) -> None:
     """Find out what is missing, and make it."""
     kind = args.hessian or (log.content["arguments"]["hessian"] if log else None) or "raw"
     hessian.check_kind(kind, settings, log.content["arguments"]["hessian"] if log else kind)
@@ -89,7 +88,7 @@ def complete_run(args, folder: Path, settings: dict, log: Log | None, accelerato
     progress.summary("compute_influence.py with the same flags", tokens)
 
 
-def unfinished_shards(log: Log, accelerator: Accelerator) -> list[int]:
+def unfinished_shards(log: Log, accelerator: run.Accelerator) -> list[int]:
     """Return the shards that are missing or altered, on every rank; each rank checks its share."""
     shards = log.shards
     if "projections" not in log.content:
@@ -103,12 +102,12 @@ def unfinished_shards(log: Log, accelerator: Accelerator) -> list[int]:
 
 
 def set_up(
-    args, folder: Path, settings: dict, log: Log | None, accelerator: Accelerator, further: dict | None
+    args, folder: Path, settings: dict, log: Log | None, accelerator: run.Accelerator, further: dict | None
 ) -> tuple[nn.Module, Log]:
     """Load the model; write run.json, train/ (or an extension) and projections.safetensors where they are missing."""
-    name = settings["model_name"]
+    name, hub = settings["model_name"], model.hub_options(settings, args.trust_remote_code)
     with accelerator.main_process_first():  # the embedded model is converted once
-        config, tokenizer = model.load_config(name), model.load_tokenizer(name)
+        config, tokenizer = model.load_config(name, **hub), model.load_tokenizer(name, **hub)
     model.complete(settings, config, accelerator.device, run.say)
     lm, print_of_model = load(settings, args, accelerator.device)
     described = model.describe(lm, print_of_model, settings, run.say)
@@ -128,7 +127,7 @@ def set_up(
     return lm, Log.load(folder)
 
 
-def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Accelerator) -> int:
+def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: run.Accelerator) -> int:
     """Compute and write this rank's part of the pending shards; a thread writes one while the next is computed.
 
     Returns:
@@ -164,14 +163,13 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: Acce
     return sum(int(counts[list(shards[index])].sum()) for index in pending)
 
 
-def write_hessian(kind: str, log: Log, accelerator: Accelerator) -> None:
+def write_hessian(kind: str, log: Log, accelerator: run.Accelerator) -> None:
     """Sum the Hessian's statistics over all shards, and write them with their checksum."""
     accelerator.wait_for_everyone()
     if kind == "none" or log.hessian_problem(kind) is None:
         return
     run.say(f"Hessian {kind}: at most {log.check_memory(kind) / 1e6:,.0f} MB of memory a process")
-    path, rotated = log.hessian_path(kind), log.settings["basis"] == "eigen"
-    layout = hessian.layout(kind, log.projected, log.examples, rotated)
+    path, rotated, layout = log.hessian_path(kind), log.settings["basis"] == "eigen", log.hessian_layout(kind)
     mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)
     total = partial(run.sum_over_ranks, accelerator=accelerator)
     tensors = progress.bar(

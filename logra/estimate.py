@@ -120,10 +120,12 @@ def show(args: argparse.Namespace) -> None:
     accelerator, kind = run.start_processes(), args.hessian or "raw"
     settings, folder = run.with_defaults(run.given_settings(args), kind), find_folder(args, must_exist=False)
     hessian.check_kind(kind, settings, kind)
-    config, tokenizer = model.load_config(settings["model_name"]), model.load_tokenizer(settings["model_name"])
+    name, hub = settings["model_name"], model.hub_options(settings, args.trust_remote_code)
+    config, tokenizer = model.load_config(name, **hub), model.load_tokenizer(name, **hub)
     model.complete(settings, config, accelerator.device, run.say)
     with FakeTensorMode():
-        lm = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings["dtype"]])
+        dtype, trust = DTYPES[settings["dtype"]], args.trust_remote_code
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
         log = Log(folder, {"settings": settings, "arguments": vars(args)} | model.describe(lm, "", settings, run.say))
         weights = sum(p.numel() * p.element_size() for p in lm.parameters())
         tokens = args.batch_tokens if isinstance(args.batch_tokens, int) else CPU_TOKENS

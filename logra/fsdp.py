@@ -23,7 +23,7 @@ T = TypeVar("T")
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done in place to it here
 
 
-def load_sharded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, str]:
+def load_sharded(name: str, dtype: torch.dtype, device: torch.device, **hub) -> tuple[nn.Module, str]:
     """Return the model, its blocks sharded over all ranks, and the fingerprint of the whole.
 
     Rank 0 loads the model into its main memory and sends the shards. Embedding, norms and head are on every rank.
@@ -32,11 +32,12 @@ def load_sharded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[n
         ValueError: As model.load_model.
     """
     first = dist.get_rank() == 0
-    whole = load_model(name, dtype) if first else None
+    whole = load_model(name, dtype, **hub) if first else None
     about = [fingerprint(whole) if first else None]
     dist.broadcast_object_list(about, 0)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(load_config(name), dtype=dtype)
+        config = load_config(name, **hub)
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=hub["trust_remote_code"])
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     sharded = {parameter for block in blocks(lm) for parameter in block.parameters()}
     for block in blocks(lm):

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from logra.model import context_length, default_dtype, load_model, load_tokenizer, short_name
+from logra.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, short_name
 from logra.progress import bar
-from logra.run import add_quiet, non_negative, positive_int, seed_int
-from logra.store import DTYPES, atomic, read_lines
+from logra.run import RUN_FLAGS, add_common, non_negative, positive_int, seed_int
+from logra.store import DTYPES, atomic, parse_json, read_lines
 
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # ends of a turn, beside the EOS token
 
@@ -26,7 +26,8 @@ def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: P
     group.add_argument("--prompts", type=Path, default=prompts, help=".txt, a prompt a line; or .jsonl with id, prompt")
     group.add_argument("--output", type=Path, help="(data/generated/<model>/queries.jsonl)")
     group.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, bfloat16 on a GPU")
-    add_quiet(parser)
+    group.add_argument("--revision", help=RUN_FLAGS["revision"][1]["help"])
+    add_common(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--max_new_tokens", type=positive_int, default=defaults["max_new_tokens"], help="(%(default)s)")
     group.add_argument(
@@ -51,7 +52,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         row = {"prompt": line}
         if path.suffix == ".jsonl":
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 row = None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
@@ -131,16 +132,17 @@ def run_generation(args: argparse.Namespace, encode) -> Path:
     output = args.output or Path("data/generated") / short_name(args.model_name) / "queries.jsonl"
     if output.is_dir():
         raise ValueError(f"expected a file for --output, got the folder {output}; add a file name")
-    prompts, tokenizer = read_prompts(args.prompts), load_tokenizer(args.model_name)
+    hub = hub_options(vars(args), args.trust_remote_code)
+    prompts, tokenizer = read_prompts(args.prompts), load_tokenizer(args.model_name, **hub)
     prompt_ids = [encode(tokenizer, prompt) for _, prompt in prompts]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = args.dtype or default_dtype(device)
-    model = load_model(args.model_name, DTYPES[dtype], device)
+    model = load_model(args.model_name, DTYPES[dtype], device, **hub)
     responses = generate(model, prompt_ids, end_token_ids(tokenizer, model), args)
     names = ("max_new_tokens", "temperature", "top_p", "num_return_sequences", "batch_size")
     common = {
         "model": args.model_name,
-        "settings": {n: getattr(args, n) for n in names} | {"dtype": dtype},
+        "settings": {n: getattr(args, n) for n in names} | {"dtype": dtype} | hub,
         "seed": args.seed,
     }
     with atomic(output) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from logra.projection import Shapes, eigenbasis
 from logra.quantise import BITS
+from logra.store import Layout
 
 KINDS = ("raw", "kfac", "ekfac", "none")
 
@@ -242,7 +243,7 @@ def preconditioner(
     return Diagonal(values, basis_in, basis_out, damping_lambda(values.sum().item(), values.numel(), damping, absolute))
 
 
-def layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> dict[str, tuple[torch.dtype, list[int]]]:
+def layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> Layout:
     """Return name -> (dtype, shape) of a Hessian file's tensors, in order; all are sums.
 
     Args:
@@ -251,7 +252,7 @@ def layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> dict[s
         examples: N. raw keeps the N x N Gram matrix of a layer where N < k.
         rotated: The gradients are stored in ekfac's basis already.
     """
-    entries: dict[str, tuple[torch.dtype, list[int]]] = {}
+    entries: Layout = {}
     for name, (r_out, r_in) in projected.items():
         if kind == "raw":
             size, key = min((r_out * r_in, "cov"), (examples, "gram"))
@@ -263,6 +264,15 @@ def layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> dict[s
         sums = {"A": [r_in, r_in], "B": [r_out, r_out]} if kind == "kfac" else square
         entries |= {f"{name}.{key}": (torch.float64, shape) for key, shape in sums.items()}
     return entries | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+
+
+def factor_layout(projected: Shapes, squares_only: bool) -> Layout:
+    """Return name -> (dtype, shape) of a shard's factor sums (see hooks.GradientCapture.take_factors)."""
+    found = {}
+    for name, (r_out, r_in) in projected.items():
+        sums = {} if squares_only else {"A": [r_in, r_in], "B": [r_out, r_out]}
+        found |= {f"{name}.{key}": (torch.float32, size) for key, size in (sums | {"square": [r_out * r_in]}).items()}
+    return found | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
 
 
 def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:

@@ -17,10 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 
 from logra import data, hessian, projection, quantise, store
+from logra.checks import is_run
 from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, processes_here
@@ -48,10 +50,17 @@ class Log:
             ValueError: There is none, or it is of another format.
         """
         path, remedy = folder / "run.json", f"restore it, or delete {folder} and run extract_log.py"
+        store.check_folder(folder)
         content = store.read_json(path, remedy)
-        if content.get("format") != FORMAT or not {"settings", "layers"} <= set(content):
+        if content.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT} in {path}, got {content.get('format')}; {remedy}")
-        return cls(folder, content)
+        if not is_run(content):
+            raise ValueError(f"expected a whole {path}, got missing entries or impossible ones; {remedy}")
+        log = cls(folder, content)
+        held = sum(file.stat().st_size for n in range(len(log.parts)) for file in log.train_folder(n).glob("*"))
+        if log.examples > held:  # before anything is made for so many
+            raise ValueError(f"expected {log.examples} examples in {folder}, got {held} bytes of them; {remedy}")
+        return log
 
     def save(self, **entries: object) -> None:
         """Add entries to run.json."""
@@ -82,7 +91,7 @@ class Log:
     @property
     def parts(self) -> list[dict]:
         """What run.json says of train/ and of each extension, in order."""
-        return [self.content["data"], *self.content.get("extensions", [])]
+        return [self.content["data"], *self.content.get("extensions", [])] if "data" in self.content else []
 
     @property
     def examples(self) -> int:
@@ -120,6 +129,9 @@ class Log:
             folder = self.train_folder(number)
             try:
                 loaded.append(load_from_disk(folder))
+                loaded[-1].data.table.validate(full=True)  # offsets that lead out of a buffer
+                if any(loaded[-1].features[name].dtype != "string" for name in ("document_id", "text")):
+                    raise ValueError("other columns")
                 found = data.examples_fingerprint(loaded[-1])
             except Exception as error:  # Arrow has exceptions of its own
                 raise ValueError(
@@ -249,6 +261,10 @@ class Log:
         path = self.hessian_path(kind).with_suffix(".json")
         return store.read_json(path, "delete it and run extract_log.py again")
 
+    def hessian_layout(self, kind: str) -> store.Layout:
+        """Return the tensors of a Hessian file."""
+        return hessian.layout(kind, self.projected, self.examples, self.settings["basis"] == "eigen")
+
     def hessian_problem(self, kind: str) -> str | None:
         """Say what is wrong with a Hessian file: missing, altered or of other examples; None where it is whole."""
         path = self.hessian_path(kind)
@@ -258,7 +274,7 @@ class Log:
         if entry.get("examples") != self.examples:
             return f"{path} is of {entry.get('examples')} examples, not of {self.examples}"
         try:
-            store.check_tensors(store.TensorFile(path, entry))
+            store.check_tensors(store.TensorFile(path, entry, self.hessian_layout(kind)))
         except ValueError as error:
             return str(error)
         return None
@@ -286,8 +302,8 @@ class Log:
         """Return a function layer -> its tensors of a Hessian file, for hessian.preconditioner."""
         if kind == "none":
             return lambda layer: {}
-        file = store.TensorFile(self.hessian_path(kind), self.hessian_entry(kind))
-        counts = {key: file.read(key) for key in ("examples", "tokens")}
+        file = store.TensorFile(self.hessian_path(kind), self.hessian_entry(kind), self.hessian_layout(kind))
+        counts = {"examples": torch.tensor(self.examples), "tokens": file.read("tokens")}
         keys = ("cov", "gram", "A", "B", "square", "basis_in", "basis_out")
         return lambda layer: counts | {k: file.read(f"{layer}.{k}") for k in keys if f"{layer}.{k}" in file.header}
 
@@ -311,7 +327,12 @@ class Log:
             ValueError: The shard is missing or was altered.
         """
         try:
-            return store.open_shard(self.gradients, index, self.shards[index], kind)
+            ids = self.shards[index]
+            if kind == "factors":
+                layout = hessian.factor_layout(self.projected, self.squares_only)
+            else:
+                layout = quantise.layout(self.projected, len(ids), self.settings["store_dtype"])
+            return store.open_shard(self.gradients, index, ids, kind, layout)
         except ValueError as error:
             raise ValueError(
                 f"expected {len(self.shards)} whole shards, but {error}; "

@@ -1,7 +1,6 @@
 """Load a causal language model and its tokenizer, choose the layers to track, fingerprint the weights."""
 
 import importlib.util
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from transformers.utils import find_adapter_config_file, logging
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
-from logra.store import atomic
+from logra.store import atomic, read_json
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
@@ -56,12 +55,27 @@ def _convert_default() -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
-def _load(loader, name: str, what: str, **options):
+def hub_options(settings: dict, trust: bool) -> dict[str, object]:
+    """Return how to take a run's model from the Hub, for the functions here.
+
+    Args:
+        settings: Of the run; older ones have no revision.
+        trust: Run code that the model's folder holds. It comes from the command line alone, never from a run's file.
+    """
+    return {"revision": settings.get("revision"), "trust_remote_code": trust}
+
+
+def _load(loader, name: str, what: str, trust_remote_code: bool = False, **options):
     if Path(name) == Path(DEFAULT_MODEL) and not Path(name).exists():
         _convert_default()
     try:
-        return loader.from_pretrained(name, **options)
+        return loader.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # damaged files and missing packages have exceptions of their own
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"expected {what} without code of its own, got {name!r}, which has some; "
+                "read it, and give --trust_remote_code if you want it to run"
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"expected {what} in a local folder or on the Hub, got {name!r}, which can't be loaded ({reason}); "
@@ -69,19 +83,22 @@ def _load(loader, name: str, what: str, **options):
         ) from error
 
 
-def load_config(name: str):
-    """Return the model's configuration; for an adapter (peft) its base model's."""
-    return _load(AutoConfig, _base_name(name), "a model")
+def load_config(name: str, **hub):
+    """Return the model's configuration; for an adapter (peft) its base model's. `hub`: see hub_options."""
+    return _load(AutoConfig, _base_name(name, **hub), "a model", **hub)
 
 
-def _base_name(name: str) -> str:
+def _base_name(name: str, revision: str | None = None, **_) -> str:
     """Return the name of the model that a folder of adapters belongs to, or the name itself."""
-    file = find_adapter_config_file(name) if not (Path(name) / "config.json").exists() else None
+    file = find_adapter_config_file(name, revision=revision) if not (Path(name) / "config.json").exists() else None
     if file is None:
         return name
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"expected the package peft, to load the adapter {name}, got none; run pip install peft")
-    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = read_json(Path(file), "restore it").get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(f"expected the name of a base model in {file}, got {base!r}; restore it")
+    return base
 
 
 def context_length(config) -> int | None:
@@ -109,10 +126,10 @@ def complete(settings: dict, config, device: torch.device | str, say: Callable[[
     settings["dtype"] = settings["dtype"] or default_dtype(device)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; an adapter without one of its own has its base model's."""
+def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; an adapter without one of its own has its base model's. `hub`: see hub_options."""
     own = not Path(name).exists() or any(Path(name).glob("tokenizer*"))
-    tokenizer = _load(AutoTokenizer, name if own else _base_name(name), "a tokenizer")
+    tokenizer = _load(AutoTokenizer, name if own else _base_name(name, **hub), "a tokenizer", **hub)
     tokenizer.model_max_length = 10**12  # the context is checked here; no warnings about it
     return tokenizer
 
@@ -123,6 +140,7 @@ def load_model(
     device: torch.device | str = "cpu",
     quantize: str | None = None,
     device_map: str | dict | None = None,
+    **hub,
 ) -> PreTrainedModel:
     """Return the model in eval mode.
 
@@ -132,11 +150,12 @@ def load_model(
         device: Where to, without a device_map.
         quantize: 8bit or 4bit: bitsandbytes' weights, by transformers' quantization_config. A GPU only.
         device_map: Passed on to transformers: `auto` spreads the layers over GPUs, main memory and disk.
+        hub: See hub_options.
 
     Raises:
         ValueError: It can't be found, or its loss can't be reproduced (see loss.check_head).
     """
-    options: dict = {"dtype": dtype}
+    options: dict = {"dtype": dtype} | hub
     if quantize:
         if not torch.cuda.is_available():
             raise ValueError(f"expected a GPU for --quantize {quantize}, got none; leave it out")
@@ -147,7 +166,7 @@ def load_model(
     offload = tempfile.TemporaryDirectory(prefix="offload-") if device_map else None
     if offload:
         options |= {"device_map": device_map, "offload_folder": offload.name}
-    _base_name(name)  # an adapter needs peft
+    _base_name(name, **hub)  # an adapter needs peft
     model = _load(AutoModelForCausalLM, name, "a causal language model", **options).eval()
     model.offload = offload  # is deleted with the model
     if not device_map:

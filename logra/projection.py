@@ -134,4 +134,7 @@ def from_tensors(tensors: dict[str, Tensor], shapes: Shapes, projected: Shapes) 
             if (rank, width) != ((width, width) if p is None else tuple(p.shape)):
                 got = "none" if p is None else list(p.shape)
                 raise ValueError(f"expected {[rank, width]} for {name}.{side}, got {got}")
+            values = tensors.get(f"{name}.{side}.values", torch.empty(rank))
+            if values.shape != (rank,) or {values.dtype, values.dtype if p is None else p.dtype} != {torch.float32}:
+                raise ValueError(f"expected float32 {[rank]} for {name}.{side}.values, got {list(values.shape)}")
     return {name: Projection(*(tensors.get(f"{name}.{key}") for key in KEYS)) for name in shapes}

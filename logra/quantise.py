@@ -18,8 +18,8 @@ import torch
 from numba.extending import intrinsic
 from torch import Tensor
 
-from logra.projection import Projection
-from logra.store import DTYPES
+from logra.projection import Projection, Shapes
+from logra.store import DTYPES, Layout
 
 BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}
 STEP = {8: 0.05, 4: 0.3}  # bits -> scale in root mean squares (evaluation/results/variants_*)
@@ -46,6 +46,14 @@ def stored(layer: str, grads: Tensor, store_dtype: str) -> dict[str, Tensor]:
         return {layer: grads.to(DTYPES[store_dtype])}
     packed, scale = pack(grads, BITS[store_dtype])
     return {layer: packed, f"{layer}.scale": scale} if packed.numel() else {f"{layer}.scale": scale}
+
+
+def layout(projected: Shapes, n: int, store_dtype: str) -> Layout:
+    """Return name -> (dtype, shape) of the tensors of a shard's gradients of n examples (see stored)."""
+    found = {}
+    for layer, (r_out, r_in) in projected.items():
+        found |= stored(layer, torch.empty(n, r_out * r_in, device="meta"), store_dtype)
+    return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in found.items()}
 
 
 def pack(grads: Tensor, bits: int) -> tuple[Tensor, Tensor]:

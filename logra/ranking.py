@@ -24,29 +24,62 @@ class Ranking(NamedTuple):
     counts: np.ndarray
 
 
+def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a matrix of float32, mapped into memory.
+
+    Raises:
+        ValueError: It is missing, damaged or of another shape.
+    """
+    try:
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = f"{matrix.dtype} {list(matrix.shape)}"
+    except (OSError, ValueError, EOFError) as error:
+        found = str(error)
+    if found != f"float32 {list(shape)}":
+        raise ValueError(f"expected float32 {list(shape)} in {path}, got {found}; run compute_influence.py again")
+    return matrix
+
+
+def read_queries(path: Path) -> list[dict]:
+    """Return the rows of the queries.jsonl of scores.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    try:
+        rows = [store.parse_json(line) for line in store.read_lines(path)]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected queries in {path}, got {error}; run compute_influence.py again") from error
+    if not store.fits(rows, [{"id": str}]):
+        raise ValueError(f"expected an id in each row of {path}, got other rows; run compute_influence.py again")
+    return rows
+
+
 class Scores:
-    """The scores of a folder: all of them, or with --top_k_only the ends.
+    """The scores of a folder: all of them, or with --top_k_only (k) the ends.
 
     Raises:
         ValueError: They are missing, altered, or not of Q queries and N examples.
     """
 
-    def __init__(self, folder: Path, queries: int, examples: int):
+    def __init__(self, folder: Path, queries: int, examples: int, k: int | None):
         self.ends: dict[bool, dict[str, torch.Tensor]] = {}
-        try:
-            if (folder / "top.json").exists():
-                for largest, name in ((True, "top"), (False, "bottom")):
-                    entry = store.read_json(folder / f"{name}.json", "")
-                    self.ends[largest] = store.load_tensors(folder / f"{name}.safetensors", entry)
-                return
-            self.matrix = np.load(folder / "scores.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"expected scores in {folder}, got {error}; run compute_influence.py again") from error
-        if self.matrix.shape != (queries, examples) or self.matrix.dtype != np.float32:
-            raise ValueError(
-                f"expected float32 {[queries, examples]} in {folder / 'scores.npy'}, got {list(self.matrix.shape)}; "
-                "run compute_influence.py again"
-            )
+        if k is None:
+            self.matrix = load_matrix(folder / "scores.npy", (queries, examples))
+            return
+        shape = [queries, min(k, examples)]
+        layout = {"scores": (torch.float32, shape), "ids": (torch.int64, shape)}
+        for largest, name in ((True, "top"), (False, "bottom")):
+            path = folder / f"{name}.safetensors"
+            try:
+                self.ends[largest] = store.load_tensors(path, store.read_json(path.with_suffix(".json"), ""), layout)
+            except ValueError as error:
+                raise ValueError(f"expected scores in {folder}, got {error}; run compute_influence.py again") from error
+            ids = self.ends[largest]["ids"]
+            if ids.numel() and not 0 <= ids.min() <= ids.max() < examples:
+                raise ValueError(
+                    f"expected ids of {examples} examples in {path}, got others; run compute_influence.py again"
+                )
 
     def ranking(self, query: int, largest: bool) -> Ranking:
         """Return the examples of a query, best (or worst) first, as far as they are known."""

@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 
 from logra.log import Log
+from logra.store import fits
 
 MOST_BYTES = 5_000_000
 LEAST_BYTES = 2_000  # of a query
@@ -32,9 +33,9 @@ class Shaded(NamedTuple):
 def asked(query: dict) -> dict[str, str]:
     """Return the id, prompt and response that are shown of a row of queries.jsonl."""
     prompt, response = query.get("prompt") or query.get("text", ""), query.get("response", "")
-    if "messages" in query:
+    if fits(query.get("messages"), [{"role": str, "content": str}]):
         prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
-    return {"id": str(query["id"]), "prompt": prompt, "response": response}
+    return {"id": str(query["id"]), "prompt": str(prompt), "response": str(response)}
 
 
 def header(log: Log, about: dict, shaded: bool) -> dict:

@@ -88,6 +88,7 @@ def pattern(text: str) -> str:
 # read from there, one that is given must be equal to it.
 RUN_FLAGS: dict[str, tuple[object, dict]] = {
     "model_name": (DEFAULT_MODEL, {"help": "local folder or Hub id of a causal language model"}),
+    "revision": (None, {"help": "commit, tag or branch of the model on the Hub (the newest)"}),
     "data_name": ("pydoc", {"help": "openwebtext, wikitext, pydoc, a Hub id, or a local file or folder"}),
     "data_config": (None, {"help": "the data set's configuration"}),
     "data_split": ("train", {"help": "the data set's split"}),
@@ -159,8 +160,9 @@ DATA_FLAGS = (  # which documents; an extension has others
 )  # fmt: skip
 
 
-def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """Add --quiet."""
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what every script takes. Trust is never read from a file: each command that loads the model needs it."""
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's folder holds")
     parser.add_argument("--quiet", action="store_true", help="print errors only; log.txt in the run's folder has all")
 
 
@@ -179,7 +181,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
     group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
     group.add_argument("--cache_dir", help="where downloaded data sets are kept")
-    add_quiet(parser)
+    add_common(parser)
 
 
 def batch_tokens(text: str) -> int | str:

@@ -117,7 +117,8 @@ class SelfInfluence:
         """Return what is stored, if it is whole and of the same Hessian and examples."""
         try:
             entry = store.read_json(path.with_suffix(".json"), "")
-            values = store.load_tensors(path, entry)["values"]
+            layout = {"values": (torch.float32, [self.values.shape[1]])}
+            values = store.load_tensors(path, entry, layout)["values"]
         except ValueError:
             return None
         return values if all(entry.get(key) == value for key, value in self.key.items()) else None

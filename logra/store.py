@@ -11,21 +11,23 @@ each tensor, so that whoever reads one tensor checks just that one.
 """
 
 import json
+import math
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import UnionType
 from typing import NoReturn
 
-import numpy as np
 import torch
 import xxhash
 from filelock import SoftFileLease, Timeout
 from torch import Tensor
 
 LEASE = 60.0  # seconds; see locked
+MOST_HEADER = 10**8  # bytes, as safetensors has it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {
     torch.float64: "F64",
@@ -36,6 +38,9 @@ _CODES = {
     torch.uint8: "U8",
 }
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+Layout = dict[str, tuple[torch.dtype, list[int]]]  # a tensor's name -> its dtype and shape
 
 
 def sync(path: Path) -> None:
@@ -130,10 +135,52 @@ def write_json(path: Path, content: dict, tag: str = "") -> None:
         made.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder with anything but files and folders in it: a link may lead out of it, a pipe makes us wait."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:  # other processes rename and delete
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                check_folder(Path(entry))
+            elif not entry.is_file(follow_symlinks=False):
+                raise ValueError(
+                    f"expected files and folders in a run, got the link, pipe or device {entry.path}; delete it"
+                )
+
+
+def parse_json(text: str | bytes) -> object:
+    """Return the content of JSON text, or raise a ValueError, also where it is nested too deeply for Python."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def fits(value: object, shape: object) -> bool:
+    """Say whether parsed JSON has a shape.
+
+    Args:
+        value: What may hold anything.
+        shape: A type or a union of types; a function that says yes or no; {key: shape} of the least keys of an object;
+            or [shape], that of all items of a list.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    return isinstance(value, shape) if isinstance(shape, type | UnionType) else shape(value)
+
+
+def is_count(value: object) -> bool:
+    """Say whether a value is a whole number of at least 0, and one that files can hold that many of."""
+    return type(value) is int and 0 <= value < 2**48
+
+
 def read_json(path: Path, remedy: str) -> dict:
     """Read a JSON object, or raise a ValueError that ends with `remedy`."""
+    if not path.is_file():
+        raise ValueError(f"expected a JSON file {path}, got none; {remedy}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a JSON file {path}, got {type(error).__name__}; {remedy}") from error
     if not isinstance(content, dict):
@@ -141,14 +188,14 @@ def read_json(path: Path, remedy: str) -> dict:
     return content
 
 
-def write_tensors(path: Path, layout: dict[str, tuple[torch.dtype, list[int]]], tensors: Iterable[Tensor]) -> dict:
+def write_tensors(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> dict:
     """Write tensors, one at a time in the layout's order, to `path` in the safetensors format; return its entry.
 
     safetensors' own save needs all tensors in memory at once and gives no checksum.
     """
     header, offset = {}, 0
     for name, (dtype, shape) in layout.items():
-        end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
@@ -176,24 +223,36 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], tag: str = "") -> dict:
 class TensorFile:
     """A file of write_tensors, open for reading. What is read is checked against the file's entry.
 
+    Args:
+        path: The file, which may come from anyone, and so may its entry.
+        entry: What write_tensors returned.
+        layout: The tensors that it has to hold, as for write_tensors; None where that is not known.
+
     Raises:
         ValueError: The file is missing or was altered; so does `read`. The message names the file.
     """
 
-    def __init__(self, path: Path, entry: object):
+    def __init__(self, path: Path, entry: object, layout: Layout | None = None):
         self.path, self.entry = path, entry
         try:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
         size = int.from_bytes(self.file.read(8), "little")
-        known = isinstance(entry, dict) and isinstance(entry.get("tensors"), dict)
-        if not known or os.fstat(self.file.fileno()).st_size != entry.get("bytes") or size > entry["bytes"]:
+        known = fits(entry, {"bytes": is_count, "tensors": dict})
+        if (
+            not known
+            or os.fstat(self.file.fileno()).st_size != entry["bytes"]
+            or size > min(entry["bytes"], MOST_HEADER)
+        ):
             self._altered("its size differs")
         text = size.to_bytes(8, "little") + self.file.read(size)
         if xxhash.xxh3_64_hexdigest(text) != entry.get("header"):
             self._altered("the checksum of its header differs")
-        self.header, self.start = json.loads(text[8:]), 8 + size
+        self.header, self.start = self._tensors(text[8:], entry["bytes"] - 8 - size), 8 + size
+        found = {name: (_TYPES[tensor["dtype"]], tensor["shape"]) for name, tensor in self.header.items()}
+        if layout is not None and found != layout:
+            self._altered("it holds other tensors than the run's settings say")
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -205,15 +264,32 @@ class TensorFile:
         self.file.close()
         raise ValueError(f"{self.path} was altered ({how})")
 
+    def _tensors(self, text: bytes, size: int) -> dict[str, dict]:
+        """Return the header; each tensor has to fill a part of the file's `size` bytes."""
+        try:
+            header = parse_json(text)
+        except ValueError:
+            header = None
+        about = {"dtype": str, "shape": [is_count], "data_offsets": [is_count]}
+        for name, tensor in header.items() if isinstance(header, dict) else [("header", None)]:
+            good = fits(tensor, about) and tensor["dtype"] in _TYPES
+            good = good and len(tensor["data_offsets"]) == 2 and len(tensor["shape"]) < 9
+            first, end = tensor["data_offsets"] if good else (0, 0)
+            if not good or end > size or end - first != math.prod(tensor["shape"]) * _TYPES[tensor["dtype"]].itemsize:
+                self._altered(f"{name} does not fit")
+        return header
+
     def size(self, name: str) -> int:
         """Return the bytes of a tensor."""
+        if name not in self.header:
+            self._altered(f"it has no {name}")
         first, end = self.header[name]["data_offsets"]
         return end - first
 
     def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
         """Return a tensor, in `buffer` (uint8, large enough) or in memory of its own."""
-        about = self.header[name]
-        first, size = about["data_offsets"][0], self.size(name)
+        size, about = self.size(name), self.header[name]
+        first = about["data_offsets"][0]
         data = (torch.empty(size, dtype=torch.uint8) if buffer is None else buffer)[:size]
         view, done = memoryview(data.numpy()), 0
         while done < size and (got := os.preadv(self.file.fileno(), [view[done:]], self.start + first + done)):
@@ -230,9 +306,9 @@ def check_tensors(file: TensorFile) -> None:
             file.read(name)
 
 
-def load_tensors(path: Path, entry: object) -> dict[str, Tensor]:
-    """Return all tensors of a file, checked."""
-    with TensorFile(path, entry) as file:
+def load_tensors(path: Path, entry: object, layout: Layout | None = None) -> dict[str, Tensor]:
+    """Return all tensors of a file, checked (see TensorFile)."""
+    with TensorFile(path, entry, layout) as file:
         return {name: file.read(name) for name in file.header}
 
 
@@ -252,8 +328,10 @@ def write_shard(
     write_json(files["manifest"], manifest)
 
 
-def open_shard(folder: Path, index: int, ids: range, kind: str = "gradients") -> TensorFile:
-    """Open a shard's gradients {layer: [n, k]} or its factors.
+def open_shard(
+    folder: Path, index: int, ids: range, kind: str = "gradients", layout: Layout | None = None
+) -> TensorFile:
+    """Open a shard's gradients {layer: [n, k]} or its factors (see TensorFile).
 
     Raises:
         ValueError: The shard is missing, of other examples, or altered.
@@ -267,7 +345,7 @@ def open_shard(folder: Path, index: int, ids: range, kind: str = "gradients") ->
         raise ValueError(f"{files['manifest']} was altered (it is no JSON)") from None
     if (manifest.get("first_example"), manifest.get("examples")) != (ids.start, len(ids)):
         raise ValueError(f"{files['manifest']} is not of examples {ids.start} to {ids.stop - 1}")
-    return TensorFile(files[kind], manifest.get(kind))
+    return TensorFile(files[kind], manifest.get(kind), layout)
 
 
 def shard_problem(folder: Path, index: int, ids: range) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from logra.extraction import CPU_TOKENS, Extractor
 from logra.hooks import TokenCapture
 from logra.log import Log
-from logra.model import fingerprint, load_model, load_tokenizer
+from logra.model import describe, fingerprint, hub_options, load_model, load_tokenizer
 from logra.prepare import make_extractor
 from logra.progress import bar
 from logra.queries import Query, group_queries, load_queries, query_hash
@@ -39,22 +39,24 @@ class Splitter:
     Args:
         log: The run.
         about: run.json of the scores.
+        trust_remote_code: Run code that the model's folder holds.
 
     Raises:
         ValueError: Model or queries are not those that were scored.
     """
 
-    def __init__(self, log: Log, about: dict, accelerator: Accelerator):
+    def __init__(self, log: Log, about: dict, trust_remote_code: bool, accelerator: Accelerator):
         self.log, self.mode, settings = log, about["mode"], log.settings
-        self.tokenizer = load_tokenizer(settings["model_name"])
+        name, hub = settings["model_name"], hub_options(settings, trust_remote_code)
+        self.tokenizer = load_tokenizer(name, **hub)
         limit, loss = None if about["group_by"] else about["num_queries"], about["query_loss"]
         _, queries = load_queries(about["split"], settings, self.tokenizer, loss, limit)
         self.groups, self.grouped = group_queries(queries, about["group_by"]), bool(about["group_by"])
         if not self.grouped and query_hash(queries) != about["queries"]:
             raise ValueError(f"expected the queries that were scored in {about['split']}, got others; score them again")
         device, dtype = accelerator.device, DTYPES[settings["dtype"]]
-        self.lm = load_model(settings["model_name"], dtype, device, settings["quantize"])
-        log.check_model({"model": {"class": type(self.lm).__name__, "fingerprint": fingerprint(self.lm)}})
+        self.lm = load_model(name, dtype, device, settings["quantize"], **hub)
+        log.check_model(describe(self.lm, fingerprint(self.lm), settings, lambda text: None))
         label = damping_label(about["damping"], about["damping_absolute"])
         dampings = {label: (about["damping"], about["damping_absolute"])}
         own = None if self.mode == "dot" else SelfInfluence(log, about["hessian"], about["layers"], [label])

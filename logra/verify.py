@@ -136,8 +136,9 @@ def show(args: argparse.Namespace) -> None:
     """
     accelerator = run.start_processes()
     settings = run.with_defaults(run.given_settings(args), args.hessian or "raw")
-    tokenizer = model.load_tokenizer(settings["model_name"])
-    model.complete(settings, model.load_config(settings["model_name"]), accelerator.device, run.say)
+    name, hub = settings["model_name"], model.hub_options(settings, args.trust_remote_code)
+    tokenizer = model.load_tokenizer(name, **hub)
+    model.complete(settings, model.load_config(name, **hub), accelerator.device, run.say)
     lm, _ = load(settings, args, accelerator.device)
     shapes = model.choose_layers(lm, settings["mlp_only"], settings["layers"])
     ranks = (min(settings[side] or RANK, RANK) for side in ("rank_in", "rank_out"))

@@ -30,7 +30,7 @@ def equal(one, two, scale) -> bool:
 def shares_of(folder: Path, shown: list[list[int]]):
     """Return the Splitter of a folder of scores, and the shares of the pairs and of the queries."""
     about = json.loads((folder / "run.json").read_text())
-    splitter = Splitter(Log.load(folder.parents[1]), about, Accelerator(cpu=True))
+    splitter = Splitter(Log.load(folder.parents[1]), about, False, Accelerator(cpu=True))
     return splitter, *splitter.split(splitter.log.train(), shown, shown)
 
 
