@@ -50,8 +50,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"expected float gradients in {args.run} for trak, got {log.settings['store_dtype']}; leave it out"
         )
-    name = log.settings["model_name"]
-    tokenizer, lm = model.load_tokenizer(name), model.load_model(name, torch.float32)
+    name, hub = log.settings["model_name"], model.hub_options(log.settings, trust=False)
+    tokenizer, lm = model.load_tokenizer(name, **hub), model.load_model(name, torch.float32, **hub)
     _, queries = load_queries(args.split, log.settings, tokenizer)
     asked, train = [query.token_ids for query in queries], list(log.train()["input_ids"])
     scores = {

@@ -32,7 +32,7 @@ import scored
 from logra import store
 from logra.batches import make_batch
 from logra.loss import IGNORE
-from logra.model import fingerprint, load_model, load_tokenizer
+from logra.model import fingerprint, hub_options, load_model, load_tokenizer
 from logra.queries import load_queries, query_hash
 from logra.run import Parser, guarded, positive, positive_int, seed_int
 
@@ -73,13 +73,14 @@ def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
     count = min(args.max_queries or len(run.queries), len(run.queries))
     if len(changes) >= count:
         return np.array(changes[:count])
-    tokenizer = load_tokenizer(settings["model_name"])
+    name, hub = settings["model_name"], hub_options(settings, trust=False)
+    tokenizer = load_tokenizer(name, **hub)
     queries = load_queries(about["split"], settings, tokenizer, about["query_loss"], about["num_queries"])[1]
     if query_hash(queries) != about["queries"]:
         raise ValueError(
             f"expected the queries of {folder} in {about['split']}, got others; restore it, or score again"
         )
-    model = load_model(settings["model_name"], torch.float32, DEVICE)
+    model = load_model(name, torch.float32, DEVICE, **hub)
     run.log.check_model({"model": {"class": type(model).__name__, "fingerprint": fingerprint(model)}})
     patch, examples = Patch(model, args.learning_rate), run.log.train()
     for number in tqdm(range(len(changes), count), desc=folder.name, unit="query"):

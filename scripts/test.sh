@@ -14,4 +14,5 @@ if [ "${1:-}" = --all ]; then
 fi
 ruff check .
 ruff format --check .
+bandit -q -c pyproject.toml -r logra ./*.py
 python -m pytest -q "${SELECT[@]}" "$@"
