@@ -7,7 +7,6 @@ the share of the reference's 10 best examples that are among its own, with 95% b
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import scored
 from lds import describe, gradient_bytes, ranks
 
 from logra.run import Parser, guarded, positive_int
-from logra.store import read_lines
 
 
 def build_parser() -> Parser:
@@ -39,13 +38,10 @@ def overlap(one: np.ndarray, two: np.ndarray, k: int) -> np.ndarray:
 
 def main(args: argparse.Namespace) -> None:
     """Print a row a folder."""
-    reference = np.load(args.reference / "scores.npy")
-    asked = [json.loads(line)["id"] for line in read_lines(args.reference / "queries.jsonl")]
+    reference, *asked = scored.load(args.reference)[:3]
     for folder in args.scores:
-        scores = np.load(folder / "scores.npy")
-        if scores.shape != reference.shape or asked != [
-            json.loads(line)["id"] for line in read_lines(folder / "queries.jsonl")
-        ]:
+        scores, *found = scored.load(folder)[:3]
+        if found != asked:
             raise ValueError(
                 f"expected the queries and examples of {args.reference} in {folder}, got others; score them"
             )

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import scored
 import testbed
 
 from logra import store
@@ -162,7 +163,7 @@ def load_tokenizer(folder: Path):
 
 def load_scores(folder: Path, testbed_folder: Path, queries: int, examples: int) -> np.ndarray:
     """Return scores [Q, N] of the testbed's queries and texts, or raise a ValueError."""
-    scores = np.load(folder / "scores.npy")
+    scores = scored.load(folder).scores if (folder / "run.json").exists() else np.load(folder / "scores.npy")
     if scores.shape != (queries, examples):
         raise ValueError(
             f"expected scores {(queries, examples)} in {folder}, got {scores.shape}; score {testbed_folder}"

@@ -11,6 +11,7 @@ import numpy as np
 
 from logra import store
 from logra.log import Log
+from logra.ranking import check_scores, load_matrix, read_queries
 
 RESAMPLES = 2000
 
@@ -29,7 +30,8 @@ def load(folder: Path) -> Scored:
     """Read a folder under logs/<run>/scores/.
 
     Raises:
-        ValueError: It is none, holds the ends of the scores only (--top_k_only), or its run has other examples now.
+        ValueError: It is none, holds the ends of the scores only (--top_k_only), was altered, or its run has other
+            examples now.
     """
     about = store.read_json(folder / "run.json", "give a folder under logs/<run>/scores/")
     if "top_k_only" not in about:
@@ -37,12 +39,10 @@ def load(folder: Path) -> Scored:
     if about["top_k_only"]:
         raise ValueError(f"expected all scores in {folder}, got their ends; score without --top_k_only")
     log = Log.load(folder.absolute().parents[1])
-    if Log(log.folder, about["log"]).fingerprints != log.fingerprints:
-        raise ValueError(f"expected scores of its run's examples in {folder}, got others; score again")
-    scores, documents = np.load(folder / "scores.npy", mmap_mode="r"), log.train()["document_id"][:]
-    if scores.shape != (shape := (about["num_queries"], len(documents))):
-        raise ValueError(f"expected scores {shape} in {folder}, got {scores.shape}; score again")
-    return Scored(scores, [row["id"] for row in read_rows(folder / "queries.jsonl")], documents, log, about)
+    check_scores(folder, about, log)
+    scores = load_matrix(folder / "scores.npy", (about["num_queries"], log.examples))
+    queries = read_queries(folder / "queries.jsonl")
+    return Scored(scores, [row["id"] for row in queries], log.train()["document_id"][:], log, about)
 
 
 def read_rows(path: Path) -> list[dict]:

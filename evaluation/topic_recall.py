@@ -7,7 +7,6 @@ random order would give.
 """
 
 import argparse
-import json
 import sys
 from math import comb
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra.log import Log
+import scored
+
 from logra.run import Parser, guarded, positive_int
-from logra.store import read_lines
 
 
 def build_parser() -> Parser:
@@ -31,21 +30,20 @@ def build_parser() -> Parser:
 
 def recall(folder: Path, k: int) -> tuple[float, float, float, int]:
     """Return (share of questions with their topic in the first k, in the first, mean of 1 / rank, questions)."""
-    documents = np.array(Log.load(folder.parents[1]).train()["document_id"])
-    queries = [json.loads(line)["id"] for line in read_lines(folder / "queries.jsonl")]
-    if unknown := set(queries) - set(documents):
+    run = scored.load(folder)
+    documents, queries = np.array(run.documents), run.queries
+    if unknown := set(queries) - set(run.documents):
         raise ValueError(
             f"expected query ids that are topics in {folder}, got {sorted(unknown)}; use evaluation/topics.jsonl"
         )
-    ranked = documents[np.argsort(-np.load(folder / "scores.npy"), axis=1, kind="stable")]
+    ranked = documents[np.argsort(-run.scores, axis=1, kind="stable")]
     ranks = 1 + (ranked == np.array(queries)[:, None]).argmax(axis=1)
     return (ranks <= k).mean(), (ranks == 1).mean(), (1 / ranks).mean(), len(queries)
 
 
 def chance(folder: Path, k: int) -> float:
     """Return the share that a random order of the examples would give."""
-    documents = Log.load(folder.parents[1]).train()["document_id"]
-    queries = [json.loads(line)["id"] for line in read_lines(folder / "queries.jsonl")]
+    _, queries, documents, *_ = scored.load(folder)
     total = len(documents)
     return float(np.mean([1 - comb(total - documents.count(topic), k) / comb(total, k) for topic in queries]))
 

@@ -41,11 +41,12 @@ def is_run(content: object) -> bool:
     return "data" not in content or fits(content["data"], PART)
 
 
-SETTINGS = {name: partial(is_setting, name) for name in RUN_FLAGS if name != "revision"}  # which older runs lack
+SETTINGS = {name: partial(is_setting, name) for name in RUN_FLAGS}
 PART = {
     "settings": {name: SETTINGS[name] for name in DATA_FLAGS},
     "source": str | None,
     "fingerprint": str,
+    "files": dict,
     "examples": is_positive,
     "shard_examples": is_positive,
 } | dict.fromkeys(("documents", "rows", "tokens"), is_count)
@@ -62,6 +63,7 @@ SCORES = {
     "hessian": lambda kind: kind in KINDS,
     "layers": lambda names: names and fits(names, [str]),
     "num_queries": is_count,
+    "files": dict,
     "top_k_only": lambda k: k is None or is_positive(k),
     "group_by": str | None,
     "damping": float | None,

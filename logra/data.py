@@ -5,6 +5,7 @@ full blocks. Example ids are row numbers.
 """
 
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -17,9 +18,8 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logra import progress
+from logra import progress, store
 from logra.rows import FORMS, bad_value, encoder, row_form
-from logra.store import atomic
 
 HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", None),
@@ -76,16 +76,9 @@ def load_documents(name: str, config: str | None, split: str, cache_dir: str | N
 
 
 def source_fingerprint(name: str) -> str | None:
-    """Return a hash of the names and sizes of a local data set's files and their contents; None for a Hub name."""
-    path, checksum = Path(name), xxhash.xxh3_64()
-    if not path.exists():
-        return None
-    for file in sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()):
-        checksum.update(f"{file.relative_to(path)}:{file.stat().st_size}\n".encode())
-        with open(file, "rb") as content:
-            while chunk := content.read(2**24):
-                checksum.update(chunk)
-    return checksum.hexdigest()
+    """Return a hash of a local data set's files, names and contents; None for a Hub name."""
+    files = store.file_sums(Path(name))
+    return xxhash.xxh3_64_hexdigest(json.dumps(files).encode()) if files else None
 
 
 class Choice(NamedTuple):
@@ -261,13 +254,13 @@ def build_examples(
 def write_examples(
     path: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None
 ) -> dict:
-    """Build the examples (see build_examples) into the folder `path`, and return their counts and fingerprint."""
+    """Build the examples (see build_examples) into the folder `path`; return their counts, fingerprint and files."""
     work = path.with_name("work.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         examples, counts = build_examples(documents, tokenizer, choice, num_proc, work)
-        with atomic(path) as temporary:
+        with store.atomic(path) as temporary:
             examples.save_to_disk(temporary)
         del examples
     except datasets.exceptions.DatasetGenerationError as error:
@@ -277,7 +270,7 @@ def write_examples(
         shutil.rmtree(work, ignore_errors=True)
     examples = datasets.load_from_disk(path)
     counts |= {"examples": len(examples), "tokens": int(token_counts(examples).sum())}
-    return counts | {"fingerprint": examples_fingerprint(examples)}
+    return counts | {"fingerprint": examples_fingerprint(examples), "files": store.file_sums(path)}
 
 
 def _lists(examples: Dataset, column: str) -> Iterator:

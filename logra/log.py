@@ -1,9 +1,9 @@
 """The run directory: run.json, and what the stages read through it.
 
 run.json holds `settings` (run.RUN_FLAGS), `arguments` (as given), `versions`, `model` (class, fingerprint), `layers`
-(name -> [d_out, d_in, r_out, r_in]), then `data` (settings, counts and fingerprints of train/), `extensions` (the same
-of train-00001/ and so on, which extract_log.py --extend added) and `projections` (size and checksums) once these are
-there.
+(name -> [d_out, d_in, r_out, r_in]), then `data` (settings, counts, fingerprint and files of train/), `extensions`
+(the same of train-00001/ and so on, which extract_log.py --extend added) and `projections` (size and checksums) once
+these are there.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, processes_here
 
-FORMAT = 3
+FORMAT = 4
 SHARD_BYTES = 2**28
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
 
@@ -128,16 +128,16 @@ class Log:
         for number, part in enumerate(self.parts):
             folder = self.train_folder(number)
             try:
+                whole = store.file_sums(folder) == part["files"]
                 loaded.append(load_from_disk(folder))
                 loaded[-1].data.table.validate(full=True)  # offsets that lead out of a buffer
                 if any(loaded[-1].features[name].dtype != "string" for name in ("document_id", "text")):
                     raise ValueError("other columns")
-                found = data.examples_fingerprint(loaded[-1])
             except Exception as error:  # Arrow has exceptions of its own
                 raise ValueError(
                     f"expected examples in {folder}, got {error}; extract again with --overwrite"
                 ) from error
-            if found != part["fingerprint"]:
+            if not whole or len(loaded[-1]) != part["examples"]:
                 raise ValueError(f"expected {folder} as it was written, got other examples; use --overwrite")
         return concatenate_datasets(loaded) if len(loaded) > 1 else loaded[0]
 

@@ -26,7 +26,7 @@ from transformers.utils import find_adapter_config_file, logging
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
-from logra.store import atomic, read_json
+from logra.store import atomic, fits, parse_json
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
@@ -95,10 +95,10 @@ def _base_name(name: str, revision: str | None = None, **_) -> str:
         return name
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"expected the package peft, to load the adapter {name}, got none; run pip install peft")
-    base = read_json(Path(file), "restore it").get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ValueError(f"expected the name of a base model in {file}, got {base!r}; restore it")
-    return base
+    config = parse_json(Path(file).read_bytes())
+    if not fits(config, {"base_model_name_or_path": str}):
+        raise ValueError(f"expected the name of a base model in {file}, got none; restore it")
+    return config["base_model_name_or_path"]
 
 
 def context_length(config) -> int | None:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from logra import store
+from logra.checks import SCORES
 from logra.influence import top_k
+from logra.log import Log
 
 
 class Ranking(NamedTuple):
@@ -38,6 +40,22 @@ def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if found != f"float32 {list(shape)}":
         raise ValueError(f"expected float32 {list(shape)} in {path}, got {found}; run compute_influence.py again")
     return matrix
+
+
+def check_scores(folder: Path, about: dict, log: Log) -> None:
+    """Check a folder of scores, whose run.json holds `about`.
+
+    Raises:
+        ValueError: It is not as it was written, or not of the run's examples.
+    """
+    whole = store.fits(about, SCORES) and store.fits(about.get("blocks", []), [str])
+    whole = whole and set(about["layers"]) <= set(log.layers)
+    if not whole or Log(folder, about["log"]).fingerprints != log.fingerprints:
+        raise ValueError(
+            f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
+        )
+    if store.file_sums(folder, about["files"]) != about["files"]:
+        raise ValueError(f"expected {folder} as it was written, got other files; run compute_influence.py again")
 
 
 def read_queries(path: Path) -> list[dict]:

@@ -85,13 +85,13 @@ class ScoreFile:
                 store.write_json(self.folder / f"{name}.json", entry)
 
     def describe(self, queries: list[Query], about: dict, self_influence: Tensor | None) -> None:
-        """Write queries.jsonl, run.json and, where given, self_influence.npy."""
+        """Write queries.jsonl, where given self_influence.npy, and run.json with the checksums of all files."""
         rows = [{"id": q.id, **q.row, "tokens": len(q.token_ids), "counted": sum(q.counted)} for q in queries]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.folder / "queries.jsonl").write_text(text, "utf-8")
         if self_influence is not None:
             np.save(self.folder / "self_influence.npy", self_influence.numpy())
-        store.write_json(self.folder / "run.json", about)
+        store.write_json(self.folder / "run.json", about | {"files": store.file_sums(self.folder)})
 
 
 class SelfInfluence:

@@ -129,10 +129,15 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
+def _checksum(content: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
 def write_json(path: Path, content: dict, tag: str = "") -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically, with a checksum of its content."""
     with atomic(path, tag) as made:
-        made.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False)
+        made.write_text(text + "\n", encoding="utf-8")
 
 
 def check_folder(folder: Path) -> None:
@@ -176,16 +181,30 @@ def is_count(value: object) -> bool:
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """Read a JSON object, or raise a ValueError that ends with `remedy`."""
+    """Read what write_json wrote, or raise a ValueError that ends with `remedy`."""
     if not path.is_file():
         raise ValueError(f"expected a JSON file {path}, got none; {remedy}")
     try:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a JSON file {path}, got {type(error).__name__}; {remedy}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}; {remedy}")
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        raise ValueError(f"expected {path} as it was written, got other content; {remedy}")
     return content
+
+
+def file_sums(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Return the checksum (xxh3) of each file in a folder, or of those files; or of the file itself, as `.`."""
+    found = {}
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        name = str(file.relative_to(path))
+        if file.is_file() and (names is None or name in names):
+            checksum = xxhash.xxh3_64()
+            with open(file, "rb") as content:
+                while chunk := content.read(2**24):
+                    checksum.update(chunk)
+            found[name] = checksum.hexdigest()
+    return found
 
 
 def write_tensors(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> dict:
@@ -342,7 +361,7 @@ def open_shard(
     try:
         manifest = read_json(files["manifest"], "")
     except ValueError:
-        raise ValueError(f"{files['manifest']} was altered (it is no JSON)") from None
+        raise ValueError(f"{files['manifest']} was altered") from None
     if (manifest.get("first_example"), manifest.get("examples")) != (ids.start, len(ids)):
         raise ValueError(f"{files['manifest']} is not of examples {ids.start} to {ids.stop - 1}")
     return TensorFile(files[kind], manifest.get(kind), layout)

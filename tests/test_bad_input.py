@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import save_model, write_jsonl
+from conftest import edit_json, save_model, write_jsonl
 from test_processes import poison_model
 
 from logra import run
@@ -125,9 +125,7 @@ def test_missing_stages_name_the_command(cli, base):
     assert cli("extract_log", *base)[0] == 0
     refused(cli("compute_influence", *base), "generate.py")
     refused(cli("analysis", "--log_dir", "log"), "compute_influence.py")
-    content = json.loads(Path("log/run.json").read_text())
-    del content["projections"]
-    Path("log/run.json").write_text(json.dumps(content))
+    edit_json(Path("log/run.json"), lambda content: content.pop("projections"))
     refused(cli("compute_influence", *base, "--split", "queries.jsonl"), "extract_log.py")
     Path("log/run.json").write_text("{")
     refused(cli("compute_influence", *base, "--split", "queries.jsonl"), "run.json")

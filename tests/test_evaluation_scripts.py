@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_model, write_jsonl
+from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from test_docs import check
+
+from logra import store
 
 NAMES = ("planted", "tail_patch", "brittleness")
 planted, tail_patch, brittleness = (importlib.import_module(f"evaluation.{name}") for name in NAMES)
@@ -25,6 +27,7 @@ def make_scores(cli, model: Path, docs: Path, queries: Path, scores: np.ndarray 
     (folder,) = [path.parent for path in Path("logs/run/scores").glob("*/run.json")]
     if scores is not None:
         np.save(folder / "scores.npy", scores.astype(np.float32))
+        vouch(folder)
     return folder
 
 
@@ -116,7 +119,7 @@ def test_tail_patch(cli, workspace, tiny):
         and share > 0.8
         and top == pytest.approx(random + difference, abs=0.002)
     )
-    kept.write_text(json.dumps({"changes": [[3, 2, 1]] * 6}))
+    edit_json(kept, lambda content: content.update(changes=[[3, 2, 1]] * 6))
     assert table(cli(*flags)[1])[str(folder)] == [6, 3, 2, 1, 1, 1], "nothing is measured again"
     status, _, error = cli("evaluation.tail_patch", folder, "--k", 21)
     assert status == 2 and len(error.splitlines()) == 1 and "expected --k of at most 20" in error
@@ -151,7 +154,7 @@ def make_testbed(folder: Path, docs: list[dict]) -> Path:
     config = testbed.make_config("gpt2", 1, 8, 300, 128)
     testbed.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     settings = {"architecture": "gpt2", "num_layers": 1, "width": 8, "vocabulary": 300, "epochs": 2, "seed": 0}
-    (folder / "testbed.json").write_text(json.dumps(settings))
+    store.write_json(folder / "testbed.json", settings)
     write_jsonl(folder / "train.jsonl", docs[:8])
     write_jsonl(folder / "queries.jsonl", docs[8:10])
     return folder

@@ -200,7 +200,7 @@ def test_a_second_start_computes_only_what_is_missing(cli, tiny, workspace):
         status, _, err = cli("compute_influence", *QUERIES)
         assert status == 2 and words in err and f"{index:05d}" in err and len(err.splitlines()) == 1
         if index == 1:
-            files[1]["manifest"].write_text(json.dumps({"first_example": 4, "examples": 4}))
+            store.write_json(files[1]["manifest"], {"first_example": 4, "examples": 4})
             assert cli("compute_influence", *QUERIES)[0] == 2
             files[1]["manifest"].unlink()
             extract(cli, tiny / "gpt2", "--shard_examples", 4, "--rank", 4)

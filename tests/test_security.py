@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from conftest import ROOT, save_model, write_jsonl
+from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from test_bad_input import refused
 
+from logra import store
 from logra.model import fingerprint, load_model, short_name
 from logra.run import RUN_FLAGS, run_name
 
@@ -25,13 +26,16 @@ QUERY = ("--log_dir", "log", "--split", "queries.jsonl")
 
 def edit(path: Path, **changes: object) -> None:
     """Change entries of a JSON file, nested ones by a__b, as someone would who knows the format."""
-    content = json.loads(path.read_text())
-    for key, value in changes.items():
-        place, *names = [content, *key.split("__")]
-        for name in names[:-1]:
-            place = place[name]
-        place[names[-1]] = value
-    path.write_text(json.dumps(content))
+
+
+    def change(content: dict) -> None:
+        for key, value in changes.items():
+            place, *names = [content, *key.split("__")]
+            for name in names[:-1]:
+                place = place[name]
+            place[names[-1]] = value
+
+    edit_json(path, change)
 
 
 def edit_header(path: Path, entry: Path, key: str | None, change) -> None:
@@ -398,9 +402,11 @@ def test_matrices_of_someone_else(cli, run, name):
     shape = np.load(path).shape
     for content in (np.array([Evil(marker)], dtype=object), np.zeros((1, *shape), np.float32), np.zeros(shape)):
         np.save(path, content, allow_pickle=True)
+        vouch(path.parent)
         refused_by(cli, "analysis")
     for content in (b"", b"\x93NUMPY\x01\x00\xff\xff{", pickle.dumps(Evil(marker))):
         path.write_bytes(content)
+        vouch(path.parent)
         refused_by(cli, "analysis")
     assert not marker.exists()
 
@@ -411,6 +417,7 @@ def test_queries_of_someone_else(cli, run, line):
     path = next(run.glob("scores/*/queries.jsonl"))
     rows = path.read_text().splitlines()
     path.write_text("\n".join([rows[0], line]))
+    vouch(path.parent)
     refused_by(cli, "analysis")
     Path("queries.jsonl").write_text(line)
     refused(cli("compute_influence", *QUERY), "queries.jsonl")
@@ -422,6 +429,7 @@ def test_examples_of_someone_else(cli, run, tmp_path):
     """train/ without its files, or with names that lead to others."""
     for name in ("../../other/data.arrow", str(tmp_path / "no.arrow"), "/dev/null"):
         edit(run / "train/state.json", _data_files=[{"filename": name}])
+        edit(run / "run.json", data__files=store.file_sums(run / "train"))
         refused_by(cli, "analysis")
     shutil.rmtree(run / "train")
     refused_by(cli, "analysis", "compute_influence")
