@@ -32,7 +32,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
 
-from logra import run  # noqa: E402
+from logra import run, store  # noqa: E402
 
 VOCAB = 320
 LLAMA = {
@@ -180,7 +180,7 @@ def cli(capsys):
         capsys.readouterr()
         status = run_cli(script, *flags)
         out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.strip() and not re.search(r"\[\d\d:\d\d.*/s.*\]$", line)]
+        lines = [line for line in err.splitlines() if line.strip() and not re.search(r"\[\d\d:\d\d.*/s.*\]\s*$", line)]
         return status, out, "\n".join(lines)
 
     return call

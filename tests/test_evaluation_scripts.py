@@ -71,7 +71,7 @@ def test_planted_facts(cli, workspace):
     flags = ("--num_facts", 4, "--num_filler", 10, "--epochs", 1)
     assert cli("evaluation.planted", "facts", *flags)[0] == 0
     ids = [row["id"] for row in scored.read_rows(Path("facts/corpus.jsonl"))]
-    facts = json.loads(Path("facts/facts.json").read_text())
+    facts = store.read_json(Path("facts/facts.json"), "")
     perfect = np.array([np.isin(ids, documents) for documents in facts.values()])
     folder = make_scores(cli, Path("facts/model"), Path("facts/corpus.jsonl"), Path("facts/queries.jsonl"), perfect)
     made = os.stat("facts/model").st_mtime_ns

@@ -27,7 +27,6 @@ QUERY = ("--log_dir", "log", "--split", "queries.jsonl")
 def edit(path: Path, **changes: object) -> None:
     """Change entries of a JSON file, nested ones by a__b, as someone would who knows the format."""
 
-
     def change(content: dict) -> None:
         for key, value in changes.items():
             place, *names = [content, *key.split("__")]
