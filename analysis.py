@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from logra import progress, report, run, store
-from logra.checks import SCORES
+from logra.checks import are_scores
 from logra.diagnose import diagnose
 from logra.log import Log
 from logra.ranking import Ranking, Scores, by_document, load_matrix, read_queries
@@ -44,12 +44,7 @@ def main(args: argparse.Namespace) -> None:
     """Write the best examples, or documents, of each query."""
     folder, about = newest_scores(args.log_dir, args.split)
     log = Log.load(folder.parents[1])
-    whole = store.fits(about, SCORES) and store.fits(about.get("blocks", []), [str])
-    if (
-        not whole
-        or set(about["layers"]) - set(log.layers)
-        or Log(folder, about["log"]).fingerprints != log.fingerprints
-    ):
+    if not are_scores(about, log.layers) or Log(folder, about["log"]).fingerprints != log.fingerprints:
         raise ValueError(
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )
