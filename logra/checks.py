@@ -1,6 +1,7 @@
 """What run.json, of a run or of scores, has to hold: it may come from someone else, and be wrong on purpose."""
 
 import argparse
+from collections.abc import Collection
 from functools import partial
 
 from logra.hessian import KINDS
@@ -39,6 +40,11 @@ def is_run(content: object) -> bool:
     if not fits(content, RUN) or not fits(content.get("extensions", []), [PART]):
         return False
     return "data" not in content or fits(content["data"], PART)
+
+
+def are_scores(about: object, layers: Collection[str]) -> bool:
+    """Say whether a value is the content of run.json of scores, of some of a run's layers."""
+    return fits(about, SCORES) and fits(about.get("blocks", []), [str]) and set(about["layers"]) <= set(layers)
 
 
 SETTINGS = {name: partial(is_setting, name) for name in RUN_FLAGS}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from logra import store
-from logra.checks import SCORES
+from logra.checks import are_scores
 from logra.influence import top_k
 from logra.log import Log
 
@@ -48,9 +48,7 @@ def check_scores(folder: Path, about: dict, log: Log) -> None:
     Raises:
         ValueError: It is not as it was written, or not of the run's examples.
     """
-    whole = store.fits(about, SCORES) and store.fits(about.get("blocks", []), [str])
-    whole = whole and set(about["layers"]) <= set(log.layers)
-    if not whole or Log(folder, about["log"]).fingerprints != log.fingerprints:
+    if not are_scores(about, log.layers) or Log(folder, about["log"]).fingerprints != log.fingerprints:
         raise ValueError(
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )

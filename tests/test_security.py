@@ -9,7 +9,9 @@ import shutil
 import stat
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import xxhash
@@ -425,7 +427,18 @@ def test_queries_of_someone_else(cli, run, line):
 
 
 def test_examples_of_someone_else(cli, run, tmp_path):
-    """train/ without its files, or with names that lead to others."""
+    """train/ with texts outside of their buffer, with other columns or names of files, or without its files."""
+    path = next((run / "train").glob("*.arrow"))
+    whole, table = path.read_bytes(), datasets.load_from_disk(run / "train").data.table
+    offsets = np.frombuffer(table["text"].chunk(0).buffers()[1], np.int32)[: len(table) + 1]
+    assert whole.count(offsets.tobytes()) == 1
+    path.write_bytes(whole.replace(offsets.tobytes(), (offsets * 2**20).tobytes()))
+    refused_by(cli, "analysis")
+    numbers = table.set_column(table.column_names.index("text"), "text", pa.array(range(len(table))))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, numbers.schema) as writer:
+        writer.write_table(numbers)
+    refused_by(cli, "analysis")
+    path.write_bytes(whole)
     for name in ("../../other/data.arrow", str(tmp_path / "no.arrow"), "/dev/null"):
         edit(run / "train/state.json", _data_files=[{"filename": name}])
         edit(run / "run.json", data__files=store.file_sums(run / "train"))
