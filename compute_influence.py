@@ -68,8 +68,9 @@ def main(args: argparse.Namespace) -> None:
     kind = log.usable_hessian(args.hessian)
     layers = log.matching_layers(args.score_layers)
     lm, print_of_model = load(settings, args, accelerator.device)
-    log.check_model({"model": {"class": type(lm).__name__, "fingerprint": print_of_model}})
     tokenizer, context = model.load_tokenizer(settings["model_name"]), model.context_length(lm.config)
+    about = {"model": {"class": type(lm).__name__, "fingerprint": print_of_model}}
+    log.check_model(about | {"tokenizer": model.tokenizer_fingerprint(tokenizer)})
     name, queries = load_queries(
         args.split, settings, tokenizer, args.query_loss, args.max_queries, context, args.cache_dir
     )

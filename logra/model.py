@@ -31,6 +31,7 @@ from logra.store import atomic
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
+PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
 logging.disable_progress_bar()
 
 
@@ -115,6 +116,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer = _load(AutoTokenizer, name if own else _base_name(name), "a tokenizer")
     tokenizer.model_max_length = 10**12  # the context is checked here; no warnings about it
     return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of the vocabulary and of the token ids of a text."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]]
+    return xxhash.xxh3_64_hexdigest(json.dumps(known).encode())
 
 
 def load_model(

@@ -1,6 +1,7 @@
 """What a script tells its user: lines, bars, a summary, and log.txt in the run's folder. Rank 0 alone speaks."""
 
 import os
+import re
 import resource
 import sys
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # all but tab and newline
 
 
 class _State:
@@ -24,10 +27,16 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def printable(text: str) -> str:
+    """Return text with what could drive a terminal, or can't be written as UTF-8, as escapes: \\x1b, say."""
+    return re.sub(_CONTROLS, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def say(text: str) -> None:
     """Print on rank 0 only, and keep it for log.txt."""
     if not _first():
         return
+    text = printable(text)
     if not _State.quiet:
         print(text, flush=True)
     _State.lines.append(text)

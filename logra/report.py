@@ -29,10 +29,10 @@ class Shaded(NamedTuple):
 
 def asked(query: dict) -> dict[str, str]:
     """Return the id, prompt and response that are shown of a row of queries.jsonl."""
-    prompt, response = query.get("prompt") or query.get("text", ""), query.get("response", "")
-    if "messages" in query:
-        prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
-    return {"id": str(query["id"]), "prompt": prompt, "response": response}
+    text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
+    if not (text or prompt) and "messages" in query:
+        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
+    return {"id": str(query["id"]), "prompt": prompt or text, "response": response}
 
 
 def header(log: Log, about: dict, shaded: bool) -> dict:

@@ -120,8 +120,25 @@ def remove(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank. Only a newline ends a line, as in JSON Lines."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """Return the lines of a text file that are not blank. Only a newline ends a line, as in JSON Lines.
+
+    Raises:
+        ValueError: The file is not UTF-8.
+    """
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 in {path}, got {error}; convert the file") from error
+
+
+def read_row(line: str) -> object:
+    """Return a line's JSON value, or raise a ValueError that says what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError("too many brackets in one another") from None
+    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, which is no text, is a ValueError here
+    return row
 
 
 def write_json(path: Path, content: dict, tag: str = "") -> None:
