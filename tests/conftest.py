@@ -166,7 +166,7 @@ def cli(capsys):
         capsys.readouterr()
         status = run_cli(script, *flags)
         out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.strip() and not re.search(r"\[\d\d:\d\d.*/s.*\]$", line)]
+        lines = [line for line in err.splitlines() if line.strip() and not re.search(r"\[\d\d:\d\d.*/s.*\]\s*$", line)]
         return status, out, "\n".join(lines)
 
     return call
