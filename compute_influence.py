@@ -45,11 +45,12 @@ def build_parser() -> run.Parser:
     )  # fmt: skip
     group = parser.add_argument_group("scores")
     group.add_argument("--mode", choices=influence.MODES, default="dot", help="(dot)")
-    group.add_argument(
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
         "--damping", type=run.positive, nargs="+",
         help="in units of the mean eigenvalue (0.1 for raw, 0.2 for int1, else 0.01)",
     )  # fmt: skip
-    group.add_argument("--damping_absolute", type=run.positive, nargs="+", help="added to the eigenvalues, instead")
+    one.add_argument("--damping_absolute", type=run.positive, nargs="+", help="added to the eigenvalues, instead")
     group.add_argument("--score_layers", type=run.pattern, metavar="PATTERN", help="scores from matching layers only")
     group.add_argument("--layerwise", action="store_true", help="also write the dots of each block of layers apart")
     group.add_argument("--self_influence", action="store_true", help="also write self_influence.npy [N]")
