@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ class _State:
 
 def begin(quiet: bool) -> None:
     """Start the clock of a script; with `quiet` nothing but errors is printed."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
     _State.quiet, _State.begun, _State.lines, _State.file = quiet, time.monotonic(), [], None
 
 
@@ -48,7 +51,7 @@ def keep_log(folder: Path) -> None:
     """Add what was said, and what will be, to <folder>/log.txt."""
     if _first() and _State.file is None:
         _State.file = folder / "log.txt"
-        _State.lines.insert(0, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}")
+        _State.lines.insert(0, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(' '.join(sys.argv))}")
         _write()
 
 

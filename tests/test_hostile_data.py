@@ -1,9 +1,11 @@
 """Hostile data: whatever a file of texts holds, a stage ends well or says in one line what is wrong with it."""
 
 import csv
+import io
 import json
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from test_bad_input import refused
 from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from logra import progress
 from logra.log import Log
 
 OK = "the river ran past the old mill"
@@ -241,6 +244,23 @@ def test_a_document_is_its_own_best_match(cli, tiny, workspace, kind):
     write_jsonl(Path("same.jsonl"), [{"text": text} for text in texts])
     scores = chain(cli, tiny / "llama", "same.jsonl", "--hessian", kind, queries="same.jsonl")
     assert (scores.argmax(axis=1) == np.arange(12)).all()  # Cauchy-Schwarz in the metric of C + lambda I
+
+
+def test_a_terminal_that_lacks_a_character(monkeypatch):
+    """What its encoding has no place for is printed as an escape; the script goes on."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    progress.begin(False)
+    progress.say("caf\u00e9 \x1b[2J \ud800")
+    assert raw.getvalue().rstrip() == rb"caf\xe9 \x1b[2J \ud800"
+
+
+def test_one_token_is_verified(cli, tiny, workspace):
+    """--verify takes documents without a loss, alone and among others."""
+    flags = ("--model_name", tiny / "llama", "--data_name", as_file("one.jsonl", ["a", "b", OK]), "--verify")
+    for count in (2, 3):
+        status, out, err = cli("extract_log", *flags, count)
+        assert status == 0 and "FAIL" not in out, err
 
 
 @pytest.mark.slow
