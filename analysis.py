@@ -124,10 +124,15 @@ def write_lists(folder: Path, args: argparse.Namespace, views: list[dict]) -> No
         with store.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: plain(value) for key, value in row.items()} for row in rows)
     if "txt" in args.format:
         with store.atomic(folder / "top_k.txt") as path:
-            path.write_text("\n".join(readable(views, sides)), "utf-8")
+            path.write_text(progress.printable("\n".join(readable(views, sides))), "utf-8")
+
+
+def plain(value):
+    """Return a cell of top_k.csv: a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
 
 
 def readable(views: list[dict], sides: tuple[str, ...]) -> list[str]:
@@ -181,9 +186,9 @@ def add_word_matches(views: list[dict], texts: list[str], k: int) -> None:
 def print_table(views: list[dict], table: list[list[tuple[str, float]]]) -> None:
     """Print the first documents of each query."""
     for view, best in zip(views, table, strict=True):
-        run.say(f"\n{view['id']}: {' '.join(view['prompt'].split())[:90]}")
+        run.say(f"\n{' '.join(view['id'].split())}: {' '.join(view['prompt'].split())[:90]}")
         for rank, (document, score) in enumerate(best, 1):
-            run.say(f"  {rank}. {score:+.4g}  {document}")
+            run.say(f"  {rank}. {score:+.4g}  {' '.join(document.split())}")
     run.say("")
 
 

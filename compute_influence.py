@@ -44,11 +44,12 @@ def build_parser() -> run.Parser:
     )  # fmt: skip
     group = parser.add_argument_group("scores")
     group.add_argument("--mode", choices=influence.MODES, default="dot", help="(dot)")
-    group.add_argument(
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
         "--damping", type=run.positive, nargs="+",
         help="in units of the mean eigenvalue (0.1 for raw, 0.2 for int1, else 0.01)",
     )  # fmt: skip
-    group.add_argument("--damping_absolute", type=run.positive, nargs="+", help="added to the eigenvalues, instead")
+    one.add_argument("--damping_absolute", type=run.positive, nargs="+", help="added to the eigenvalues, instead")
     group.add_argument("--score_layers", type=run.pattern, metavar="PATTERN", help="scores from matching layers only")
     group.add_argument("--layerwise", action="store_true", help="also write the dots of each block of layers apart")
     group.add_argument("--self_influence", action="store_true", help="also write self_influence.npy [N]")
@@ -67,9 +68,9 @@ def main(args: argparse.Namespace) -> None:
     kind = log.usable_hessian(args.hessian)
     layers = log.matching_layers(args.score_layers)
     lm, print_of_model = load(settings, args, accelerator.device)
-    log.check_model(model.describe(lm, print_of_model, settings, lambda text: None))
     hub, context = model.hub_options(settings, args.trust_remote_code), model.context_length(lm.config)
     tokenizer = model.load_tokenizer(settings["model_name"], **hub)
+    log.check_model(model.describe(lm, print_of_model, tokenizer, settings))
     name, queries = load_queries(
         args.split, settings, tokenizer, args.query_loss, args.max_queries, context, args.cache_dir
     )

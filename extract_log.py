@@ -32,7 +32,7 @@ def build_parser() -> run.Parser:
     )
     group.add_argument("--dry_run", action="store_true", help="print what the run will need, and do nothing")
     group.add_argument(
-        "--trial", type=run.positive, nargs="?", const=30, metavar="SECONDS",
+        "--trial", type=run.number(float, 1, "1 to 86400 seconds", 86400), nargs="?", const=30, metavar="SECONDS",
         help="as --dry_run, and hours, from extracting for 30 seconds",
     )  # fmt: skip
     group.add_argument(
@@ -110,7 +110,7 @@ def set_up(
         config, tokenizer = model.load_config(name, **hub), model.load_tokenizer(name, **hub)
     model.complete(settings, config, accelerator.device, run.say)
     lm, print_of_model = load(settings, args, accelerator.device)
-    described = model.describe(lm, print_of_model, settings, run.say)
+    described = model.describe(lm, print_of_model, tokenizer, settings, run.say)
     if log:
         log.check_model(described)
     if accelerator.is_main_process and log:

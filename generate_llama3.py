@@ -9,6 +9,7 @@ from pathlib import Path
 
 from logra.generation import add_generation_flags, run_generation
 from logra.progress import say, summary
+from logra.rows import chat_tokens
 from logra.run import Parser, guarded
 
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/chat.txt"
@@ -24,10 +25,7 @@ def build_parser() -> Parser:
 
 def encode(tokenizer, prompt: str) -> list[int]:
     """Return the token ids of the prompt as a user's turn, ready for the assistant's answer."""
-    if not tokenizer.chat_template:
-        raise ValueError("expected a model with a chat template, got none; use generate.py, or a chat model")
-    turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    return chat_tokens(tokenizer, [{"role": "user", "content": prompt}], prompt=True)
 
 
 def main(args) -> None:

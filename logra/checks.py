@@ -61,6 +61,7 @@ RUN = {
     "arguments": {"hessian": lambda kind: kind in (None, *KINDS)},
     "versions": dict,
     "model": {"class": str, "fingerprint": str},
+    "tokenizer": str,
     "layers": lambda layers: isinstance(layers, dict) and layers and fits([*layers.values()], [is_layer]),
 }
 SCORES = {

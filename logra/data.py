@@ -29,6 +29,7 @@ LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parqu
 SLICE = 10_000  # documents that are tokenised at a time
 SHORT_TOPIC = 12_000  # characters; pydoc's `short` configuration leaves out the longer topics
 datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is said once, by the script
 
 
 def _load_pydoc(config: str | None) -> Dataset:
@@ -68,7 +69,9 @@ def load_documents(name: str, config: str | None, split: str, cache_dir: str | N
         hub, hub_config = HUB_NAMES.get(name, (name, None))
         return datasets.load_dataset(hub, config or hub_config, **options)
     except Exception as error:  # every loader has exceptions of its own
-        reason = str(error).strip().split("\n")[0]
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        error = (generating and error.__cause__) or error
+        reason = str(error).strip().split("\n")[0] or "there is nothing in it"
         raise ValueError(
             f"expected the split {split} of a data set in a local file or folder or on the Hub, got {name!r}, which "
             f"can't be loaded ({type(error).__name__}: {reason}); check the name, the file and the network"
@@ -235,7 +238,10 @@ def build_examples(
         ValueError: No such column, bad rows, or nothing left.
     """
     options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
-    parts, dropped = _tokenised(documents, tokenizer, choice, options, work)
+    try:
+        parts, dropped = _tokenised(documents, tokenizer, choice, options, work)
+    except UnicodeDecodeError as error:  # Arrow's JSON reader lets it pass
+        raise ValueError(f"expected UTF-8 in every row, got {error.object[:40]!r}; convert the file") from error
     if not parts:
         raise ValueError(f"expected rows with text, got {dropped} empty ones and no other; check --text_column")
     rows = datasets.concatenate_datasets(parts)

@@ -126,7 +126,8 @@ def show(args: argparse.Namespace) -> None:
     with FakeTensorMode():
         dtype, trust = DTYPES[settings["dtype"]], args.trust_remote_code
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-        log = Log(folder, {"settings": settings, "arguments": vars(args)} | model.describe(lm, "", settings, run.say))
+        described = model.describe(lm, "", tokenizer, settings, run.say)
+        log = Log(folder, {"settings": settings, "arguments": vars(args)} | described)
         weights = sum(p.numel() * p.element_size() for p in lm.parameters())
         tokens = args.batch_tokens if isinstance(args.batch_tokens, int) else CPU_TOKENS
         graph = graph_bytes(lm, log.projected, tokens, settings["block_size"])

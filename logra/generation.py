@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from logra.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, short_name
 from logra.progress import bar
-from logra.run import RUN_FLAGS, add_common, non_negative, positive_int, seed_int
-from logra.store import DTYPES, atomic, parse_json, read_lines
+from logra.run import RUN_FLAGS, add_common, non_negative, number, positive_int, seed_int
+from logra.store import DTYPES, atomic, read_lines, read_row
 
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # ends of a turn, beside the EOS token
 
@@ -34,7 +34,8 @@ def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: P
         "--temperature", type=non_negative, default=defaults["temperature"], help="0 is greedy (%(default)s)"
     )
     group.add_argument("--top_p", type=non_negative, default=defaults["top_p"], help="(%(default)s)")
-    group.add_argument("--num_return_sequences", type=positive_int, default=1, help="responses a prompt (1)")
+    few = number(int, 1, "a whole number from 1 to 1000", 1000)
+    group.add_argument("--num_return_sequences", type=few, default=1, help="responses a prompt (1)")
     group.add_argument("--seed", type=seed_int, default=0, help="(0)")
     group.add_argument("--batch_size", type=positive_int, default=8, help="prompts at a time (8)")
 
@@ -52,7 +53,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         row = {"prompt": line}
         if path.suffix == ".jsonl":
             try:
-                row = parse_json(line)
+                row = read_row(line)
             except ValueError:
                 row = None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
@@ -94,6 +95,12 @@ def generate(
     )
     if args.temperature == 0 and args.num_return_sequences > 1:
         raise ValueError("expected --num_return_sequences 1 with --temperature 0, which has one response; raise either")
+    vocabulary, highest = model.get_input_embeddings().weight.shape[0], max(map(max, prompt_ids))
+    if highest >= vocabulary:
+        raise ValueError(
+            f"expected token ids below {vocabulary}, the model's vocabulary, got {highest} in a prompt; "
+            "use the model's own tokenizer"
+        )
     pad, responses = ends[0] if ends else 0, []
     set_seed(args.seed)
     for start in bar(range(0, len(prompt_ids), args.batch_size), desc="generating", unit="batch"):
@@ -129,6 +136,8 @@ def run_generation(args: argparse.Namespace, encode) -> Path:
     """
     if not 0 < args.top_p <= 1:
         raise ValueError(f"expected --top_p above 0 and at most 1, got {args.top_p}")
+    if 0 < args.temperature < 1e-3:
+        raise ValueError(f"expected --temperature 0 (greedy) or at least 0.001, got {args.temperature}; give 0")
     output = args.output or Path("data/generated") / short_name(args.model_name) / "queries.jsonl"
     if output.is_dir():
         raise ValueError(f"expected a file for --output, got the folder {output}; add a file name")

@@ -20,6 +20,7 @@ from logra.quantise import BITS
 from logra.store import Layout
 
 KINDS = ("raw", "kfac", "ekfac", "none")
+LARGEST = 1e36  # lambda; solutions are in float32
 
 
 class Source(Protocol):
@@ -39,12 +40,18 @@ def damping_lambda(trace: float, k: int, damping: float | None, absolute: float 
     """Return lambda = damping * trace(C) / k, or `absolute` where that is given.
 
     Raises:
-        ValueError: The one that is used is not positive and finite.
+        ValueError: The one that is used is not positive and finite, or lambda is too large for float32.
     """
     value = damping if absolute is None else absolute
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected a positive, finite damping, got {value}; use --damping 0.1, say")
-    return damping * trace / k if absolute is None else absolute
+    found = damping * trace / k if absolute is None else absolute
+    if not found <= LARGEST:
+        raise ValueError(
+            f"expected lambda of at most {LARGEST:.0e}, which float32 holds, got {found:.3g} (mean eigenvalue "
+            f"{trace / k:.3g}); lower the damping, or leave out the examples with the largest gradients"
+        )
+    return found
 
 
 def default_damping(kind: str, store_dtype: str) -> float:

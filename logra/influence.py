@@ -132,7 +132,14 @@ def _in_order(pool: ThreadPoolExecutor, calls: Iterable[tuple], ahead: int) -> I
 
 
 def finish(dots: Tensor, self_influence: Tensor | None, mode: str) -> Tensor:
-    """Turn dots [Q, n] into the scores of `mode` with self_influence [n] (not needed for dot)."""
+    """Turn dots [Q, n] into the scores of `mode` with self_influence [n] (not needed for dot).
+
+    Raises:
+        ValueError: One of them is NaN or infinite.
+    """
+    for values in (dots,) if self_influence is None else (dots, self_influence):
+        if not values.sum(dtype=torch.float64).isfinite():
+            raise ValueError("expected finite scores, got NaN or infinity; raise the damping, or look for odd examples")
     if mode == "dot":
         return dots
     if mode == "l2":

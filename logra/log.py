@@ -1,9 +1,9 @@
 """The run directory: run.json, and what the stages read through it.
 
-run.json holds `settings` (run.RUN_FLAGS), `arguments` (as given), `versions`, `model` (class, fingerprint), `layers`
-(name -> [d_out, d_in, r_out, r_in]), then `data` (settings, counts, fingerprint and files of train/), `extensions`
-(the same of train-00001/ and so on, which extract_log.py --extend added) and `projections` (size and checksums) once
-these are there.
+run.json holds `settings` (run.RUN_FLAGS), `arguments` (as given), `versions`, `model` (class, fingerprint), `tokenizer`
+(fingerprint), `layers` (name -> [d_out, d_in, r_out, r_in]), then `data` (settings, counts, fingerprint and files of
+train/), `extensions` (the same of train-00001/ and so on, which extract_log.py --extend added) and `projections` (size
+and checksums) once these are there.
 """
 
 import argparse
@@ -215,9 +215,9 @@ class Log:
         return names
 
     def check_model(self, described: dict) -> None:
-        """Raise a ValueError where model or layers are not those of run.json."""
+        """Raise a ValueError where model, tokenizer or layers are not those of run.json."""
         for key, value in described.items():
-            if self.content[key] != value:
+            if self.content.get(key) != value:
                 raise ValueError(
                     f"expected the {key} of {self.folder / 'run.json'}, got another one under the name "
                     f"{self.settings['model_name']}; give another --log_dir"

@@ -86,7 +86,8 @@ def check_head(model: nn.Module) -> None:
     """Compare the fused loss's logits with the model's own on a few tokens.
 
     Raises:
-        ValueError: The model has no linear head, or does something to its logits that is not reproduced here.
+        ValueError: The model has no linear head, its logits are NaN or infinite, or it does something to them that is
+            not reproduced here.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -96,6 +97,10 @@ def check_head(model: nn.Module) -> None:
     ours = head(hidden_states(model, ids)).float() * scale
     ours = softcap * torch.tanh(ours / softcap) if softcap else ours
     theirs = model(input_ids=ids, use_cache=False).logits.float()
+    if not theirs.isfinite().all():
+        raise ValueError(
+            "expected finite logits, got NaN or infinity; use --dtype float32, or a model whose weights are finite"
+        )
     error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
     if not error < (1e-4 if head.weight.dtype == torch.float32 else 5e-2):
         raise ValueError(

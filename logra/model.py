@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer, choose the layers to track, fingerprint the weights."""
 
 import importlib.util
+import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from logra.store import atomic, fits, parse_json
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
+PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
 logging.disable_progress_bar()
 
 
@@ -132,6 +134,12 @@ def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
     tokenizer = _load(AutoTokenizer, name if own else _base_name(name, **hub), "a tokenizer", **hub)
     tokenizer.model_max_length = 10**12  # the context is checked here; no warnings about it
     return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of the vocabulary and of the token ids of a text."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]]
+    return xxhash.xxh3_64_hexdigest(json.dumps(known).encode())
 
 
 def load_model(
@@ -249,8 +257,14 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
     return matching
 
 
-def describe(model: PreTrainedModel, print_of_model: str, settings: dict, say: Callable[[str], None]) -> dict:
-    """Return run.json's `model` (class, fingerprint) and `layers` (name -> [d_out, d_in, r_out, r_in])."""
+def describe(
+    model: PreTrainedModel,
+    print_of_model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict:
+    """Return run.json's `model` (class, fingerprint), `tokenizer` and `layers` (name -> [d_out, d_in, r_out, r_in])."""
     shapes = choose_layers(model, settings["mlp_only"], settings["layers"])
     limit, dtype = settings["bytes_per_example"], settings["store_dtype"]
     if limit:
@@ -263,7 +277,8 @@ def describe(model: PreTrainedModel, print_of_model: str, settings: dict, say: C
     if narrow and settings["lora"] != "none":
         say(f"{narrow} of {2 * len(shapes)} sides of layers are no wider than the rank and not projected: exact there")
     about = {"class": type(model).__name__, "fingerprint": print_of_model}
-    return {"model": about, "layers": {layer: [*shapes[layer], *projected[layer]] for layer in shapes}}
+    about = {"model": about, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    return about | {"layers": {layer: [*shapes[layer], *projected[layer]] for layer in shapes}}
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -1,14 +1,18 @@
 """What a script tells its user: lines, bars, a summary, and log.txt in the run's folder. Rank 0 alone speaks."""
 
 import os
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # all but tab and newline
 
 
 class _State:
@@ -17,6 +21,8 @@ class _State:
 
 def begin(quiet: bool) -> None:
     """Start the clock of a script; with `quiet` nothing but errors is printed."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
     _State.quiet, _State.begun, _State.lines, _State.file = quiet, time.monotonic(), [], None
 
 
@@ -24,10 +30,16 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def printable(text: str) -> str:
+    """Return text with what could drive a terminal, or can't be written as UTF-8, as escapes: \\x1b, say."""
+    return re.sub(_CONTROLS, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def say(text: str) -> None:
     """Print on rank 0 only, and keep it for log.txt."""
     if not _first():
         return
+    text = printable(text)
     if not _State.quiet:
         print(text, flush=True)
     _State.lines.append(text)
@@ -39,7 +51,7 @@ def keep_log(folder: Path) -> None:
     """Add what was said, and what will be, to <folder>/log.txt."""
     if _first() and _State.file is None:
         _State.file = folder / "log.txt"
-        _State.lines.insert(0, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}")
+        _State.lines.insert(0, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(' '.join(sys.argv))}")
         _write()
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from logra import data
 from logra.model import same_name, short_name
 from logra.rows import Encoded, bad_value, encode_messages, encode_prompt
-from logra.store import parse_json, read_lines
+from logra.store import read_lines, read_row
 
 SPLITS = ("train", "validation", "test")
 
@@ -69,7 +69,7 @@ def read_query_file(
     queries = []
     for number, line in enumerate(read_lines(path)[:max_queries]):
         try:
-            row = parse_json(line)
+            row = read_row(line)
             row = row if isinstance(row, dict) else {}
             token_ids, counted = _encode(row, model_name, tokenizer, query_loss)
         except ValueError as error:

@@ -32,10 +32,10 @@ class Shaded(NamedTuple):
 
 def asked(query: dict) -> dict[str, str]:
     """Return the id, prompt and response that are shown of a row of queries.jsonl."""
-    prompt, response = query.get("prompt") or query.get("text", ""), query.get("response", "")
-    if fits(query.get("messages"), [{"role": str, "content": str}]):
-        prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
-    return {"id": str(query["id"]), "prompt": str(prompt), "response": str(response)}
+    text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
+    if not (text or prompt) and fits(query.get("messages"), [{"role": str, "content": str}]):
+        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
+    return {"id": str(query["id"]), "prompt": prompt or text, "response": response}
 
 
 def header(log: Log, about: dict, shaded: bool) -> dict:

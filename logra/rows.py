@@ -5,6 +5,7 @@ A row is in one of three forms: `text`; `prompt` and `response`; `messages`, a l
 
 from collections.abc import Callable, Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 FORMS = {"prompt": ("prompt", "response"), "messages": ("messages",)}
@@ -38,9 +39,9 @@ def bad_value(form: str, row: tuple) -> str | None:
     if form == "messages":
         (turns,) = row
         whole = isinstance(turns, list) and all(
-            isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns
+            isinstance(t, dict) and isinstance(t.get("content"), str) and isinstance(t.get("role"), str) for t in turns
         )
-        return None if whole and any(t.get("role") == "assistant" for t in turns) else "no assistant's turn"
+        return None if whole and any(t["role"] == "assistant" for t in turns) else "no assistant's turn"
     for value in row:
         if not isinstance(value, str):
             return type(value).__name__
@@ -56,26 +57,35 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str
     return before + after, [False] * len(before) + [True] * len(after)
 
 
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict], prompt: bool = False) -> list[int]:
+    """Return a chat in the tokenizer's template; with `prompt`, up to where the assistant's next turn begins.
+
+    Raises:
+        ValueError: There is no template, or it refuses these turns.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "expected a tokenizer with a chat template, got none; use generate.py, or rows of prompt and response"
+        )
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"expected turns that the model's chat template takes, got: {error}; change them") from error
+
+
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Encoded:
     """Return a chat in the tokenizer's template; the tokens of the assistant's turns count, the ends of turn included.
 
     Raises:
-        ValueError: There is no template, or it changes earlier turns, so that a turn's tokens are not known.
+        ValueError: As chat_tokens; or the template changes earlier turns, so that a turn's tokens are not known.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "expected a tokenizer with a chat template for rows of messages, got none; use prompt, response"
-        )
-
-    def tokens(turns: list[dict], prompt: bool = False) -> list[int]:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False) if turns else []
-
-    ids = tokens(messages)
+    ids = chat_tokens(tokenizer, messages)
     counted = [False] * len(ids)
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        before, after = tokens(messages[:i], True), tokens(messages[: i + 1])
+        before = chat_tokens(tokenizer, messages[:i], True) if i else []
+        after = chat_tokens(tokenizer, messages[: i + 1])
         if ids[: len(after)] != after or after[: len(before)] != before:
             raise ValueError(
                 f"expected a chat template that keeps earlier turns as they are, got one that changes turn {i}; "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logra.hessian import KINDS
 from logra.model import DEFAULT_MODEL, short_name
-from logra.progress import begin, say
+from logra.progress import begin, printable, say
 from logra.quantise import BITS
 from logra.store import DTYPES
 
@@ -49,17 +49,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Print one line and exit with status 2."""
         if os.environ.get("RANK", "0") == "0":
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
+            print(printable(f"{self.prog}: error: {' '.join(message.split())}"), file=sys.stderr)
         raise SystemExit(2)
 
 
-def number(kind: type, low: float, what: str) -> Callable[[str], float]:
-    """Return an argparse type: a finite int or float of at least `low`."""
+def number(kind: type, low: float, what: str, high: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: a finite int or float of at least `low` and at most `high`."""
 
     def parse(text: str):
         try:
             value = kind(float(text)) if kind is int and re.fullmatch(r"\d+(\.0*)?e\d+", text) else kind(text)
-            good = math.isfinite(value) and value >= low
+            good = math.isfinite(value) and low <= value <= high
         except (ValueError, OverflowError):
             good = False
         if not good:
@@ -317,7 +317,7 @@ def guarded(main: Callable[[argparse.Namespace], None], parser: argparse.Argumen
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(5)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
             reason = f"expected room for a batch on the GPU, got none ({reason}); lower --batch_tokens or --batch_size"
         print(

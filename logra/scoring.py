@@ -25,7 +25,8 @@ Found = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.s
 
 def damping_label(relative: float | None, absolute: float | None) -> str:
     """Return how a damping is called in the names of files and folders."""
-    return f"abs{absolute:g}" if relative is None else f"{relative:g}"
+    value = str(absolute if relative is None else relative).removesuffix(".0")
+    return f"abs{value}" if relative is None else value
 
 
 def block_name(layer: str) -> str:

@@ -125,8 +125,15 @@ def remove(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank. Only a newline ends a line, as in JSON Lines."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """Return the lines of a text file that are not blank. Only a newline ends a line, as in JSON Lines.
+
+    Raises:
+        ValueError: The file is not UTF-8.
+    """
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 in {path}, got {error}; convert the file") from error
 
 
 def _checksum(content: dict) -> str:
@@ -158,6 +165,13 @@ def parse_json(text: str | bytes) -> object:
         return json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+
+
+def read_row(line: str) -> object:
+    """Return the value of a line of JSON Lines, or raise a ValueError that says what is wrong with it."""
+    row = parse_json(line)
+    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, which is no text, is a ValueError here
+    return row
 
 
 def fits(value: object, shape: object) -> bool:

@@ -56,7 +56,7 @@ class Splitter:
             raise ValueError(f"expected the queries that were scored in {about['split']}, got others; score them again")
         device, dtype = accelerator.device, DTYPES[settings["dtype"]]
         self.lm = load_model(name, dtype, device, settings["quantize"], **hub)
-        log.check_model(describe(self.lm, fingerprint(self.lm), settings, lambda text: None))
+        log.check_model(describe(self.lm, fingerprint(self.lm), self.tokenizer, settings))
         label = damping_label(about["damping"], about["damping_absolute"])
         dampings = {label: (about["damping"], about["damping_absolute"])}
         own = None if self.mode == "dot" else SelfInfluence(log, about["hessian"], about["layers"], [label])

@@ -49,7 +49,7 @@ def plain(lm: nn.Module, layers: list[str], token_ids: list[int], counted: list[
     modules = [getattr(module, "base_layer", module) for module in modules]  # peft's adapters are added up outside
     weights = [module.weight for module in modules]
     ids = torch.tensor([token_ids], device=weights[0].device)
-    targets = ids[0, 1:].masked_fill(~torch.tensor(counted[1:], device=ids.device), IGNORE)
+    targets = ids[0, 1:].masked_fill(~torch.tensor(counted[1:], dtype=torch.bool, device=ids.device), IGNORE)
     logits = lm(input_ids=ids, use_cache=False).logits[0, :-1]
     total = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     grads = torch.autograd.grad(total, [*weights, *(outputs[name] for name in layers)])
@@ -89,7 +89,7 @@ class Few:
         if kind == "raw":
             return g.T @ g / len(g)
         a, b = self.sums[f"{layer}.A"].double(), self.sums[f"{layer}.B"].double()
-        tokens = self.sums["tokens"].item()
+        tokens = max(self.sums["tokens"].item(), 1)
         if kind == "kfac":
             return torch.kron(b, a) / (tokens * len(g))
         u = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
@@ -101,7 +101,7 @@ def check_hessian(few: Few, kind: str, layers: list[str]) -> tuple[float, float]
     worst, found, expected, selves = 0.0, 0.0, 0.0, [0.0, 0.0]
     for layer in layers:
         g, solver, c = few.grads[layer], few.preconditioner(kind, layer), few.dense(kind, layer)
-        lam = DAMPING * c.trace().item() / len(c)
+        lam = max(DAMPING * c.trace().item() / len(c), 1e-300)  # C may be 0
         exact = torch.linalg.solve(c + lam * torch.eye(len(c)).double(), g.double().T).T
         solved = solver.solve(g)
         worst = max(worst, relative(solved, exact))
