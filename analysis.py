@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logra import progress, report, run, store
+from logra import disk, progress, report, run
 from logra.diagnose import diagnose
 from logra.log import Log
 from logra.ranking import Ranking, Scores, by_document, check_scores, load_matrix, read_queries
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
         if args.tokens:
             add_shares(views, log, about, examples, args.trust_remote_code)
         add_word_matches(views, examples["text"], args.top_k)
-        with store.atomic(folder / "report.html") as path:
+        with disk.atomic(folder / "report.html") as path:
             path.write_text(
                 report.render(report.header(log, about, args.tokens) | {"diagnosis": diagnosis}, views, args.top_k),
                 "utf-8",
@@ -92,7 +92,7 @@ def newest_scores(log_dir: Path | None, split: str | None) -> tuple[Path, dict]:
     pattern = "*/scores/*/run.json" if log_dir is None else "scores/*/run.json"
     root = Path("logs") if log_dir is None else log_dir
     for path in sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
-        about = store.read_json(path, "run compute_influence.py again")
+        about = disk.read_json(path, "run compute_influence.py again")
         if path.parent.suffix != ".tmp" and split in (None, about.get("split")):
             return path.parent, about
     wanted = f" of --split {split}" if split else ""
@@ -118,15 +118,15 @@ def write_lists(folder: Path, args: argparse.Namespace, views: list[dict]) -> No
     sides = ("top", "bottom") if args.bottom else ("top",)
     rows = [row for view in views for side in sides for row in view["cards"][side]]
     if "jsonl" in args.format:
-        with store.atomic(folder / "top_k.jsonl") as path:
+        with disk.atomic(folder / "top_k.jsonl") as path:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     if "csv" in args.format:
-        with store.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        with disk.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows({key: plain(value) for key, value in row.items()} for row in rows)
     if "txt" in args.format:
-        with store.atomic(folder / "top_k.txt") as path:
+        with disk.atomic(folder / "top_k.txt") as path:
             path.write_text(progress.printable("\n".join(readable(views, sides))), "utf-8")
 
 

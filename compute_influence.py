@@ -13,7 +13,7 @@ from functools import partial
 
 import xxhash
 
-from logra import hessian, influence, model, progress, run, store
+from logra import disk, hessian, influence, model, progress, run
 from logra.extraction import load
 from logra.log import Log
 from logra.prepare import find_folder, find_log, make_extractor
@@ -90,11 +90,11 @@ def main(args: argparse.Namespace) -> None:
     about |= {"blocks": list(dict.fromkeys(blocks.values()))} if args.layerwise else {}
     with ExitStack() as stack:
         if accelerator.is_main_process:
-            stack.enter_context(store.locked(folder / "scores" / f"{label}.lock", f"{folder}/scores/{label}"))
+            stack.enter_context(disk.locked(folder / "scores" / f"{label}.lock", f"{folder}/scores/{label}"))
             for path in folders:
-                stack.enter_context(store.atomic(path)).mkdir()
+                stack.enter_context(disk.atomic(path)).mkdir()
         files = [
-            ScoreFile(store.temporary(path), len(queries), log.examples, args.top_k_only, len(about.get("blocks", ())))
+            ScoreFile(disk.temporary(path), len(queries), log.examples, args.top_k_only, len(about.get("blocks", ())))
             for path in folders
         ]
         wanted = args.mode != "dot" or args.self_influence

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from logra import data, estimate, hessian, model, progress, run, store, verify
+from logra import data, disk, estimate, hessian, model, progress, run, store, verify
 from logra.extraction import HostGradients, load
 from logra.hooks import GradientCapture
 from logra.log import Log
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         return
     accelerator = run.start_processes()
     folder = find_folder(args, must_exist=args.extend)
-    lock = store.locked(folder.with_name(f"{folder.name}.lock"), str(folder))
+    lock = disk.locked(folder.with_name(f"{folder.name}.lock"), str(folder))
     with lock if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         settings, log = find_log(folder, args, args.extend, args.overwrite, args.extend)
@@ -180,9 +180,9 @@ def write_hessian(kind: str, log: Log, accelerator: run.Accelerator) -> None:
         for _ in tensors:
             pass
         return
-    with store.atomic(path) as temporary:
+    with disk.atomic(path) as temporary:
         entry = store.write_tensors(temporary, layout, tensors)
-    store.write_json(path.with_suffix(".json"), entry | {"examples": log.examples})
+    disk.write_json(path.with_suffix(".json"), entry | {"examples": log.examples})
 
 
 if __name__ == "__main__":

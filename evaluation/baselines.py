@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import model, store
+from logra import disk, model
 from logra.batches import length_batches, make_batch
 from logra.extraction import Extractor
 from logra.hooks import GradientCapture
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         "trak": lambda: trak(log, lm, asked, [query.counted for query in queries], train),
     }
     for baseline in args.baselines:
-        with store.atomic(args.output / baseline / "scores.npy") as path, open(path, "wb") as file:
+        with disk.atomic(args.output / baseline / "scores.npy") as path, open(path, "wb") as file:
             np.save(file, np.asarray(scores[baseline](), dtype=np.float32))
         print(args.output / baseline)
 

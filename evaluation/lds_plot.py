@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import store
+from logra import disk
 from logra.hessian import default_damping
 from logra.run import Parser, guarded
 
@@ -136,9 +136,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"expected .json files of lds.py --json in {args.folder}, got none; run evaluation/lds_table.sh"
         )
-    testbeds = {path.stem: methods(store.read_json(path, "run lds.py again")["rows"]) for path in files}
+    testbeds = {path.stem: methods(disk.read_json(path, "run lds.py again")["rows"]) for path in files}
     text = "\n".join(table(name, found) for name, found in testbeds.items())
-    with store.atomic(args.folder / "lds.md") as path:
+    with disk.atomic(args.folder / "lds.md") as path:
         path.write_text(text, "utf-8")
     plot_bytes(args.folder, testbeds)
     plot_damping(args.folder, testbeds)

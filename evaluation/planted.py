@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 import testbed
 
-from logra import store
+from logra import disk
 from logra.batches import make_batch
 from logra.loss import hidden_states
 from logra.model import load_model, load_tokenizer
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     """Make what the folder lacks, then print the table."""
     make(args)
     corpus, queries = (scored.read_rows(args.folder / f"{name}.jsonl") for name in ("corpus", "queries"))
-    facts, ids = store.read_json(args.folder / "facts.json", "delete the folder"), [row["id"] for row in corpus]
+    facts, ids = disk.read_json(args.folder / "facts.json", "delete the folder"), [row["id"] for row in corpus]
     planted = np.array([np.isin(ids, facts[query["id"]]) for query in queries])
     found = {str(folder): by_document(folder, ids, list(facts)) for folder in args.scores}
     model = load_model(str(args.folder / "model"), torch.float32, DEVICE)
@@ -86,16 +86,16 @@ def make(args: argparse.Namespace) -> None:
     path, others = args.folder / "planted.json", ("folder", "scores")
     settings = {name: value for name, value in vars(args).items() if name not in others}
     if path.exists():
-        known = store.read_json(path, "delete the folder")
+        known = disk.read_json(path, "delete the folder")
         for name, value in settings.items():
             if value not in (known[name], build_parser().get_default(name)):
                 raise ValueError(f"expected --{name} {known[name]} (from {path}), got {value}; use another folder")
         return
     corpus, queries, facts = make_corpus(args.num_facts, args.paraphrases, args.num_filler, args.seed)
     for name, rows in (("corpus", corpus), ("queries", queries)):
-        with store.atomic(args.folder / f"{name}.jsonl") as made:
+        with disk.atomic(args.folder / f"{name}.jsonl") as made:
             made.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    store.write_json(args.folder / "facts.json", facts)
+    disk.write_json(args.folder / "facts.json", facts)
     texts = [row["text"] for row in corpus]
     if args.model_name:
         model, tokenizer = load_model(args.model_name, torch.float32, DEVICE), load_tokenizer(args.model_name)
@@ -103,10 +103,10 @@ def make(args: argparse.Namespace) -> None:
     else:
         tokenizer, config = testbed.make_tokenizer(texts, SMALL["vocabulary"]), testbed.make_config(**SMALL)
         model = testbed.train(config, tokenizer(texts)["input_ids"], args.epochs or 60, args.seed, args.seed)
-    with store.atomic(args.folder / "model") as made:
+    with disk.atomic(args.folder / "model") as made:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-    store.write_json(path, settings)
+    disk.write_json(path, settings)
 
 
 def make_corpus(num_facts: int, paraphrases: int, num_filler: int, seed: int) -> tuple[list, list, dict]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from logra import store
+from logra import disk
 from logra.log import Log
 from logra.ranking import check_scores, load_matrix, read_queries
 
@@ -33,7 +33,7 @@ def load(folder: Path) -> Scored:
         ValueError: It is none, holds the ends of the scores only (--top_k_only), was altered, or its run has other
             examples now.
     """
-    about = store.read_json(folder / "run.json", "give a folder under logs/<run>/scores/")
+    about = disk.read_json(folder / "run.json", "give a folder under logs/<run>/scores/")
     if "top_k_only" not in about:
         raise ValueError(f"expected scores in {folder}, got something else; give a folder under logs/<run>/scores/")
     if about["top_k_only"]:
@@ -47,7 +47,7 @@ def load(folder: Path) -> Scored:
 
 def read_rows(path: Path) -> list[dict]:
     """Return the rows of a .jsonl file."""
-    return [json.loads(line) for line in store.read_lines(path)]
+    return [json.loads(line) for line in disk.read_lines(path)]
 
 
 def interval(values: np.ndarray) -> str:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scored
 
-from logra import store
+from logra import disk
 from logra.batches import make_batch
 from logra.loss import IGNORE
 from logra.model import fingerprint, hub_options, load_model, load_tokenizer
@@ -69,7 +69,7 @@ def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
     if args.k > total:
         raise ValueError(f"expected --k of at most {total}, the examples of {folder}, got {args.k}; lower it")
     path = folder / f"tail_patch-{args.k}-{args.learning_rate:g}-{args.seed}.json"
-    changes = store.read_json(path, "delete it")["changes"] if path.exists() else []
+    changes = disk.read_json(path, "delete it")["changes"] if path.exists() else []
     count = min(args.max_queries or len(run.queries), len(run.queries))
     if len(changes) >= count:
         return np.array(changes[:count])
@@ -89,7 +89,7 @@ def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
         parts = [examples[ids.tolist()] for ids in (order[: args.k], random, order[-args.k :])]
         sets = [list(zip(p["input_ids"], p.get("counted", [None] * args.k), strict=True)) for p in parts]
         changes.append([patch.change(rows, queries[number][1:3]) for rows in sets])
-        store.write_json(path, {"changes": changes})
+        disk.write_json(path, {"changes": changes})
     return np.array(changes)
 
 

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Collection
 from functools import partial
 
+from logra.disk import fits, is_count
 from logra.hessian import KINDS
 from logra.influence import MODES
 from logra.run import DATA_FLAGS, RUN_FLAGS
-from logra.store import fits, is_count
 
 LATER = ("block_size", "dtype", "basis")  # None on the command line only
 

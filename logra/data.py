@@ -18,7 +18,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logra import progress, store
+from logra import disk, progress
 from logra.rows import FORMS, bad_value, encoder, row_form
 
 HUB_NAMES = {
@@ -80,7 +80,7 @@ def load_documents(name: str, config: str | None, split: str, cache_dir: str | N
 
 def source_fingerprint(name: str) -> str | None:
     """Return a hash of a local data set's files, names and contents; None for a Hub name."""
-    files = store.file_sums(Path(name))
+    files = disk.file_sums(Path(name))
     return xxhash.xxh3_64_hexdigest(json.dumps(files).encode()) if files else None
 
 
@@ -266,7 +266,7 @@ def write_examples(
     work.mkdir()
     try:
         examples, counts = build_examples(documents, tokenizer, choice, num_proc, work)
-        with store.atomic(path) as temporary:
+        with disk.atomic(path) as temporary:
             examples.save_to_disk(temporary)
         del examples
     except datasets.exceptions.DatasetGenerationError as error:
@@ -276,7 +276,7 @@ def write_examples(
         shutil.rmtree(work, ignore_errors=True)
     examples = datasets.load_from_disk(path)
     counts |= {"examples": len(examples), "tokens": int(token_counts(examples).sum())}
-    return counts | {"fingerprint": examples_fingerprint(examples), "files": store.file_sums(path)}
+    return counts | {"fingerprint": examples_fingerprint(examples), "files": disk.file_sums(path)}
 
 
 def _lists(examples: Dataset, column: str) -> Iterator:

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 
-from logra import data, hessian, projection, quantise, store
+from logra import data, disk, hessian, projection, quantise, store
 from logra.checks import is_run
 from logra.model import same_name
 from logra.projection import Shapes
@@ -50,8 +50,8 @@ class Log:
             ValueError: There is none, or it is of another format.
         """
         path, remedy = folder / "run.json", f"restore it, or delete {folder} and run extract_log.py"
-        store.check_folder(folder)
-        content = store.read_json(path, remedy)
+        disk.check_folder(folder)
+        content = disk.read_json(path, remedy)
         if content.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT} in {path}, got {content.get('format')}; {remedy}")
         if not is_run(content):
@@ -68,7 +68,7 @@ class Log:
         fixed = {"format": FORMAT, "versions": {"python": platform.python_version()} | packages}
         self.content = fixed | self.content | entries
         self.__dict__.pop("shards", None)
-        store.write_json(self.folder / "run.json", self.content)
+        disk.write_json(self.folder / "run.json", self.content)
 
     def say_what_is_kept(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
         """Name the settings that the run was begun with and that this command line leaves out."""
@@ -128,7 +128,7 @@ class Log:
         for number, part in enumerate(self.parts):
             folder = self.train_folder(number)
             try:
-                whole = store.file_sums(folder) == part["files"]
+                whole = disk.file_sums(folder) == part["files"]
                 loaded.append(load_from_disk(folder))
                 loaded[-1].data.table.validate(full=True)  # offsets that lead out of a buffer
                 if any(loaded[-1].features[name].dtype != "string" for name in ("document_id", "text")):
@@ -259,7 +259,7 @@ class Log:
     def hessian_entry(self, kind: str) -> dict:
         """Read what was written beside a Hessian file: its entry (see store) and its number of examples."""
         path = self.hessian_path(kind).with_suffix(".json")
-        return store.read_json(path, "delete it and run extract_log.py again")
+        return disk.read_json(path, "delete it and run extract_log.py again")
 
     def hessian_layout(self, kind: str) -> store.Layout:
         """Return the tensors of a Hessian file."""

@@ -24,10 +24,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file, logging
 
+from logra.disk import atomic, fits, parse_json
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
-from logra.store import atomic, fits, parse_json
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from logra import data, progress, projection, run, store
+from logra import data, disk, progress, projection, run, store
 from logra.extraction import CPU_TOKENS, Extractor, calibration_batches, factor_sums
 from logra.hooks import GradientCapture
 from logra.log import Log
@@ -82,7 +82,7 @@ def prepare_data(args: argparse.Namespace, log: Log, tokenizer, further: dict | 
     choice = data.choice(settings, first_row=first_row)
     data.row_form(documents.column_names, choice.text_column, choice.response)
     part = log.train_folder(len(log.parts) if further else 0)
-    store.remove(part if further else log.folder)
+    disk.remove(part if further else log.folder)
     try:
         if not further:
             log.save()
@@ -90,7 +90,7 @@ def prepare_data(args: argparse.Namespace, log: Log, tokenizer, further: dict | 
         if further:
             log.check_new_documents(part)
     except BaseException:
-        store.remove(part if further else log.folder)  # nothing of it is there yet
+        disk.remove(part if further else log.folder)  # nothing of it is there yet
         raise
     counts |= log.shard_size(counts["examples"]) | {"source": data.source_fingerprint(name)}
     counts |= {"settings": {flag: settings[flag] for flag in run.DATA_FLAGS}}

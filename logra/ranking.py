@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from logra import store
+from logra import disk, store
 from logra.checks import are_scores
 from logra.influence import top_k
 from logra.log import Log
@@ -52,7 +52,7 @@ def check_scores(folder: Path, about: dict, log: Log) -> None:
         raise ValueError(
             f"expected scores of {log.folder}'s examples in {folder}, got others; run compute_influence.py again"
         )
-    if store.file_sums(folder, about["files"]) != about["files"]:
+    if disk.file_sums(folder, about["files"]) != about["files"]:
         raise ValueError(f"expected {folder} as it was written, got other files; run compute_influence.py again")
 
 
@@ -63,10 +63,10 @@ def read_queries(path: Path) -> list[dict]:
         ValueError: It is missing or damaged.
     """
     try:
-        rows = [store.parse_json(line) for line in store.read_lines(path)]
+        rows = [disk.parse_json(line) for line in disk.read_lines(path)]
     except (OSError, ValueError) as error:
         raise ValueError(f"expected queries in {path}, got {error}; run compute_influence.py again") from error
-    if not store.fits(rows, [{"id": str}]):
+    if not disk.fits(rows, [{"id": str}]):
         raise ValueError(f"expected an id in each row of {path}, got other rows; run compute_influence.py again")
     return rows
 
@@ -88,7 +88,7 @@ class Scores:
         for largest, name in ((True, "top"), (False, "bottom")):
             path = folder / f"{name}.safetensors"
             try:
-                self.ends[largest] = store.load_tensors(path, store.read_json(path.with_suffix(".json"), ""), layout)
+                self.ends[largest] = store.load_tensors(path, disk.read_json(path.with_suffix(".json"), ""), layout)
             except ValueError as error:
                 raise ValueError(f"expected scores in {folder}, got {error}; run compute_influence.py again") from error
             ids = self.ends[largest]["ids"]

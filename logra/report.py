@@ -11,8 +11,8 @@ import bm25s
 import jinja2
 import numpy as np
 
+from logra.disk import fits
 from logra.log import Log
-from logra.store import fits
 
 MOST_BYTES = 5_000_000
 LEAST_BYTES = 2_000  # of a query

@@ -17,7 +17,7 @@ import xxhash
 from accelerate import Accelerator
 from torch import Tensor
 
-from logra import store
+from logra import disk, store
 from logra.influence import RunningTopK
 from logra.log import Log
 from logra.queries import Query
@@ -82,7 +82,7 @@ class ScoreFile:
             tensors = {key: torch.cat([getattr(end, key) for end in ordered]) for key in ("scores", "ids")}
             if accelerator.is_main_process:
                 entry = store.save_tensors(self.folder / f"{name}.safetensors", tensors)
-                store.write_json(self.folder / f"{name}.json", entry)
+                disk.write_json(self.folder / f"{name}.json", entry)
 
     def describe(self, queries: list[Query], about: dict, self_influence: Tensor | None) -> None:
         """Write queries.jsonl, where given self_influence.npy, and run.json with the checksums of all files."""
@@ -91,7 +91,7 @@ class ScoreFile:
         (self.folder / "queries.jsonl").write_text(text, "utf-8")
         if self_influence is not None:
             np.save(self.folder / "self_influence.npy", self_influence.numpy())
-        store.write_json(self.folder / "run.json", about | {"files": store.file_sums(self.folder)})
+        disk.write_json(self.folder / "run.json", about | {"files": disk.file_sums(self.folder)})
 
 
 class SelfInfluence:
@@ -116,7 +116,7 @@ class SelfInfluence:
     def _load(self, path: Path) -> Tensor | None:
         """Return what is stored, if it is whole and of the same Hessian and examples."""
         try:
-            entry = store.read_json(path.with_suffix(".json"), "")
+            entry = disk.read_json(path.with_suffix(".json"), "")
             layout = {"values": (torch.float32, [self.values.shape[1]])}
             values = store.load_tensors(path, entry, layout)["values"]
         except ValueError:
@@ -139,4 +139,4 @@ class SelfInfluence:
         for path, values in zip(self.paths, self.values, strict=True) if accelerator.is_main_process else ():
             tag = f".{os.getpid()}"  # other queries may be scored at the same time
             entry = store.save_tensors(path, {"values": values.contiguous()}, tag)
-            store.write_json(path.with_suffix(".json"), entry | self.key, tag)
+            disk.write_json(path.with_suffix(".json"), entry | self.key, tag)

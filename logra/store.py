@@ -1,4 +1,4 @@
-"""Files of a run that are whole or absent: atomic writes, gradient shards with manifests and checksums.
+"""Files of tensors, and the gradient shards that are made of them, with manifests and checksums.
 
 gradients/00000.safetensors          a tensor <layer> [n, r_out * r_in] for each layer; of whole numbers, <layer>
                                      [n, bytes] and <layer>.scale [n] (see quantise)
@@ -13,20 +13,16 @@ each tensor, so that whoever reads one tensor checks just that one.
 import json
 import math
 import os
-import shutil
-import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
-from types import UnionType
 from typing import NoReturn
 
 import torch
 import xxhash
-from filelock import SoftFileLease, Timeout
 from torch import Tensor
 
-LEASE = 60.0  # seconds; see locked
+from logra.disk import atomic, fits, is_count, parse_json, read_json, write_json
+
 MOST_HEADER = 10**8  # bytes, as safetensors has it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {
@@ -38,187 +34,7 @@ _CODES = {
     torch.uint8: "U8",
 }
 _TYPES = {code: dtype for dtype, code in _CODES.items()}
-
-
 Layout = dict[str, tuple[torch.dtype, list[int]]]  # a tensor's name -> its dtype and shape
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def temporary(path: Path, tag: str = "") -> Path:
-    """Return where the content of `path` is written before it is whole."""
-    return path.with_name(f"{path.name}{tag}.tmp")
-
-
-@contextmanager
-def atomic(path: Path, tag: str = "") -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well, flush it and rename it to `path` (a file or a folder).
-
-    Writers that may meet at one path give different tags.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    was_folder, made = path.is_dir(), temporary(path, tag)
-    remove(made)
-    try:
-        yield made
-        for part in [*made.rglob("*"), made]:
-            sync(part)
-        if was_folder != made.is_dir() and path.exists():
-            raise ValueError(f"expected to replace {path} by one of its kind, got a folder there; choose another name")
-        if was_folder:  # a folder is not replaced in one step
-            remove(path)
-        made.replace(path)
-        sync(path.parent)
-    except BaseException:
-        remove(made)
-        raise
-
-
-@contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file inside the block. No lock of the kernel is used, so it holds on network file systems too.
-
-    A dead owner's lock is taken over: at once on this host, else after LEASE seconds without a sign of life.
-
-    Args:
-        path: The lock file; it is removed in the end.
-        what: What it stands for, for the message.
-
-    Raises:
-        ValueError: A living process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = SoftFileLease(path, lease_duration=LEASE, timeout=1)
-    try:
-        try:
-            lock.acquire()
-        except Timeout:
-            if path.exists() and f"host={socket.gethostname()}\n" in path.read_text():
-                raise
-            lock.acquire(timeout=2 * LEASE)
-    except Timeout:
-        raise ValueError(
-            f"expected {what} for this run alone, got another one at work there (see {path}); wait until it ends"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there; a folder in one step, as seen from outside."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    doomed = path.with_name(f"{path.name}.deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank. Only a newline ends a line, as in JSON Lines.
-
-    Raises:
-        ValueError: The file is not UTF-8.
-    """
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 in {path}, got {error}; convert the file") from error
-
-
-def _checksum(content: dict) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def write_json(path: Path, content: dict, tag: str = "") -> None:
-    """Write JSON atomically, with a checksum of its content."""
-    with atomic(path, tag) as made:
-        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False)
-        made.write_text(text + "\n", encoding="utf-8")
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder with anything but files and folders in it: a link may lead out of it, a pipe makes us wait."""
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:  # other processes rename and delete
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                check_folder(Path(entry))
-            elif not entry.is_file(follow_symlinks=False):
-                raise ValueError(
-                    f"expected files and folders in a run, got the link, pipe or device {entry.path}; delete it"
-                )
-
-
-def parse_json(text: str | bytes) -> object:
-    """Return the content of JSON text, or raise a ValueError, also where it is nested too deeply for Python."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
-
-
-def read_row(line: str) -> object:
-    """Return the value of a line of JSON Lines, or raise a ValueError that says what is wrong with it."""
-    row = parse_json(line)
-    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, which is no text, is a ValueError here
-    return row
-
-
-def fits(value: object, shape: object) -> bool:
-    """Say whether parsed JSON has a shape.
-
-    Args:
-        value: What may hold anything.
-        shape: A type or a union of types; a function that says yes or no; {key: shape} of the least keys of an object;
-            or [shape], that of all items of a list.
-    """
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-    return isinstance(value, shape) if isinstance(shape, type | UnionType) else shape(value)
-
-
-def is_count(value: object) -> bool:
-    """Say whether a value is a whole number of at least 0, and one that files can hold that many of."""
-    return type(value) is int and 0 <= value < 2**48
-
-
-def read_json(path: Path, remedy: str) -> dict:
-    """Read what write_json wrote, or raise a ValueError that ends with `remedy`."""
-    if not path.is_file():
-        raise ValueError(f"expected a JSON file {path}, got none; {remedy}")
-    try:
-        content = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected a JSON file {path}, got {type(error).__name__}; {remedy}") from error
-    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
-        raise ValueError(f"expected {path} as it was written, got other content; {remedy}")
-    return content
-
-
-def file_sums(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the checksum (xxh3) of each file in a folder, or of those files; or of the file itself, as `.`."""
-    found = {}
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        name = str(file.relative_to(path))
-        if file.is_file() and (names is None or name in names):
-            checksum = xxhash.xxh3_64()
-            with open(file, "rb") as content:
-                while chunk := content.read(2**24):
-                    checksum.update(chunk)
-            found[name] = checksum.hexdigest()
-    return found
 
 
 def write_tensors(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> dict:

@@ -32,7 +32,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
 
-from logra import run, store  # noqa: E402
+from logra import disk, run  # noqa: E402
 
 VOCAB = 320
 LLAMA = {
@@ -145,12 +145,12 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     content.pop("checksum", None)
     change(content)
-    store.write_json(path, content)
+    disk.write_json(path, content)
 
 
 def vouch(folder: Path) -> None:
     """Enter the checksums that the files of a folder of scores have now."""
-    edit_json(folder / "run.json", lambda about: about.update(files=store.file_sums(folder, about["files"])))
+    edit_json(folder / "run.json", lambda about: about.update(files=disk.file_sums(folder, about["files"])))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -125,7 +125,7 @@ def finished(tiny, tmp_path_factory):
         (b'{"text": "the \\ud800 river"}\n', ("row 1", "surrogates")),
         (b'{"text": "a b", "id": "\\ud800"}\n', ("row 1", "surrogates")),
         (b'{"text": "the \xff river"}\n', ("q.jsonl", "UTF-8")),
-        (b"[" * 100_000, ("row 1", "brackets")),
+        (b"[" * 100_000, ("row 1", "nested")),
         (b'{"prompt_ids": [1' + b"0" * 5000 + b"]}\n", ("row 1", "4300")),
         (b'{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}\n', ("row 1", "messages")),
     ],

@@ -14,7 +14,7 @@ from conftest import make_model, make_texts, make_tokenizer, write_jsonl
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from logra import store
+from logra import disk, store
 from logra.log import Log
 
 DATA = ("--data_name", "docs.jsonl", "--log_dir", "log")
@@ -200,7 +200,7 @@ def test_a_second_start_computes_only_what_is_missing(cli, tiny, workspace):
         status, _, err = cli("compute_influence", *QUERIES)
         assert status == 2 and words in err and f"{index:05d}" in err and len(err.splitlines()) == 1
         if index == 1:
-            store.write_json(files[1]["manifest"], {"first_example": 4, "examples": 4})
+            disk.write_json(files[1]["manifest"], {"first_example": 4, "examples": 4})
             assert cli("compute_influence", *QUERIES)[0] == 2
             files[1]["manifest"].unlink()
             extract(cli, tiny / "gpt2", "--shard_examples", 4, "--rank", 4)

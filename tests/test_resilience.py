@@ -18,7 +18,7 @@ from conftest import ROOT, make_texts, write_jsonl
 from test_pipeline import hessian_tensors, stored_gradients
 from test_processes import launch, start
 
-from logra import store
+from logra import disk, store
 from logra.log import Log
 
 FLAGS = "--data_name docs.jsonl --rank 4 --shard_examples 10 --batch_tokens 400 --hessian ekfac"
@@ -176,14 +176,14 @@ def test_workers_end_with_their_launcher(undisturbed, workspace):
     _, alive = psutil.wait_procs(started, 10)
     assert not alive
     begun = time.time()
-    with store.locked(workspace / "log.lock", "log"):
+    with disk.locked(workspace / "log.lock", "log"):
         assert time.time() - begun < 1, "taken over at once"
     assert not (workspace / "log.lock").exists()
 
 
 def test_a_lock_of_another_host(tmp_path, monkeypatch):
     """A heartbeat that goes on is respected; one that has stopped is waited for, then the lock is taken."""
-    monkeypatch.setattr(store, "LEASE", 1.0)
+    monkeypatch.setattr(disk, "LEASE", 1.0)
     path = tmp_path / "log.lock"
     code = "import filelock, sys, time; lock = filelock.SoftFileLease(sys.argv[1], lease_duration=1.0)"
     code += "; lock.acquire(); print(1, flush=True); time.sleep(60)"
@@ -201,11 +201,11 @@ def test_a_lock_of_another_host(tmp_path, monkeypatch):
 
     thread = threading.Thread(target=touch)
     thread.start()
-    with pytest.raises(ValueError, match="another one at work"), store.locked(path, "log"):
+    with pytest.raises(ValueError, match="another one at work"), disk.locked(path, "log"):
         pass
     touching.set()
     thread.join()
-    with store.locked(path, "log"):
+    with disk.locked(path, "log"):
         assert "host=elsewhere" not in path.read_text()
 
 

@@ -18,7 +18,7 @@ import xxhash
 from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from test_bad_input import refused
 
-from logra import store
+from logra import disk
 from logra.model import fingerprint, load_model, short_name
 from logra.run import RUN_FLAGS, run_name
 
@@ -441,7 +441,7 @@ def test_examples_of_someone_else(cli, run, tmp_path):
     path.write_bytes(whole)
     for name in ("../../other/data.arrow", str(tmp_path / "no.arrow"), "/dev/null"):
         edit(run / "train/state.json", _data_files=[{"filename": name}])
-        edit(run / "run.json", data__files=store.file_sums(run / "train"))
+        edit(run / "run.json", data__files=disk.file_sums(run / "train"))
         refused_by(cli, "analysis")
     shutil.rmtree(run / "train")
     refused_by(cli, "analysis", "compute_influence")
