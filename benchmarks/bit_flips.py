@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from soak import make_model, write_texts
-
+from benchmarks.soak import make_model, write_texts
 from logra import run
 
 RUN = "--model_name model --data_name texts.jsonl --log_dir log --hessian ekfac --rank 8 --shard_examples 8"

@@ -1,6 +1,6 @@
 """kill -9 at random moments of stages 2 and 3: does the rerun end with the scores of an undisturbed run?
 
-A tiny Llama and short texts; 1 to 3 processes; what is killed is a rank, all ranks, or the launcher. After five starts
+A tiny Llama and short texts; 1 to 4 processes; what is killed is a rank, all ranks, or the launcher. After five starts
 that were killed the stages are started once more and left alone; then scores are compared, and the next five begin in
 a new folder. A start must need no help: no lock or other file is removed by hand, and no rank outlives its launcher by
 two minutes. Prints a row a victim, and one JSON line.
@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from soak import ROOT, make_model, write_texts
-
+from benchmarks.soak import ROOT, make_model, write_texts
 from logra import run
 
 STAGES = {
@@ -109,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
             for _ in range(EACH):
                 extracted = (folder / log / "hessian/ekfac.json").exists()
                 stage = "compute_influence.py" if extracted and draw.random() < 0.7 else "extract_log.py"
-                process = begin(stage, draw.choice([1, 2, 3]), folder, f"{STAGES[stage]} --log_dir {log}")
+                process = begin(stage, draw.randint(1, 4), folder, f"{STAGES[stage]} --log_dir {log}")
                 time.sleep(draw.uniform(0.2, 1.2) * each)
                 victim = draw.choice(VICTIMS)
                 if kill(process, victim, draw):

@@ -271,6 +271,8 @@ def write_examples(
         del examples
     except datasets.exceptions.DatasetGenerationError as error:
         raise OSError(f"packing failed: {error.__cause__}") from error
+    except ValueError as error:  # of closing a file that could not be written
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         gc.collect()  # a network file system keeps files that are still mapped
         shutil.rmtree(work, ignore_errors=True)

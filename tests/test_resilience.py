@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from conftest import ROOT, make_texts, write_jsonl
 from test_pipeline import hessian_tensors, stored_gradients
 from test_processes import launch, start
 
+from benchmarks.kills import begin, kill, workers
 from logra import disk, store
 from logra.log import Log
 
@@ -104,66 +104,26 @@ def test_memory_that_runs_out_on_one_rank_of_a_sharded_model(undisturbed, worksp
     same_run(workspace / "log", workspace / "ref")
 
 
-def begin(processes: int, folder: Path, flags: str) -> subprocess.Popen:
-    """Start extract_log.py and return at once."""
-    begun = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--multi_gpu"]
-    command = [sys.executable, *(begun if processes > 1 else []), ROOT / "extract_log.py", *flags.split()]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(list(map(str, command)), cwd=folder, env=environment, start_new_session=True, **quiet)
-
-
-def workers(process: subprocess.Popen) -> list[psutil.Process]:
-    """Return the processes that a launcher has started."""
-    try:
-        return [p for p in psutil.Process(process.pid).children(recursive=True) if "extract_log.py" in str(p.cmdline())]
-    except psutil.Error:
-        return []
-
-
-def kill_at_random_moments(folder: Path, flags: str, times: int, seed: int) -> int:
-    """Start on 1 or 2 processes and kill -9 the launcher, a worker or all; return how many were at work still."""
-    choose, killed = random.Random(seed), 0
-    for _ in range(times):
-        process = begin(choose.choice([1, 2]), folder, flags)
-        time.sleep(choose.uniform(0.5, 9))
-        killed += process.poll() is None
-        started = workers(process)
-        victims = choose.choice([[process], started[:1] or [process], [process, *started]])
-        for victim in victims:
-            victim.send_signal(signal.SIGKILL)
-        process.wait(60)
-        _, alive = psutil.wait_procs(started, 20)
-        assert not alive, "workers end when their launcher dies"
-    return killed
-
-
-def check_after_kills(workspace: Path, flags: str, times: int, seed: int) -> None:
-    assert kill_at_random_moments(workspace, f"{flags} --log_dir log", times, seed)
-    log = workspace / "log"
+def test_killed_twice(undisturbed, workspace):
+    """After two kills the run ends with the same gradients; finished shards stay, nothing is left over."""
+    log, draw, killed = workspace / "log", random.Random(1), 0
+    for processes, victim in ((2, "the launcher"), (1, "a rank")):
+        process = begin("extract_log.py", processes, workspace, f"{undisturbed} --log_dir log")
+        time.sleep(draw.uniform(4, 9))
+        killed += kill(process, victim, draw)
+    assert killed
     manifests = {path: path.stat().st_mtime_ns for path in log.glob("gradients/?????.json")}
-    done = launch(2, workspace, f"{flags} --log_dir log")
+    done = launch(2, workspace, f"{undisturbed} --log_dir log")
     assert done.returncode == 0, done.stderr
-    assert all(path.stat().st_mtime_ns == modified for path, modified in manifests.items()), "finished shards stay"
+    assert all(path.stat().st_mtime_ns == modified for path, modified in manifests.items())
     same_run(log, workspace / "ref")
     assert not list(log.rglob("*.tmp")) and not list(workspace.glob("*.lock"))
-
-
-def test_killed_twice(undisturbed, workspace):
-    """After two kills the run ends with the same gradients; nothing is left over."""
-    check_after_kills(workspace, undisturbed, 2, seed=1)
-
-
-@pytest.mark.slow
-def test_killed_ten_times(undisturbed, workspace):
-    """Ten kills at random moments, on one and two processes."""
-    check_after_kills(workspace, undisturbed, 10, seed=2)
 
 
 def test_workers_end_with_their_launcher(undisturbed, workspace):
     """kill -9 of the launcher ends its workers, and the lock that they leave is taken over at once."""
     write_jsonl(workspace / "docs.jsonl", [{"text": t} for t in make_texts(20000)])
-    process = begin(2, workspace, f"{undisturbed} --log_dir log")
+    process = begin("extract_log.py", 2, workspace, f"{undisturbed} --log_dir log")
     deadline = time.time() + 60
     while not list(workspace.glob("log/gradients/*.json")) and time.time() < deadline:
         time.sleep(0.2)

@@ -1,0 +1,153 @@
+"""What a machine can do to a run: full and read-only disks, folders that vanish, ranks that stop, kills, turned bits.
+
+Each ends in one line or in the right scores, and so does the next start.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_texts, write_jsonl
+from test_bad_input import refused
+from test_processes import launch
+
+from benchmarks.kills import begin, workers
+from logra.log import Log
+
+STAGES = {
+    "extract_log": ("--data_name", "docs.jsonl", "--rank", 8, "--hessian", "ekfac", "--shard_examples", 5),
+    "compute_influence": ("--split", "queries.jsonl", "--mode", "cosine"),
+    "analysis": (),
+}
+
+
+def scores(folder: Path) -> np.ndarray:
+    """Return a run's scores."""
+    (path,) = folder.glob("scores/*/scores.npy")
+    return np.load(path)
+
+
+def run_all(cli, model: Path, folder: Path) -> tuple[int, str, str]:
+    """Run the stages until one fails; return what the last one gave."""
+    for script, flags in STAGES.items():
+        given = ("--model_name", model) if script == "extract_log" else ()
+        done = cli(script, "--log_dir", folder, *given, *flags)
+        if done[0]:
+            break
+    return done
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function size -> a folder on a disk of that size, which can be changed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        kind = ["-o", f"remount,{options}"] if os.path.ismount(folder) else ["-t", "tmpfs", "-o", options, "tmpfs"]
+        if subprocess.run(["mount", *kind, folder], capture_output=True).returncode:
+            pytest.skip("mounting a disk needs root")
+        return folder
+
+    yield mount
+    while os.path.ismount(folder):
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(cli, tiny, workspace, small_disk, monkeypatch):
+    """Wherever the disk gets full, it is one line; with room again, the scores are those of an undisturbed run."""
+    assert run_all(cli, tiny / "llama", Path("ref"))[0] == 0
+    monkeypatch.setattr(Log, "check_disk", lambda log: None)  # which would say it beforehand
+    needed, stopped = sum(path.stat().st_size for path in Path("ref").rglob("*") if path.is_file()), set()
+    for share in np.linspace(0.05, 1.2, 14):
+        run = small_disk(f"size={int(share * needed / 1024)}k") / "log"
+        status, _, error = run_all(cli, tiny / "llama", run)
+        if status:
+            refused((status, "", error), "No space left")
+            stopped.add(error.split(":")[0])
+        small_disk("size=100m")
+        assert run_all(cli, tiny / "llama", run)[0] == 0
+        assert np.allclose(scores(run), scores(Path("ref")), rtol=1e-4, atol=1e-6)
+        assert not list(run.rglob("*.tmp"))
+        shutil.rmtree(run)
+    assert {"extract_log.py", "compute_influence.py", "analysis.py"} <= stopped
+
+
+def test_a_read_only_folder(cli, tiny, workspace, small_disk):
+    """Each stage says so in one line; what is there can be used again afterwards."""
+    run = small_disk("size=100m") / "log"
+    assert run_all(cli, tiny / "llama", run)[0] == 0
+    before = scores(run)
+    small_disk("ro")
+    for script, flags in STAGES.items():
+        refused(cli(script, "--log_dir", run, *flags), "Read-only")
+    refused(run_all(cli, tiny / "llama", run.parent / "other"), "Read-only")
+    small_disk("rw")
+    assert run_all(cli, tiny / "llama", run)[0] == 0 and np.array_equal(scores(run), before)
+
+
+def in_the_middle(workspace: Path, flags: str, processes: int) -> subprocess.Popen:
+    """Start an extraction of 3000 documents, and return when it has written a shard."""
+    write_jsonl(workspace / "docs.jsonl", [{"text": text[:40]} for text in make_texts(3000)])
+    process = begin("extract_log.py", processes, workspace, f"{flags} --shard_examples 50", stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not list(workspace.glob("log/gradients/*.json")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    return process
+
+
+@pytest.fixture
+def flags(tiny) -> str:
+    """Of an extraction into log/."""
+    return f"--model_name {tiny}/llama --data_name docs.jsonl --rank 4 --log_dir log"
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_removed(flags, workspace):
+    """One line, or nothing lost: the next start begins anew and ends well."""
+    process = in_the_middle(workspace, flags, 1)
+    shutil.rmtree(workspace / "log", ignore_errors=True)
+    error = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 2 and "Traceback" not in error, error
+    assert launch(1, workspace, f"{flags} --shard_examples 50").returncode == 0
+    assert Log.load(workspace / "log").examples == 3000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL], ids=["slow", "killed"])
+def test_a_rank_that_stops(flags, workspace, stop):
+    """The others wait for one that goes on; one of three that is killed is made up for by four, and by two."""
+    process = in_the_middle(workspace, flags, 3)
+    rank = workers(process)[-1]
+    rank.send_signal(stop)
+    if stop == signal.SIGSTOP:
+        time.sleep(10)
+        rank.send_signal(signal.SIGCONT)
+    process.communicate(timeout=300)
+    assert (process.returncode == 0) == (stop == signal.SIGSTOP)
+    log = Log.load(workspace / "log")
+    whole = {path: path.stat().st_mtime_ns for path in log.gradients.glob("?????.json")}
+    for processes in (4, 2):
+        assert launch(processes, workspace, f"{flags} --shard_examples 50").returncode == 0
+    assert log.hessian_problem("raw") is None and len(list(log.gradients.glob("?????.json"))) == 60
+    assert all(path.stat().st_mtime_ns == time for path, time in whole.items()), "finished shards stay"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags", [("kills", "--kills 5 --texts 1000"), ("bit_flips", "--flips 40")])
+def test_the_benchmarks_of_faults(script, flags):
+    """Five kills, and forty turned bits: scores as undisturbed, nothing silent, no traceback."""
+    command = [sys.executable, ROOT / f"benchmarks/{script}.py", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.get("kills", 5) >= 5 and not found.get("silent") and not found.get("crash")
