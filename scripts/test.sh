@@ -14,4 +14,6 @@ if [ "${1:-}" = --all ]; then
 fi
 ruff check .
 ruff format --check .
+vulture
+codespell
 python -m pytest -q "${SELECT[@]}" "$@"

@@ -14,7 +14,7 @@ from conftest import ROOT, save_model, write_jsonl
 from test_docs import check
 
 NAMES = ("planted", "tail_patch", "brittleness")
-planted, tail_patch, brittleness = (importlib.import_module(f"evaluation.{name}") for name in NAMES)
+planted, tail_patch, _ = (importlib.import_module(f"evaluation.{name}") for name in NAMES)
 testbed, scored = planted.testbed, planted.scored
 
 
