@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Reproduces: the fast tests of mathematics, data and pipeline with each Python of PYTHONS, on the versions of
 #             requirements.txt and on the oldest supported transformers, accelerate and datasets
-# Needs:   1 CPU core, 2 GB of memory, in .matrix/ 2 GB of disk for each Python (7 GB with torch for CUDA); no GPU
-# Takes:   per Python 10 minutes to install once and 20 for the tests, on one busy core
+# Needs:   1 CPU core, 2 GB of memory, in .matrix/ 3 GB of disk for each Python (6 GB with torch for CUDA); no GPU
+# Takes:   per Python 4 to 7 minutes to install once, and about 20 for the tests (an estimate), on a busy core
 # Expect:  "passed" for each pair of Python and versions, none failed
 # Checked: 2026-11-25, on a busy machine: Python 3.11.7 and the oldest versions: gradients, hessian and quantise, and the
 #          first 43 of data, rows and pipeline; Python 3.13.0 and requirements.txt: gradients and hessian (108 passed), the
