@@ -143,6 +143,7 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: run.
 
     def write(index: int, result: HostGradients) -> None:
         about = {"relative_score_error": round(result.error.result(), 4)} if result.error else {}
+        log.gradients.mkdir(exist_ok=True)  # and not the run's folder, which may have been removed
         store.write_shard(log.gradients, index, shards[index], *result.wait(), **about)
         sizes.append(sum(path.stat().st_size for path in store.shard_files(log.gradients, index).values()))
         bar.set_postfix_str(f"{sum(sizes) / 1e9:.3g} GB written")

@@ -4,9 +4,7 @@ import argparse
 import math
 import os
 import re
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from logra import processes
 from logra.hessian import KINDS
 from logra.model import DEFAULT_MODEL, short_name
 from logra.progress import begin, printable, say
@@ -262,7 +261,8 @@ def start_processes() -> Accelerator:
         )
     wait = InitProcessGroupKwargs(timeout=timedelta(days=7))
     if "RANK" in os.environ:
-        end_with_parent()
+        processes.end_with_parent()
+        processes.name_interface()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
@@ -270,28 +270,6 @@ def start_processes() -> Accelerator:
             f"expected {world} processes (WORLD_SIZE), got {accelerator.num_processes}; use accelerate launch"
         )
     return accelerator
-
-
-def end_with_parent() -> None:
-    """End this process, from a thread, as soon as the launcher that started it is gone.
-
-    Raises:
-        ValueError: It is gone already; another process is the parent then, but nobody serves the launcher's port.
-    """
-    parent = os.getppid()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        try:
-            socket.create_connection(place, timeout=60).close()
-        except OSError as error:
-            raise ValueError(f"expected the launcher at {place[0]}:{place[1]}, got {error}; start again") from error
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def gather_list(mine: list, accelerator: Accelerator) -> list:

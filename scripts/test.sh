@@ -15,4 +15,6 @@ fi
 ruff check .
 ruff format --check .
 bandit -q -c pyproject.toml -r logra ./*.py
+vulture
+codespell
 python -m pytest -q "${SELECT[@]}" "$@"

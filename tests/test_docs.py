@@ -91,7 +91,7 @@ def test_shell_scripts(script):
     text = script.read_text()
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     assert "set -euo pipefail" in text
-    if script.name == "test.sh":
+    if script.name in ("test.sh", "test_matrix.sh"):
         return
     for word in ("# Reproduces:", "# Needs:", "# Takes:", "# Expect:", "# Checked:"):
         assert word in text, word

@@ -16,7 +16,7 @@ from test_docs import check
 from logra import disk
 
 NAMES = ("planted", "tail_patch", "brittleness")
-planted, tail_patch, brittleness = (importlib.import_module(f"evaluation.{name}") for name in NAMES)
+planted, tail_patch, _ = (importlib.import_module(f"evaluation.{name}") for name in NAMES)
 testbed, scored = planted.testbed, planted.scored
 
 
