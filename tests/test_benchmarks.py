@@ -29,13 +29,12 @@ def test_commands():
     """Those of benchmarks/README.md and of the docstrings."""
     table = (ROOT / "benchmarks/README.md").read_text()
     commands = [part for part in table.split("`") if part.startswith("python benchmarks/")]
+    names = (*TINY, "peers", "kronfluence_compare", "soak", "kills", "bit_flips")
     commands += [
         line.strip()
-        for name in (*TINY, "peers", "kronfluence_compare")
+        for name in names
         for line in importlib.import_module(f"benchmarks.{name}").__doc__.splitlines()
         if line.strip().startswith("python ")
     ]
-    assert {check(command) for command in commands} == {
-        f"benchmarks/{name}.py" for name in (*TINY, "peers", "kronfluence_compare")
-    }
+    assert {check(command) for command in commands} == {f"benchmarks/{name}.py" for name in names}
     assert not shown_commands(ROOT / "benchmarks/README.md"), "they stand in the table"
