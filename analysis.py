@@ -41,6 +41,8 @@ def build_parser() -> run.Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Write the best examples, or documents, of each query."""
+    if args.tokens and "html" not in args.format:
+        raise ValueError(f"expected html in --format with --tokens, got {' '.join(args.format)}; add it")
     folder, about = newest_scores(args.log_dir, args.split)
     log = Log.load(folder.parents[1])
     check_scores(folder, about, log)

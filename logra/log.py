@@ -217,7 +217,7 @@ class Log:
     def check_model(self, described: dict) -> None:
         """Raise a ValueError where model, tokenizer or layers are not those of run.json."""
         for key, value in described.items():
-            if self.content.get(key) != value:
+            if self.content[key] != value:
                 raise ValueError(
                     f"expected the {key} of {self.folder / 'run.json'}, got another one under the name "
                     f"{self.settings['model_name']}; give another --log_dir"

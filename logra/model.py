@@ -61,10 +61,10 @@ def hub_options(settings: dict, trust: bool) -> dict[str, object]:
     """Return how to take a run's model from the Hub, for the functions here.
 
     Args:
-        settings: Of the run; older ones have no revision.
+        settings: Of the run.
         trust: Run code that the model's folder holds. It comes from the command line alone, never from a run's file.
     """
-    return {"revision": settings.get("revision"), "trust_remote_code": trust}
+    return {"revision": settings["revision"], "trust_remote_code": trust}
 
 
 def _load(loader, name: str, what: str, trust_remote_code: bool = False, **options):

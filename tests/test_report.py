@@ -81,6 +81,8 @@ def test_shares_of_few_bits_and_of_groups(cli, tiny, workspace):
     _, pairs, _ = shares_of(folder, [[1], [], []])
     assert equal(pairs[0, 1].tokens.sum(), exact[0, 1], pairs[0, 1].tokens.abs().sum())
     assert cli("compute_influence", "--log_dir", "log", "--split", "groups.jsonl", "--group_by", "kind")[0] == 0
+    status, _, err = cli("analysis", "--log_dir", "log", "--tokens", "--format", "csv")
+    assert status == 2 and "html" in err, "the shares are in the page alone"
     status, out, err = cli("analysis", "--log_dir", "log", "--tokens", "--top_k", 2)
     assert status == 0, err
 
