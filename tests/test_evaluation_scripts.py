@@ -16,7 +16,8 @@ from test_docs import check
 from logra import disk
 
 NAMES = ("planted", "tail_patch", "brittleness")
-planted, tail_patch, _ = (importlib.import_module(f"evaluation.{name}") for name in NAMES)
+SCRIPTS = {name: importlib.import_module(f"evaluation.{name}") for name in NAMES}
+planted, tail_patch = SCRIPTS["planted"], SCRIPTS["tail_patch"]
 testbed, scored = planted.testbed, planted.scored
 
 
@@ -212,9 +213,9 @@ def test_folders_without_scores(cli, workspace, tiny, name):
 def test_command_lines(name):
     """The commands in the docstring parse, every flag is read, and no script is longer than 200 lines."""
     source = (ROOT / f"evaluation/{name}.py").read_text()
-    commands = [line.strip() for line in globals()[name].__doc__.splitlines() if line.strip().startswith("python ")]
+    commands = [line.strip() for line in SCRIPTS[name].__doc__.splitlines() if line.strip().startswith("python ")]
     assert commands and all(check(command) for command in commands) and len(source.splitlines()) <= 200
-    flags = {action.dest for action in globals()[name].build_parser()._actions} - {"help"}
+    flags = {action.dest for action in SCRIPTS[name].build_parser()._actions} - {"help"}
     assert all(re.search(rf"args\.{flag}\b", source) for flag in flags), flags
 
 
