@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     counts["all"] = sum(counts.values(), Counter())
     for name, found in counts.items():
         print(f"| {name} | {found.total()} | {' | '.join(str(found[name]) for name in names)} |")
-    print(json.dumps({"flips": args.flips, **counts["all"], "cores": os.cpu_count()}))
+    print(json.dumps({"flips": args.flips} | {name: counts["all"][name] for name in names} | {"cores": os.cpu_count()}))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ two minutes. Prints a row a victim, and one JSON line.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -64,19 +65,21 @@ def workers(process: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
-def kill(process: subprocess.Popen, victim: str, draw: random.Random) -> bool:
-    """Kill, and wait until all are gone; say whether it was at work still.
+def kill(process: subprocess.Popen, victim: str, draw: random.Random) -> str:
+    """Kill, and wait until all are gone; say what was killed (the launcher if no rank has begun), or nothing.
 
     Raises:
         ValueError: A rank outlives its launcher.
     """
-    at_work, ranks = process.poll() is None, workers(process) or [process]
-    for one in {"a rank": [draw.choice(ranks)], "all ranks": ranks, "the launcher": [process]}[victim]:
-        one.send_signal(signal.SIGKILL)
+    at_work, ranks = process.poll() is None, workers(process)
+    victim = victim if ranks else VICTIMS[-1]
+    for one in {"a rank": ranks and [draw.choice(ranks)], "all ranks": ranks, "the launcher": [process]}[victim]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
     process.wait(60)
-    if alive := psutil.wait_procs([rank for rank in ranks if rank is not process], 120)[1]:
+    if alive := psutil.wait_procs(ranks, 120)[1]:
         raise ValueError(f"expected all ranks to end, got {len(alive)} alive after the kill of {victim}")
-    return at_work
+    return victim if at_work else ""
 
 
 def finish(folder: Path, log: str) -> np.ndarray:
@@ -110,8 +113,7 @@ def main(args: argparse.Namespace) -> None:
                 stage = "compute_influence.py" if extracted and draw.random() < 0.7 else "extract_log.py"
                 process = begin(stage, draw.randint(1, 4), folder, f"{STAGES[stage]} --log_dir {log}")
                 time.sleep(draw.uniform(0.2, 1.2) * each)
-                victim = draw.choice(VICTIMS)
-                if kill(process, victim, draw):
+                if victim := kill(process, draw.choice(VICTIMS), draw):
                     counts[victim, stage] += 1
                     done += 1
                     bar.update()

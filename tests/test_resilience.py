@@ -110,7 +110,7 @@ def test_killed_twice(undisturbed, workspace):
     for processes, victim in ((2, "the launcher"), (1, "a rank")):
         process = begin("extract_log.py", processes, workspace, f"{undisturbed} --log_dir log")
         time.sleep(draw.uniform(4, 9))
-        killed += kill(process, victim, draw)
+        killed += bool(kill(process, victim, draw))
     assert killed
     manifests = {path: path.stat().st_mtime_ns for path in log.glob("gradients/?????.json")}
     done = launch(2, workspace, f"{undisturbed} --log_dir log")
