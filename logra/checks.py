@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Collection
 from functools import partial
+from typing import Any
 
 from logra.disk import fits, is_count
 from logra.hessian import KINDS
@@ -12,7 +13,7 @@ from logra.run import DATA_FLAGS, RUN_FLAGS
 LATER = ("block_size", "dtype", "basis")  # None on the command line only
 
 
-def is_setting(name: str, value: object) -> bool:
+def is_setting(name: str, value: Any) -> bool:
     """Say whether run.json may hold a value for a flag that describes a run."""
     default, options = RUN_FLAGS[name]
     if value is None:
@@ -25,24 +26,24 @@ def is_setting(name: str, value: object) -> bool:
         return False
 
 
-def is_positive(value: object) -> bool:
+def is_positive(value: Any) -> bool:
     """Say whether a value is a whole number of at least 1."""
     return is_count(value) and value > 0
 
 
-def is_layer(sizes: object) -> bool:
+def is_layer(sizes: Any) -> bool:
     """Say whether a value is [d_out, d_in, r_out, r_in]."""
     return fits(sizes, [is_positive]) and len(sizes) == 4 and sizes[2] <= sizes[0] and sizes[3] <= sizes[1]
 
 
-def is_run(content: object) -> bool:
+def is_run(content: Any) -> bool:
     """Say whether a value is the content of a run's run.json; `data` may not be there yet."""
     if not fits(content, RUN) or not fits(content.get("extensions", []), [PART]):
         return False
     return "data" not in content or fits(content["data"], PART)
 
 
-def are_scores(about: object, layers: Collection[str]) -> bool:
+def are_scores(about: Any, layers: Collection[str]) -> bool:
     """Say whether a value is the content of run.json of scores, of some of a run's layers."""
     return fits(about, SCORES) and fits(about.get("blocks", []), [str]) and set(about["layers"]) <= set(layers)
 

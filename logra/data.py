@@ -298,7 +298,7 @@ def examples_fingerprint(examples: Dataset) -> str:
     checksum = xxhash.xxh3_64()
     for column in ("input_ids", "counted"):
         for lists in _lists(examples, column) if column in examples.column_names else ():
-            checksum.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64))
-    checksum.update(token_counts(examples))
+            checksum.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).data)
+    checksum.update(token_counts(examples).data)
     checksum.update("\0".join(examples["document_id"][:]).encode())
     return checksum.hexdigest()

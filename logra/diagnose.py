@@ -97,9 +97,9 @@ def duplicates(log: Log, train: Dataset) -> Iterator[str]:
         equal = np.linalg.norm(sketch[near] - sketch[i], axis=1) <= ALIKE * np.linalg.norm(sketch[i])
         leader[i] = leader[int(near[equal.argmax()])] if equal.any() and sketch[i].any() else i
         groups.setdefault(leader[i], []).append(i)
-    groups = sorted((sorted(group) for group in groups.values() if len(group) > 1), key=len, reverse=True)
-    yield f"{len(groups)} groups, {sum(map(len, groups))} examples"
-    for members in groups[:SHOWN]:
+    found = sorted((sorted(group) for group in groups.values() if len(group) > 1), key=len, reverse=True)
+    yield f"{len(found)} groups, {sum(len(group) for group in found)} examples"
+    for members in found[:SHOWN]:
         names = ", ".join(f"{i} ({train[i]['document_id']})" for i in members[:6])
         yield f"{len(members)} times: {names}{' ...' if len(members) > 6 else ''}"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
+from typing import Any
 
 import xxhash
 from filelock import SoftFileLease, Timeout
@@ -131,7 +132,7 @@ def check_folder(folder: Path) -> None:
                 )
 
 
-def parse_json(text: str | bytes) -> object:
+def parse_json(text: str | bytes) -> Any:
     """Return the content of JSON text, or raise a ValueError, also where it is nested too deeply for Python."""
     try:
         return json.loads(text)
@@ -139,14 +140,14 @@ def parse_json(text: str | bytes) -> object:
         raise ValueError("JSON that is nested too deeply") from None
 
 
-def read_row(line: str) -> object:
+def read_row(line: str) -> Any:
     """Return the value of a line of JSON Lines, or raise a ValueError that says what is wrong with it."""
     row = parse_json(line)
     json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, which is no text, is a ValueError here
     return row
 
 
-def fits(value: object, shape: object) -> bool:
+def fits(value: Any, shape: Any) -> bool:
     """Say whether parsed JSON has a shape.
 
     Args:
@@ -161,7 +162,7 @@ def fits(value: object, shape: object) -> bool:
     return isinstance(value, shape) if isinstance(shape, type | UnionType) else shape(value)
 
 
-def is_count(value: object) -> bool:
+def is_count(value: Any) -> bool:
     """Say whether a value is a whole number of at least 0, and one that files can hold that many of."""
     return type(value) is int and 0 <= value < 2**48
 

@@ -4,6 +4,7 @@ Notation: B batch, T tokens, x_t layer inputs, d_t output gradients, G~ = sum_t 
 """
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class GradientCapture:
         self._sums: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}  # sums of the last batch, until they are committed
 
-    def __enter__(self) -> "GradientCapture":
+    def __enter__(self) -> Self:
         self._training = {m: m.training for m in self.model.modules()}
         self._trainable = {p: p.requires_grad for p in self.model.parameters()}
         self.model.eval().requires_grad_(False)
@@ -193,9 +194,10 @@ class ScoreCapture(GradientCapture):
         if isinstance(query, tuple):
             left, right = (side.flatten(0, 1).to(x) for side in query)  # [rows * R, r]
             dots = ((d @ left.T) * (x @ right.T)).sum(dim=1).view(len(x), *query[0].shape[:2]).sum(dim=2)
-        if dots is None or self.own[name]:
+            if self.own[name]:
+                grads = super()._reduce(name, x, d)
+        else:
             grads = super()._reduce(name, x, d)
-        if dots is None:
             dots = grads @ query.to(grads).T
         return torch.cat([dots, *(solver(grads)[:, None] for solver in self.own[name])], dim=1)
 

@@ -50,7 +50,7 @@ def _score_layer(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return (dots [n, rows], self-influences, each [n]) of a layer of a shard, read into the buffer."""
     rows = file.read(layer, buffer)
-    if bits is None:
+    if bits is None and not isinstance(query, BitQueries):
         z = rows.to(query)
         return z @ query.T, [solver(z) for solver in own]
     scale = file.read(f"{layer}.scale")

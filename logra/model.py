@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -57,7 +58,7 @@ def _convert_default() -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
-def hub_options(settings: dict, trust: bool) -> dict[str, object]:
+def hub_options(settings: dict, trust: bool) -> dict[str, Any]:
     """Return how to take a run's model from the Hub, for the functions here.
 
     Args:

@@ -102,7 +102,7 @@ def prepare_data(args: argparse.Namespace, log: Log, tokenizer, further: dict | 
 def make_extractor(args: argparse.Namespace, lm: nn.Module, capture: GradientCapture, log: Log) -> Extractor:
     """Return what runs the model, with the size of batch that was asked for or that fits."""
     tokens = args.batch_tokens or ("auto" if torch.cuda.is_available() else CPU_TOKENS)
-    extractor = Extractor(lm, capture, 0 if tokens == "auto" else tokens, args.batch_size, args.fsdp, run.say)
+    extractor = Extractor(lm, capture, tokens if isinstance(tokens, int) else 0, args.batch_size, args.fsdp, run.say)
     if tokens == "auto":
         most = min(args.batch_size or 2**20, max(map(len, log.shards)))
         run.say(f"--batch_tokens {extractor.find_batch_tokens(log.settings['block_size'], most)}")
@@ -130,11 +130,11 @@ def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) ->
                 sums = factor_sums(extractor, sizes, examples, mine, bar.update)
         rotated = []
         for i, (layer, p) in enumerate(projections.items()):
-            covs = [run.sum_over_ranks(sums.pop(f"{layer}.{side}"), accelerator) for side in "AB"]
+            a, b = (run.sum_over_ranks(sums.pop(f"{layer}.{side}"), accelerator) for side in "AB")
             if i % ranks == rank:  # the eigenvectors of a layer are one rank's work
-                rotated.append((layer, projection.rotate(p, *covs, log.projected[layer])))
-        rotated = dict(run.gather_list(rotated, accelerator))
-        projections = {layer: rotated[layer] for layer in projections}
+                rotated.append((layer, projection.rotate(p, a, b, log.projected[layer])))
+        every = dict(run.gather_list(rotated, accelerator))
+        projections = {layer: every[layer] for layer in projections}
     if accelerator.is_main_process:
         path = log.folder / "projections.safetensors"
         log.save(projections=store.save_tensors(path, projection.to_tensors(projections)))

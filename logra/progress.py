@@ -16,7 +16,8 @@ _CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udff
 
 
 class _State:
-    quiet, begun, lines, file = False, 0.0, [], None
+    quiet, begun, lines = False, 0.0, list[str]()
+    file: Path | None = None
 
 
 def begin(quiet: bool) -> None:

@@ -93,7 +93,7 @@ def standings(scores: np.ndarray, values: np.ndarray | None) -> list[dict[str, f
     mean, spread = (float(of(values, dtype=np.float64)) for of in (np.mean, np.std))
     below = np.searchsorted(values[::-1], scores) / len(values)
     zs = (scores.astype(np.float64) - mean) / spread if spread > 0 else np.zeros(len(scores))
-    return [{"percentile": 100 * float(p), "z": float(z)} for p, z in zip(below, zs, strict=True)]
+    return [{"percentile": 100 * p, "z": z} for p, z in np.stack([below, zs], axis=1).tolist()]
 
 
 def word_scores(texts: list[str], asked: list[str]) -> Iterator[np.ndarray]:

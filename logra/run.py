@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import xxhash
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def number(kind: type, low: float, what: str, high: float = math.inf) -> Callable[[str], float]:
+def number(kind: type, low: float, what: str, high: float = math.inf) -> Callable[[str], Any]:
     """Return an argparse type: a finite int or float of at least `low` and at most `high`."""
 
     def parse(text: str):

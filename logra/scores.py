@@ -40,7 +40,7 @@ class ScoreFile:
         self.shapes = {"scores.npy": (queries, examples)} | (
             {"layer_scores.npy": (blocks, queries, examples)} if blocks else {}
         )
-        self.matrices: dict[str, np.ndarray] = {}
+        self.matrices: dict[str, np.memmap] = {}
         self.ends: dict[int, dict[str, RunningTopK]] = {}  # by the number of a group's first query
 
     def create(self) -> None:

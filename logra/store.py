@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -81,7 +81,7 @@ class TensorFile:
         ValueError: The file is missing or was altered; so does `read`. The message names the file.
     """
 
-    def __init__(self, path: Path, entry: object, layout: Layout | None = None):
+    def __init__(self, path: Path, entry: Any, layout: Layout | None = None):
         self.path, self.entry = path, entry
         try:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -155,7 +155,7 @@ def check_tensors(file: TensorFile) -> None:
             file.read(name)
 
 
-def load_tensors(path: Path, entry: object, layout: Layout | None = None) -> dict[str, Tensor]:
+def load_tensors(path: Path, entry: Any, layout: Layout | None = None) -> dict[str, Tensor]:
     """Return all tensors of a file, checked (see TensorFile)."""
     with TensorFile(path, entry, layout) as file:
         return {name: file.read(name) for name in file.header}

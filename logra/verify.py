@@ -147,7 +147,8 @@ def show(args: argparse.Namespace) -> None:
     others = [name for name, m in lm.named_modules() if isinstance(m, nn.Linear | Conv1D) and name not in shapes]
     kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in others)
     run.say(f"{len(shapes)} layers are tracked, {len(others)} are not: {', '.join(kinds)}")
-    documents = data.load_documents(*(settings[f"data_{part}"] for part in ("name", "config", "split")), args.cache_dir)
+    name, config, split = (settings[f"data_{part}"] for part in ("name", "config", "split"))
+    documents = data.load_documents(name, config, split, args.cache_dir)
     with tempfile.TemporaryDirectory() as work:
         choice = data.choice(settings, max_examples=args.verify)
         rows = data.build_examples(documents, tokenizer, choice, None, Path(work))[0][:]

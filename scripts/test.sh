@@ -16,5 +16,6 @@ ruff check .
 ruff format --check .
 bandit -q -c pyproject.toml -r logra ./*.py
 vulture
+mypy
 codespell
 python -m pytest -q "${SELECT[@]}" "$@"
