@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs:   the tests; with --all the slow ones too. More arguments go to pytest.
 # Needs:  python3 >= 3.11 with venv, 4 GB of memory; no GPU, no network beyond pip
-# Takes:  6 minutes on 2 CPU cores after installation, with --all 12 minutes
+# Takes:  10 minutes on 2 CPU cores after installation, with --all 35 minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REQUIREMENTS=tests/requirements.txt
