@@ -14,9 +14,8 @@ from functools import partial
 import xxhash
 
 from logra import disk, hessian, influence, model, progress, run
-from logra.extraction import load
 from logra.log import Log
-from logra.prepare import find_folder, find_log, make_extractor
+from logra.prepare import find_folder, find_log, load, make_extractor
 from logra.queries import Query, group_queries, load_queries, merged, query_hash
 from logra.scores import ScoreFile, SelfInfluence
 from logra.scoring import Dampings, Scorer, block_name, damping_label
@@ -67,13 +66,10 @@ def main(args: argparse.Namespace) -> None:
     progress.keep_log(folder)
     kind = log.usable_hessian(args.hessian)
     layers = log.matching_layers(args.score_layers)
-    lm, print_of_model = load(settings, args, accelerator.device)
-    hub, context = model.hub_options(settings, args.trust_remote_code), model.context_length(lm.config)
-    tokenizer = model.load_tokenizer(settings["model_name"], **hub)
-    log.check_model(model.describe(lm, print_of_model, tokenizer, settings))
-    name, queries = load_queries(
-        args.split, settings, tokenizer, args.query_loss, args.max_queries, context, args.cache_dir
-    )
+    lm, tokenizer, described = load(settings, args, accelerator.device)
+    log.check_model(described)
+    limits = args.max_queries, model.context_length(lm.config)
+    name, queries = load_queries(args.split, settings, tokenizer, args.query_loss, *limits, args.cache_dir)
     groups = group_queries(queries, args.group_by)
     queries = [merged(group) for group in groups] if args.group_by else queries
     about = {"query_loss": args.query_loss, "layers": layers, "queries": query_hash(queries)}
@@ -116,7 +112,7 @@ def score(
 ) -> None:  # fmt: skip
     """Fill the score files: as many queries as fit in memory, then the others, each past all train examples once."""
     if own:
-        own.agree(run.gather_list, accelerator)
+        own.agree(accelerator)
     if accelerator.is_main_process:
         for file in files:
             file.create()
@@ -126,7 +122,7 @@ def score(
     for first in range(0, len(groups), scorer.at_once):
         part = groups[first : first + scorer.at_once]
         found = scorer.score(part)
-        bar = progress.bar(found, total=scorer.shards, desc="scoring", unit="shard")
+        bar = progress.bar(found, total=len(scorer.mine), desc="scoring", unit="shard")
         for shard, dots, selves in bar:
             ids = log.shards[shard]
             if selves:
@@ -137,9 +133,9 @@ def score(
                 self_influence = own.values[s, ids.start : ids.stop] if own else None
                 file.put(first, ids, influence.finish(sum(of_blocks), self_influence, args.mode), of_blocks)
         if own and not own.whole:
-            own.save(run.sum_over_ranks, accelerator)
+            own.save(accelerator)
     for file in files:
-        file.close(run.gather_list, accelerator)
+        file.close(accelerator)
     accelerator.wait_for_everyone()
 
 

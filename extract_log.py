@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import nn
 
 from logra import data, disk, estimate, hessian, model, progress, run, store, verify
-from logra.extraction import HostGradients, load
+from logra.extraction import HostGradients
 from logra.hooks import GradientCapture
 from logra.log import Log
-from logra.prepare import find_folder, find_log, make_extractor, make_projections, prepare_data, with_data_flags
+from logra.prepare import find_folder, find_log, load, make_extractor, make_projections, prepare_data, with_data_flags
 from logra.quantise import ScoreError
 
 
@@ -93,8 +93,7 @@ def unfinished_shards(log: Log, accelerator: run.Accelerator) -> list[int]:
     shards = log.shards
     if "projections" not in log.content:
         return list(range(len(shards)))
-    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
-    problems = {index: store.shard_problem(log.gradients, index, shards[index]) for index in mine}
+    problems = {index: log.shard(index).problem() for index in run.share(len(shards), accelerator)}
     for problem in filter(None, problems.values()):
         if not problem.endswith("is missing"):
             print(f"{problem}; computing it again", flush=True)
@@ -107,10 +106,9 @@ def set_up(
     """Load the model; write run.json, train/ (or an extension) and projections.safetensors where they are missing."""
     name, hub = settings["model_name"], model.hub_options(settings, args.trust_remote_code)
     with accelerator.main_process_first():  # the embedded model is converted once
-        config, tokenizer = model.load_config(name, **hub), model.load_tokenizer(name, **hub)
+        config = model.load_config(name, **hub)
     model.complete(settings, config, accelerator.device, run.say)
-    lm, print_of_model = load(settings, args, accelerator.device)
-    described = model.describe(lm, print_of_model, tokenizer, settings, run.say)
+    lm, tokenizer, described = load(settings, args, accelerator.device, run.say)
     if log:
         log.check_model(described)
     if accelerator.is_main_process and log:
@@ -134,7 +132,7 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: run.
         The tokens of all ranks.
     """
     examples, projections, dtype = log.train(), log.projections(), log.settings["store_dtype"]
-    mine = pending[accelerator.process_index :: accelerator.num_processes]
+    mine = [pending[i] for i in run.share(len(pending), accelerator)]
     counts, shards, sizes = data.token_counts(examples), log.shards, []
     bar = progress.bar(
         total=sum(int(counts[list(shards[index])].sum()) for index in mine), unit="tok", unit_scale=True,
@@ -143,9 +141,9 @@ def extract(args, lm: nn.Module, log: Log, pending: list[int], accelerator: run.
 
     def write(index: int, result: HostGradients) -> None:
         about = {"relative_score_error": round(result.error.result(), 4)} if result.error else {}
-        log.gradients.mkdir(exist_ok=True)  # and not the run's folder, which may have been removed
-        store.write_shard(log.gradients, index, shards[index], *result.wait(), **about)
-        sizes.append(sum(path.stat().st_size for path in store.shard_files(log.gradients, index).values()))
+        shard = log.shard(index)
+        shard.folder.mkdir(exist_ok=True)  # and not the run's folder, which may have been removed
+        sizes.append(shard.write(*result.wait(), **about))
         bar.set_postfix_str(f"{sum(sizes) / 1e9:.3g} GB written")
 
     capturing = GradientCapture(lm, projections, factors=True, squares_only=log.squares_only)
@@ -171,7 +169,7 @@ def write_hessian(kind: str, log: Log, accelerator: run.Accelerator) -> None:
         return
     run.say(f"Hessian {kind}: at most {log.check_memory(kind) / 1e6:,.0f} MB of memory a process")
     path, rotated, layout = log.hessian_path(kind), log.settings["basis"] == "eigen", log.hessian_layout(kind)
-    mine = range(accelerator.process_index, len(log.shards), accelerator.num_processes)
+    mine = run.share(len(log.shards), accelerator)
     total = partial(run.sum_over_ranks, accelerator=accelerator)
     tensors = progress.bar(
         hessian.statistics(kind, log, mine, total, rotated, accelerator.device),
@@ -182,8 +180,8 @@ def write_hessian(kind: str, log: Log, accelerator: run.Accelerator) -> None:
             pass
         return
     with disk.atomic(path) as temporary:
-        entry = store.write_tensors(temporary, layout, tensors)
-    disk.write_json(path.with_suffix(".json"), entry | {"examples": log.examples})
+        checksums = store.write_tensors(temporary, layout, tensors)
+    disk.write_json(path.with_suffix(".json"), {"examples": log.examples, "checksums": checksums})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import model, projection, run, store
+from logra import hessian, model, projection, quantise, run, store
 from logra.extraction import Extractor
 from logra.hooks import GradientCapture
 from logra.store import DTYPES
@@ -83,7 +83,8 @@ def timed(function) -> tuple[float, int]:
 def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank: int) -> dict:
     """Time the four at one setting; print and return the medians."""
     shapes = model.choose_layers(lm, not args.all_layers, None)
-    projections = projection.draw(shapes, projection.projected_shapes(shapes, rank, rank), seed=0)
+    projected = projection.projected_shapes(shapes, rank, rank)
+    projections = projection.draw(shapes, projected, seed=0)
     rows = torch.randint(0, lm.config.vocab_size, (args.batches * batch_size, block_size)).tolist()
     batches = torch.tensor(rows, device=lm.device).split(batch_size)
 
@@ -102,7 +103,9 @@ def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank
     def ours(factors: bool) -> None:
         with GradientCapture(lm, projections, factors=factors) as capture, TemporaryDirectory() as folder:
             extractor = Extractor(lm, capture, batch_size * block_size)
-            store.write_shard(Path(folder), 0, range(len(rows)), *extractor.gradients(rows).wait())
+            layouts = {"gradients": quantise.layout(projected, len(rows), "float32")}
+            layouts["factors"] = hessian.factor_layout(projected, False) if factors else {}
+            store.Shard(Path(folder), 0, range(len(rows)), layouts).write(*extractor.gradients(rows).wait())
 
     runs = {"forward": forward, "forward and full backward": backward}
     runs |= {"ours": partial(ours, True), "ours, without factors": partial(ours, False)}

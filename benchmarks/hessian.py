@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import hessian, projection, run, store
+from logra import hessian, projection, quantise, run, store
 
 # name -> (kind, whether the gradients are in the eigenbasis already), as for hessian.layout
 KINDS = {
@@ -67,22 +67,24 @@ class RandomLog:
             for layer, grad in grads.items():
                 x, d = torch.randn(2, 2 * rank, rank)
                 factors |= {f"{layer}.A": x.T @ x, f"{layer}.B": d.T @ d, f"{layer}.square": grad.square().sum(dim=0)}
-            store.write_shard(folder, index, ids, grads, factors)
+            self.shard(index).write(grads, factors)
 
-    def blocks(self, layer: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
+    def shard(self, index: int) -> store.Shard:
+        grads = quantise.layout(self.projected, len(self.shards[index]), "float32")
+        layouts = {"gradients": grads, "factors": hessian.factor_layout(self.projected, False)}
+        return store.Shard(self.folder, index, self.shards[index], layouts)
+
+    def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
         for index in shards:
-            with store.open_shard(self.folder, index, self.shards[index], kind) as file:
-                yield file.read(layer)
-
-    def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]:
-        return self.blocks(key, shards, "factors")
+            with self.shard(index).open(kind) as file:
+                yield file.read(name)
 
 
 def passes(log: RandomLog, rank: int, device: str) -> dict[str, Callable[[], object]]:
     """Return what is timed: the kinds, over all layers; the floors and the eigenvectors, over as many."""
     every = range(len(log.shards))
-    memory = [block.to(device) for block in log.blocks("layer0", every)]
-    covs = [next(log.factors(f"layer0.{side}", [0])) for side in "AB"]
+    memory = [block.to(device) for block in log.read("layer0", every)]
+    covs = [next(log.read(f"layer0.{side}", [0], "factors")) for side in "AB"]
     u_in, u_out = (projection.eigenbasis(cov)[1].float().to(device) for cov in covs)
     total = torch.zeros(rank**2, rank**2, device=device)
 

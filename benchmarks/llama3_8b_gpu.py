@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import influence, model, projection, run, store
+from logra import influence, model, projection, quantise, run, store
 from logra.extraction import Extractor
 from logra.hooks import GradientCapture
 
@@ -66,15 +66,17 @@ def scoring_rate(projected: dict[str, tuple[int, int]], examples: int, device: s
     queries = {layer: torch.randn(10, n) for layer, n in k.items()}
 
     with TemporaryDirectory() as name:
+
+        def shard(index: int) -> store.Shard:
+            grads = quantise.layout(projected, len(shards[index]), "float32")
+            return store.Shard(Path(name), index, shards[index], {"gradients": grads, "factors": {}})
+
         for index, ids in enumerate(shards):
-            store.write_shard(Path(name), index, ids, {layer: torch.randn(len(ids), n) for layer, n in k.items()}, {})
+            shard(index).write({layer: torch.randn(len(ids), n) for layer, n in k.items()}, {})
 
         def score() -> None:
-            def open_shard(index: int) -> store.TensorFile:
-                return store.open_shard(Path(name), index, shards[index])
-
             for _, dots, _ in influence.score_shards(
-                open_shard, range(len(shards)), queries, {layer: [] for layer in k}, device
+                lambda i: shard(i).open(), range(len(shards)), queries, {layer: [] for layer in k}, device
             ):
                 dots[""].cpu()
 

@@ -48,16 +48,18 @@ def build_parser() -> run.Parser:
     return parser
 
 
-def write_shards(folder: Path, args: argparse.Namespace) -> list[range]:
-    """Write random shards; return the example ids of each."""
-    k = args.rank**2
+def write_shards(folder: Path, args: argparse.Namespace) -> list[store.Shard]:
+    """Write random shards, and return them."""
+    k, shards = args.rank**2, []
+    projected = {f"layer{i}": (args.rank, args.rank) for i in range(args.layers)}
     size = max(1, args.shard_mb * 10**6 // (args.layers * quantise.stored_bytes(k, args.store_dtype)))
-    shards = [range(i, min(i + size, args.examples)) for i in range(0, args.examples, size)]
-    for index, ids in enumerate(tqdm(shards, desc="writing", unit="shard")):
-        grads: dict[str, torch.Tensor] = {}
-        for i in range(args.layers):
-            grads |= quantise.stored(f"layer{i}", torch.randn(len(ids), k), args.store_dtype)
-        store.write_shard(folder, index, ids, grads, {})
+    for index, first in enumerate(tqdm(range(0, args.examples, size), desc="writing", unit="shard")):
+        ids, grads = range(first, min(first + size, args.examples)), dict[str, torch.Tensor]()
+        for layer in projected:
+            grads |= quantise.stored(layer, torch.randn(len(ids), k), args.store_dtype)
+        layouts = {"gradients": quantise.layout(projected, len(ids), args.store_dtype), "factors": {}}
+        shards.append(store.Shard(folder, index, ids, layouts))
+        shards[-1].write(grads, {})
     return shards
 
 
@@ -79,10 +81,10 @@ def plain_read(folder: Path, size: int) -> None:
                     pass
 
 
-def score(folder: Path, shards: list[range], queries: dict[str, torch.Tensor], store_dtype: str) -> None:
+def score(shards: list[store.Shard], queries: dict[str, torch.Tensor], store_dtype: str) -> None:
     """Score all shards, as compute_influence.py does."""
     found = influence.score_shards(
-        lambda index: store.open_shard(folder, index, shards[index]),
+        lambda index: shards[index].open(),
         range(len(shards)),
         queries,
         {layer: [] for layer in queries},
@@ -90,9 +92,9 @@ def score(folder: Path, shards: list[range], queries: dict[str, torch.Tensor], s
         quantise.BITS.get(store_dtype),
     )
     count = len(next(iter(queries.values())))
-    scores = torch.zeros(sum(map(len, shards)), count)
+    scores = torch.zeros(shards[-1].ids.stop, count)
     for shard, dots, _ in found:
-        scores[shards[shard].start : shards[shard].stop] = dots[""][:, :count]
+        scores[shards[shard].ids.start : shards[shard].ids.stop] = dots[""][:, :count]
 
 
 def product_peak(n: int, k: int, rows: int) -> float:
@@ -112,11 +114,11 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(name)
         shards = write_shards(folder, args)
         total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if "factors" not in path.name)
-        block = len(shards[0]) * quantise.stored_bytes(k, args.store_dtype)
+        block = len(shards[0].ids) * quantise.stored_bytes(k, args.store_dtype)
         passes = {"read": lambda: plain_read(folder, block)}
         for count in args.queries:
             queries = {f"layer{i}": torch.randn(count, k) for i in range(args.layers)}
-            passes[str(count)] = lambda queries=queries: score(folder, shards, queries, args.store_dtype)
+            passes[str(count)] = lambda queries=queries: score(shards, queries, args.store_dtype)
         seconds: dict[str, list[float]] = {name: [] for name in passes}
         for repeat in range(args.repeats + 1):
             for name, function in passes.items():
@@ -131,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     for name, values in seconds.items():
         rate = total / median(values) / 1e9
         flops = 2 * args.examples * args.layers * k * int(name) / median(values)
-        share = flops / product_peak(len(shards[0]), k, int(name) + (-int(name) % 16 if int(name) > 4 else 0))
+        share = flops / product_peak(len(shards[0].ids), k, int(name) + (-int(name) % 16 if int(name) > 4 else 0))
         result["queries"][name] = {
             "gb_per_s": rate,
             "of_read": rate / result["read_gb_per_s"],

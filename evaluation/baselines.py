@@ -95,7 +95,7 @@ def trak(log: Log, lm, queries: list[list[int]], counted: list[list[bool]], trai
     gram = torch.zeros(log.examples, log.examples, dtype=torch.float64)
     dots = torch.zeros(len(queries), log.examples, dtype=torch.float64)
     for layer in tqdm(log.layers, desc="trak", unit="layer"):
-        z = torch.cat(list(log.blocks(layer, range(len(log.shards))))).float()
+        z = torch.cat(list(log.read(layer, range(len(log.shards))))).float()
         gram += z @ z.T
         dots += grads[layer] @ z.T
     size = sum(r_out * r_in for r_out, r_in in log.projected.values())

@@ -22,12 +22,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from logra import data, hessian, loss, model, progress, projection, run
-from logra.extraction import CALIBRATION, CPU_TOKENS, load
+from logra.extraction import CALIBRATION, CPU_TOKENS
 from logra.hooks import GradientCapture
 from logra.log import Log
-from logra.prepare import find_folder, make_extractor
+from logra.prepare import find_folder, load, make_extractor
 from logra.quantise import BITS, stored_bytes
-from logra.store import DTYPES
+from logra.store import DTYPES, layout_bytes
 
 SAMPLE = 1000  # documents that are tokenised
 PROCESSES = (1, 2, 4, 8)
@@ -70,17 +70,13 @@ def count(documents, tokenizer, settings: dict) -> tuple[dict[str, float], Datas
 
 def run_bytes(log: Log, kind: str, train: float) -> dict[str, float]:
     """Return the bytes of each part of a run's folder."""
-    sizes, rotated = log.shard_size(log.examples), log.settings["basis"] == "eigen"
-    layout = hessian.layout(kind, log.projected, log.examples, rotated) if kind != "none" else {}
-    sides = [pair for name in log.shapes for pair in zip(log.projected[name], log.shapes[name], strict=True)]
-    stored = sum(r * d + r * rotated for r, d in sides if r < d or rotated)
-    factors = sum(4 * ((not log.squares_only) * (o * o + i * i) + o * i) for o, i in log.projected.values())
+    sizes = log.shard_size(log.examples)
     shards = math.ceil(log.examples / sizes["shard_examples"])
     return {
         "gradients": log.examples * sizes["bytes_per_example"],
-        "factor sums": shards * factors,
-        "Hessian": sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values()),
-        "projections": 4 * stored,
+        "factor sums": shards * sizes["factor_bytes_per_shard"],
+        "Hessian": layout_bytes(log.hessian_layout(kind)) if kind != "none" else 0,
+        "projections": layout_bytes(log.projections_layout),
         "train": train,
     }
 
@@ -88,7 +84,7 @@ def run_bytes(log: Log, kind: str, train: float) -> dict[str, float]:
 def trial(args: argparse.Namespace, log: Log, examples, seconds: float, accelerator: Accelerator) -> dict[str, float]:
     """Load the model and extract for some seconds; return tokens/s, seconds of loading, peak memory in bytes."""
     begin = time.perf_counter()
-    lm, _ = load(log.settings, args, accelerator.device)
+    lm, _, _ = load(log.settings, args, accelerator.device)
     loading, kinds = time.perf_counter() - begin, {"factors": True, "squares_only": log.squares_only}
     projections = projection.draw(log.shapes, log.projected, log.settings["seed"])
     with GradientCapture(lm, projections, **kinds) as capture:
@@ -178,7 +174,7 @@ def show_disk(log: Log, kind: str, train: float) -> None:
 def show_hours(log: Log, counts: dict[str, float], found: dict[str, float], cuda: bool) -> None:
     """Print the hours that the run takes, from a trial."""
     calibration = 0
-    if log.settings["basis"] == "eigen" or log.settings["lora"] == "pca":
+    if log.rotated:
         asked = log.settings["calibration_examples"] or min(CALIBRATION, max(64, log.examples // 4))
         calibration = min(log.examples, asked) / log.examples * counts["tokens"]
     hours = (counts["tokens"] + calibration) / found["rate"] / 3600

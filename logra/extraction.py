@@ -3,7 +3,6 @@
 Notation: k = r_in * r_out of a layer, n examples. `counted` says for each token of an example whether it counts.
 """
 
-import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,34 +14,17 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from logra.batches import length_batches, make_batch
-from logra.fsdp import Lockstep, load_sharded
+from logra.fsdp import Lockstep
 from logra.hooks import GradientCapture
 from logra.loss import example_losses, input_device
-from logra.model import checkpoint_blocks, fingerprint, hub_options, load_model, out_of_memory
+from logra.model import out_of_memory
 from logra.projection import Shapes
 from logra.quantise import ScoreError, stored
-from logra.store import DTYPES
 
 CALIBRATION = 2048  # examples at most that the eigenbasis is measured on
 SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
 CPU_TOKENS = 1024  # in a batch; more was slower on a CPU
 Counted = list[list[bool]] | None
-
-
-def load(settings: dict, args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, str]:
-    """Return the run's model, placed as the command line says, and its fingerprint."""
-    name, dtype = settings["model_name"], DTYPES[settings["dtype"]]
-    hub = hub_options(settings, args.trust_remote_code)
-    if args.fsdp and (args.device_map or settings["quantize"]):
-        raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
-    if args.fsdp:
-        lm, print_of_model = load_sharded(name, dtype, device, **hub)
-    else:
-        lm = load_model(name, dtype, device, settings["quantize"], args.device_map, **hub)
-        print_of_model = fingerprint(lm)
-    if args.gradient_checkpointing or args.device_map:  # without it, the backward pass would hold all offloaded weights
-        checkpoint_blocks(lm)
-    return lm, print_of_model
 
 
 def run_batch(

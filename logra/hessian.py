@@ -32,8 +32,7 @@ class Source(Protocol):
     def examples(self) -> int: ...
     @property
     def shards(self) -> list[range]: ...
-    def blocks(self, layer: str, shards: Iterable[int]) -> Iterator[Tensor]: ...
-    def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]: ...
+    def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]: ...
 
 
 def damping_lambda(trace: float, k: int, damping: float | None, absolute: float | None) -> float:
@@ -299,7 +298,7 @@ def statistics(
 
     Args:
         kind: raw, kfac or ekfac.
-        log: Yields blocks of gradients and factor sums by shard; see log.Log.
+        log: Yields gradients and factor sums by shard; see log.Log.
         shards: This rank's: range(rank, shards, ranks). A layer's eigenvectors are one rank's work.
         total: Sums a tensor over ranks; every rank calls it as often.
         rotated: As for layout.
@@ -307,10 +306,11 @@ def statistics(
     """
 
     def blocks(layer: str, indices: range) -> Iterator[Tensor]:
-        return (block.to(device).float() for block in log.blocks(layer, indices))
+        return (block.to(device).float() for block in log.read(layer, indices))
 
     def factor(key: str, shape: list[int]) -> Tensor:
-        return total(sum((part.double() for part in log.factors(key, shards)), torch.zeros(shape, dtype=torch.float64)))
+        parts = (part.double() for part in log.read(key, shards, "factors"))
+        return total(sum(parts, torch.zeros(shape, dtype=torch.float64)))
 
     for number, (name, (r_out, r_in)) in enumerate(log.projected.items()):
         if kind == "raw" and r_out * r_in <= log.examples:

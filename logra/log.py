@@ -2,8 +2,8 @@
 
 run.json holds `settings` (run.RUN_FLAGS), `arguments` (as given), `versions`, `model` (class, fingerprint), `tokenizer`
 (fingerprint), `layers` (name -> [d_out, d_in, r_out, r_in]), then `data` (settings, counts, fingerprint and files of
-train/), `extensions` (the same of train-00001/ and so on, which extract_log.py --extend added) and `projections` (size
-and checksums) once these are there.
+train/), `extensions` (the same of train-00001/ and so on, which extract_log.py --extend added) and `projections`
+(checksums) once these are there.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, processes_here
 
-FORMAT = 4
+FORMAT = 5
 SHARD_BYTES = 2**28
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
 
@@ -84,6 +84,11 @@ class Log:
         return quantise.BITS.get(self.settings["store_dtype"])
 
     @property
+    def rotated(self) -> bool:
+        """Say whether the projections hold eigenvectors of a sample's covariances."""
+        return self.settings["basis"] == "eigen" or self.settings["lora"] == "pca"
+
+    @property
     def squares_only(self) -> bool:
         """Say whether the shards lack kfac's factors: at full size they would be most of the work."""
         return hessian.squares_only(self.settings, self.content["arguments"]["hessian"])
@@ -113,11 +118,6 @@ class Log:
             shards += [range(i, min(i + size, end)) for i in range(first, end, size)]
         return shards
 
-    @property
-    def gradients(self) -> Path:
-        """Folder of the shards."""
-        return self.folder / "gradients"
-
     def train_folder(self, part: int) -> Path:
         """Return the folder of a part's examples."""
         return self.folder / (f"train-{part:05d}" if part else "train")
@@ -141,13 +141,16 @@ class Log:
                 raise ValueError(f"expected {folder} as it was written, got other examples; use --overwrite")
         return concatenate_datasets(loaded) if len(loaded) > 1 else loaded[0]
 
+    @property
+    def projections_layout(self) -> store.Layout:
+        """The tensors of projections.safetensors."""
+        return projection.layout(self.shapes, self.projected, self.rotated)
+
     def projections(self) -> dict[str, projection.Projection]:
         """Load the projections, and check that they are those of run.json."""
-        path = self.folder / "projections.safetensors"
+        path, checksums = self.folder / "projections.safetensors", self.content.get("projections")
         try:
-            return projection.from_tensors(
-                store.load_tensors(path, self.content.get("projections")), self.shapes, self.projected
-            )
+            return projection.from_tensors(store.load_tensors(path, checksums, self.projections_layout), self.shapes)
         except ValueError as error:
             raise ValueError(f"expected the run's projections, but {error}; extract again with --overwrite") from error
 
@@ -158,7 +161,7 @@ class Log:
         them or more.
         """
         size = sum(quantise.stored_bytes(o * i, self.settings["store_dtype"]) for o, i in self.projected.values())
-        factors = sum(4 * (o * o + i * i + o * i) for o, i in self.projected.values())
+        factors = store.layout_bytes(hessian.factor_layout(self.projected, self.squares_only))
         chosen = max(1, min(max(SHARD_BYTES, factors) // max(size, 2**14), math.ceil(examples / 8)))
         chosen = self.settings["shard_examples"] or chosen
         return {"shard_examples": chosen, "bytes_per_example": size, "factor_bytes_per_shard": factors}
@@ -167,7 +170,7 @@ class Log:
         """Refuse a run whose gradients don't fit on the disk."""
         sizes = self.shard_size(self.examples)
         need = self.examples * sizes["bytes_per_example"] + len(self.shards) * sizes["factor_bytes_per_shard"]
-        need -= sum(file.stat().st_size for file in self.gradients.glob("*") if file.suffix != ".tmp")
+        need -= sum(file.stat().st_size for file in (self.folder / "gradients").glob("*") if file.suffix != ".tmp")
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise ValueError(
@@ -257,7 +260,7 @@ class Log:
         return self.folder / "hessian" / f"{kind}.safetensors"
 
     def hessian_entry(self, kind: str) -> dict:
-        """Read what was written beside a Hessian file: its entry (see store) and its number of examples."""
+        """Read what was written beside a Hessian file: its tensors' checksums and its number of examples."""
         path = self.hessian_path(kind).with_suffix(".json")
         return disk.read_json(path, "delete it and run extract_log.py again")
 
@@ -274,7 +277,7 @@ class Log:
         if entry.get("examples") != self.examples:
             return f"{path} is of {entry.get('examples')} examples, not of {self.examples}"
         try:
-            store.check_tensors(store.TensorFile(path, entry, self.hessian_layout(kind)))
+            store.TensorFile(path, entry.get("checksums"), self.hessian_layout(kind)).check()
         except ValueError as error:
             return str(error)
         return None
@@ -302,23 +305,24 @@ class Log:
         """Return a function layer -> its tensors of a Hessian file, for hessian.preconditioner."""
         if kind == "none":
             return lambda layer: {}
-        file = store.TensorFile(self.hessian_path(kind), self.hessian_entry(kind), self.hessian_layout(kind))
+        checksums, layout = self.hessian_entry(kind).get("checksums"), self.hessian_layout(kind)
+        file = store.TensorFile(self.hessian_path(kind), checksums, layout)
         counts = {"examples": torch.tensor(self.examples), "tokens": file.read("tokens")}
         keys = ("cov", "gram", "A", "B", "square", "basis_in", "basis_out")
-        return lambda layer: counts | {k: file.read(f"{layer}.{k}") for k in keys if f"{layer}.{k}" in file.header}
+        return lambda layer: counts | {k: file.read(f"{layer}.{k}") for k in keys if f"{layer}.{k}" in layout}
 
-    def blocks(self, layer: str, shards: Iterable[int]) -> Iterator[Tensor]:
-        """Yield a layer's gradients, [n, r_out * r_in], shard by shard, checked."""
-        return self._read(layer, shards, "gradients")
-
-    def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]:
-        """Yield one of the factor sums, shard by shard, checked."""
-        return self._read(key, shards, "factors")
-
-    def _read(self, name: str, shards: Iterable[int], kind: str) -> Iterator[Tensor]:
+    def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
+        """Yield a tensor, shard by shard: a layer's gradients [n, r_out * r_in], or one of the factor sums."""
         for index in shards:
             with self.open_shard(index, kind) as file:
                 yield file.read(name)
+
+    def shard(self, index: int) -> store.Shard:
+        """Return one of the run's shards."""
+        ids = self.shards[index]
+        grads = quantise.layout(self.projected, len(ids), self.settings["store_dtype"])
+        factors = hessian.factor_layout(self.projected, self.squares_only)
+        return store.Shard(self.folder / "gradients", index, ids, {"gradients": grads, "factors": factors})
 
     def open_shard(self, index: int, kind: str = "gradients") -> store.TensorFile:
         """Open a shard's gradients or factors.
@@ -327,12 +331,7 @@ class Log:
             ValueError: The shard is missing or was altered.
         """
         try:
-            ids = self.shards[index]
-            if kind == "factors":
-                layout = hessian.factor_layout(self.projected, self.squares_only)
-            else:
-                layout = quantise.layout(self.projected, len(ids), self.settings["store_dtype"])
-            return store.open_shard(self.gradients, index, ids, kind, layout)
+            return self.shard(index).open(kind)
         except ValueError as error:
             raise ValueError(
                 f"expected {len(self.shards)} whole shards, but {error}; "

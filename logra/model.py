@@ -109,23 +109,18 @@ def context_length(config) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def block_size(config, asked: int | None, say: Callable[[str], None]) -> int:
-    """Return the tokens in an example: those asked for, else 512 or the model's context where that is shorter.
+def complete(settings: dict, config, device: torch.device | str, say: Callable[[str], None]) -> None:
+    """Fill in the settings of a run that depend on its model and device: block_size (512, or the context) and dtype.
 
     Raises:
-        ValueError: More than the context was asked for.
+        ValueError: A block_size above the context.
     """
-    context = context_length(config) or 10**12
+    context, asked = context_length(config) or 10**12, settings["block_size"]
     if asked is None and context < 512:
         say(f"--block_size is {context}, the model's context")
     if asked is not None and asked > context:
         raise ValueError(f"expected --block_size of at most {context}, the model's context, got {asked}; lower it")
-    return asked or min(512, context)
-
-
-def complete(settings: dict, config, device: torch.device | str, say: Callable[[str], None]) -> None:
-    """Fill in the settings of a run that depend on its model and device: block_size and dtype."""
-    settings["block_size"] = block_size(config, settings["block_size"], say)
+    settings["block_size"] = asked or min(512, context)
     settings["dtype"] = settings["dtype"] or default_dtype(device)
 
 
@@ -263,7 +258,7 @@ def describe(
     print_of_model: str,
     tokenizer: PreTrainedTokenizerBase,
     settings: dict,
-    say: Callable[[str], object] = lambda text: None,
+    say: Callable[[str], object],
 ) -> dict:
     """Return run.json's `model` (class, fingerprint), `tokenizer` and `layers` (name -> [d_out, d_in, r_out, r_in])."""
     shapes = choose_layers(model, settings["mlp_only"], settings["layers"])

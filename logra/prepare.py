@@ -1,17 +1,19 @@
-"""Find a run for a command line, and make what stands in it before its first shard."""
+"""Find a command line's run, load its model, and make what stands in the run before its first shard."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from logra import data, disk, progress, projection, run, store
+from logra import data, disk, model, progress, projection, run, store
 from logra.extraction import CPU_TOKENS, Extractor, calibration_batches, factor_sums
+from logra.fsdp import load_sharded
 from logra.hooks import GradientCapture
 from logra.log import Log
-from logra.model import same_name
 
 
 def find_folder(args: argparse.Namespace, must_exist: bool) -> Path:
@@ -59,7 +61,7 @@ def find_log(
         saved = log.settings.get(name)
         if saved == value or (extend and name in run.DATA_FLAGS):
             continue
-        if not (name in ("model_name", "data_name") and same_name(saved, value)):
+        if not (name in ("model_name", "data_name") and model.same_name(saved, value)):
             raise ValueError(
                 f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
                 "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"
@@ -99,6 +101,25 @@ def prepare_data(args: argparse.Namespace, log: Log, tokenizer, further: dict | 
         run.say(f"dropped {counts['dropped_rows']} rows without text")
 
 
+def load(
+    settings: dict, args: argparse.Namespace, device: torch.device, say: Callable = lambda text: None
+) -> tuple[nn.Module, PreTrainedTokenizerBase, dict]:
+    """Return a run's model, placed as the command line says, its tokenizer, and what run.json says of the two."""
+    name, dtype = settings["model_name"], store.DTYPES[settings["dtype"]]
+    hub = model.hub_options(settings, args.trust_remote_code)
+    if args.fsdp and (args.device_map or settings["quantize"]):
+        raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
+    tokenizer = model.load_tokenizer(name, **hub)
+    if args.fsdp:
+        lm, print_of_model = load_sharded(name, dtype, device, **hub)
+    else:
+        lm = model.load_model(name, dtype, device, settings["quantize"], args.device_map, **hub)
+        print_of_model = model.fingerprint(lm)
+    if args.gradient_checkpointing or args.device_map:  # without it, the backward pass would hold all offloaded weights
+        model.checkpoint_blocks(lm)
+    return lm, tokenizer, model.describe(lm, print_of_model, tokenizer, settings, say)
+
+
 def make_extractor(args: argparse.Namespace, lm: nn.Module, capture: GradientCapture, log: Log) -> Extractor:
     """Return what runs the model, with the size of batch that was asked for or that fits."""
     tokens = args.batch_tokens or ("auto" if torch.cuda.is_available() else CPU_TOKENS)
@@ -116,7 +137,7 @@ def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) ->
     if settings["lora"] == "random":
         projections, sizes = projection.draw(log.shapes, log.projected, settings["seed"]), log.projected
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    if settings["basis"] == "eigen" or settings["lora"] == "pca":
+    if log.rotated:
         examples = log.train()
         log.check_memory("", sizes)
         with GradientCapture(lm, projections, grads=False, factors=True) as capture:
@@ -136,5 +157,5 @@ def make_projections(args, lm: nn.Module, log: Log, accelerator: Accelerator) ->
         every = dict(run.gather_list(rotated, accelerator))
         projections = {layer: every[layer] for layer in projections}
     if accelerator.is_main_process:
-        path = log.folder / "projections.safetensors"
-        log.save(projections=store.save_tensors(path, projection.to_tensors(projections)))
+        path, tensors = log.folder / "projections.safetensors", projection.to_tensors(projections)
+        log.save(projections=store.save_tensors(path, log.projections_layout, tensors))

@@ -5,12 +5,14 @@ A side that is None is not projected (the identity).
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
+
+from logra.store import Layout
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (d_out, d_in)
 
@@ -116,25 +118,28 @@ def rotate(projection: Projection, cov_in: Tensor, cov_out: Tensor, shape: tuple
 KEYS = ("in", "out", "in.values", "out.values")  # of a Projection's tensors in projections.safetensors
 
 
+def layout(shapes: Shapes, projected: Shapes, rotated: bool) -> Layout:
+    """Return name -> (dtype, shape) of the tensors of projections.safetensors.
+
+    Args:
+        shapes, projected: Layer -> sizes before, and after.
+        rotated: The projections are made of eigenvectors, of sides that keep their width too.
+    """
+    found: Layout = {}
+    for name, (d_out, d_in) in shapes.items():
+        r_out, r_in = projected[name]
+        sizes = ([r_in, d_in], [r_out, d_out], [r_in], [r_out])
+        kept = (rotated or r_in < d_in, rotated or r_out < d_out, rotated, rotated)
+        found |= {f"{name}.{KEYS[i]}": (torch.float32, size) for i, size in enumerate(sizes) if kept[i]}
+    return found
+
+
 def to_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
     """Return the content of projections.safetensors: <layer>.in, .out and so on, where they are there."""
     parts = ((f"{name}.{key}", part) for name, p in projections.items() for key, part in zip(KEYS, p, strict=True))
     return {key: part for key, part in parts if part is not None}
 
 
-def from_tensors(tensors: dict[str, Tensor], shapes: Shapes, projected: Shapes) -> dict[str, Projection]:
-    """Return the projections that the content of projections.safetensors holds.
-
-    Raises:
-        ValueError: A tensor has not the shape that run.json says.
-    """
-    for name in shapes:
-        for side, rank, width in zip(("out", "in"), projected[name], shapes[name], strict=True):
-            p = tensors.get(f"{name}.{side}")
-            if (rank, width) != ((width, width) if p is None else tuple(p.shape)):
-                got = "none" if p is None else list(p.shape)
-                raise ValueError(f"expected {[rank, width]} for {name}.{side}, got {got}")
-            values = tensors.get(f"{name}.{side}.values", torch.empty(rank))
-            if values.shape != (rank,) or {values.dtype, values.dtype if p is None else p.dtype} != {torch.float32}:
-                raise ValueError(f"expected float32 {[rank]} for {name}.{side}.values, got {list(values.shape)}")
-    return {name: Projection(*(tensors.get(f"{name}.{key}") for key in KEYS)) for name in shapes}
+def from_tensors(tensors: dict[str, Tensor], layers: Iterable[str]) -> dict[str, Projection]:
+    """Return the layers' projections that the content of projections.safetensors holds."""
+    return {name: Projection(*(tensors.get(f"{name}.{key}") for key in KEYS)) for name in layers}

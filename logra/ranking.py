@@ -13,6 +13,7 @@ from logra import disk, store
 from logra.checks import are_scores
 from logra.influence import top_k
 from logra.log import Log
+from logra.scores import ends_layout
 
 
 class Ranking(NamedTuple):
@@ -83,8 +84,7 @@ class Scores:
         if k is None:
             self.matrix = load_matrix(folder / "scores.npy", (queries, examples))
             return
-        shape = [queries, min(k, examples)]
-        layout = {"scores": (torch.float32, shape), "ids": (torch.int64, shape)}
+        layout = ends_layout(queries, min(k, examples))
         for largest, name in ((True, "top"), (False, "bottom")):
             path = folder / f"{name}.safetensors"
             try:

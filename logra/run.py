@@ -273,6 +273,11 @@ def start_processes() -> Accelerator:
     return accelerator
 
 
+def share(count: int, accelerator: Accelerator) -> range:
+    """Return which of `count` things, shards for instance, are this rank's."""
+    return range(accelerator.process_index, count, accelerator.num_processes)
+
+
 def gather_list(mine: list, accelerator: Accelerator) -> list:
     """Return the items of all ranks, on every rank."""
     return gather_object(mine) if accelerator.num_processes > 1 else mine
@@ -280,6 +285,8 @@ def gather_list(mine: list, accelerator: Accelerator) -> list:
 
 def sum_over_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """Return the sum of every rank's tensor, on the CPU of every rank."""
+    if accelerator.num_processes == 1:
+        return tensor.cpu()
     return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
 
 

@@ -8,7 +8,6 @@ self_influence/<label>.safetensors                 values [N] float32; kept, sin
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,15 @@ import xxhash
 from accelerate import Accelerator
 from torch import Tensor
 
-from logra import disk, store
+from logra import disk, run, store
 from logra.influence import RunningTopK
 from logra.log import Log
 from logra.queries import Query
+
+
+def ends_layout(queries: int, kept: int) -> store.Layout:
+    """Return the tensors of top.safetensors and bottom.safetensors."""
+    return {"scores": (torch.float32, [queries, kept]), "ids": (torch.int64, [queries, kept])}
 
 
 class ScoreFile:
@@ -66,14 +70,14 @@ class ScoreFile:
             values = scores if name == "scores.npy" else torch.stack(of_blocks)
             self.matrices[name][..., first : first + len(scores), ids.start : ids.stop] = values.numpy()
 
-    def close(self, gather: Callable, accelerator: Accelerator) -> None:
+    def close(self, accelerator: Accelerator) -> None:
         """Flush what this rank has; merge the ranks' top k, on every rank."""
         for matrix in self.matrices.values():
             matrix.flush()
         if self.k is None:
             return
         mine = [(first, name, end) for first, ends in self.ends.items() for name, end in ends.items()]
-        found = gather([(first, name, end.scores, end.ids) for first, name, end in mine], accelerator)
+        found = run.gather_list([(first, name, end.scores, end.ids) for first, name, end in mine], accelerator)
         for name in ("top", "bottom"):
             groups: dict[int, RunningTopK] = {}
             for first, _, scores, ids in (entry for entry in found if entry[1] == name):
@@ -81,8 +85,8 @@ class ScoreFile:
             ordered = [groups[first] for first in sorted(groups)]
             tensors = {key: torch.cat([getattr(end, key) for end in ordered]) for key in ("scores", "ids")}
             if accelerator.is_main_process:
-                entry = store.save_tensors(self.folder / f"{name}.safetensors", tensors)
-                disk.write_json(self.folder / f"{name}.json", entry)
+                path, layout = self.folder / f"{name}.safetensors", ends_layout(*tensors["scores"].shape)
+                disk.write_json(path.with_suffix(".json"), store.save_tensors(path, layout, tensors))
 
     def describe(self, queries: list[Query], about: dict, self_influence: Tensor | None) -> None:
         """Write queries.jsonl, where given self_influence.npy, and run.json with the checksums of all files."""
@@ -108,6 +112,7 @@ class SelfInfluence:
         names = [f"{kind}-{damping}-{chosen}.safetensors" for damping in dampings]
         self.paths = [log.folder / "self_influence" / name for name in names]
         self.values = torch.zeros(len(dampings), log.examples)
+        self.layout: store.Layout = {"values": (torch.float32, [log.examples])}
         stored = [self._load(path) for path in self.paths]
         self.whole = all(values is not None for values in stored)
         if self.whole:
@@ -117,15 +122,14 @@ class SelfInfluence:
         """Return what is stored, if it is whole and of the same Hessian and examples."""
         try:
             entry = disk.read_json(path.with_suffix(".json"), "")
-            layout = {"values": (torch.float32, [self.values.shape[1]])}
-            values = store.load_tensors(path, entry, layout)["values"]
+            values = store.load_tensors(path, entry.get("checksums"), self.layout)["values"]
         except ValueError:
             return None
         return values if all(entry.get(key) == value for key, value in self.key.items()) else None
 
-    def agree(self, gather: Callable, accelerator: Accelerator) -> None:
+    def agree(self, accelerator: Accelerator) -> None:
         """Compute it again where not every rank has found it, as when it is being written."""
-        if not all(gather([self.whole], accelerator)):
+        if not all(run.gather_list([self.whole], accelerator)):
             self.whole = False
             self.values.zero_()
 
@@ -133,10 +137,10 @@ class SelfInfluence:
         """Add a layer's (or all layers') share, S times [n], of the examples ids."""
         self.values[:, ids.start : ids.stop] += torch.stack(parts).cpu()
 
-    def save(self, total: Callable, accelerator: Accelerator) -> None:
+    def save(self, accelerator: Accelerator) -> None:
         """Sum over ranks, and keep it."""
-        self.values, self.whole = total(self.values, accelerator), True
+        self.values, self.whole = run.sum_over_ranks(self.values, accelerator), True
         for path, values in zip(self.paths, self.values, strict=True) if accelerator.is_main_process else ():
             tag = f".{os.getpid()}"  # other queries may be scored at the same time
-            entry = store.save_tensors(path, {"values": values.contiguous()}, tag)
-            disk.write_json(path.with_suffix(".json"), entry | self.key, tag)
+            checksums = store.save_tensors(path, self.layout, {"values": values}, tag)
+            disk.write_json(path.with_suffix(".json"), self.key | {"checksums": checksums}, tag)

@@ -88,7 +88,7 @@ class Scorer:
         self.log, self.kind, self.blocks, self.lm, self.dampings = log, kind, blocks, lm, dampings
         self.own, self.query_rank, self.prepare, self.accelerator = own, query_rank, prepare, accelerator
         self.projections = log.projections()
-        self.shards = len(range(accelerator.process_index, len(log.shards), accelerator.num_processes))
+        self.mine = run.share(len(log.shards), accelerator)
         size = 4 * sum(o * i for o, i in log.projected.values()) * (1 + len(dampings))
         free = psutil.virtual_memory().available / 4 / run.processes_here()
         self.step = min(run.gather_list([max(1, int(free) // size)], accelerator))  # the ranks take the same steps
@@ -113,9 +113,8 @@ class Scorer:
         if self.log.bits == 0:
             used = identity(self.log.shapes) if whole else self.projections
             return self._by_model(queries, {layer: used[layer] for layer in queries}, solvers)
-        mine = range(self.accelerator.process_index, len(self.log.shards), self.accelerator.num_processes)
         device, bits = self.accelerator.device, self.log.bits
-        return influence.score_shards(self.log.open_shard, mine, queries, solvers, device, bits, self.blocks)
+        return influence.score_shards(self.log.open_shard, self.mine, queries, solvers, device, bits, self.blocks)
 
     def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], dict]:
         """Return (C + lambda I)^-1 of the groups' mean gradients, {layer: [S * len(groups), k]}; see _precondition."""
@@ -132,8 +131,8 @@ class Scorer:
 
     def _query_gradients(self, groups: list[list[Query]]) -> dict[str, Tensor]:
         """Return the groups' mean projected gradients, {layer: [Q, k]} float32, on every rank."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        queries = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group][rank::ranks]
+        queries = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group]
+        queries = [queries[n] for n in run.share(len(queries), self.accelerator)]
         token_ids, counted = [q.token_ids for _, _, q in queries], [q.counted for _, _, q in queries]
         bar = progress.bar(total=sum(map(len, token_ids)), desc="query gradients", unit="tok")
         with self.capture, bar:
@@ -147,8 +146,7 @@ class Scorer:
             grads[layer] = torch.zeros(len(groups), r_out * r_in)
             if mine:
                 grads[layer].index_add_(0, places, mine.pop(layer) * weights)
-            if ranks > 1:
-                grads[layer] = run.sum_over_ranks(grads[layer], self.accelerator)
+            grads[layer] = run.sum_over_ranks(grads[layer], self.accelerator)
         return grads
 
     def _precondition(
@@ -159,16 +157,16 @@ class Scorer:
         A layer is one rank's work, and `grads` is emptied. raw's self-influence is added here, layer by layer: its
         factors don't fit in memory.
         """
-        log, own, ranks = self.log, self.own, self.accelerator.num_processes
+        log, own, layers = self.log, self.own, run.share(len(grads), self.accelerator)
         statistics, every = log.statistics(self.kind), range(len(log.shards))
         solved, solvers, device = {}, {layer: [] for layer in grads}, self.accelerator.device
         for number, layer in enumerate(progress.bar(list(grads), desc=f"Hessian {self.kind}", unit="layer")):
-            q, mine = grads.pop(layer), number % ranks == self.accelerator.process_index
+            q, mine = grads.pop(layer), number in layers
             solved[layer] = torch.zeros(len(self.dampings) * count, q.shape[1])
             streamed = own and not own.whole and self.kind != "raw"
             if mine or streamed:
                 stats = {key: tensor.to(device) for key, tensor in statistics(layer).items()}
-                blocks = [block.to(device).float() for block in log.blocks(layer, every)] if "gram" in stats else None
+                blocks = [block.to(device).float() for block in log.read(layer, every)] if "gram" in stats else None
                 train = torch.cat(blocks) if blocks else None
                 found = [
                     hessian.preconditioner(self.kind, stats, *damping, train) for damping in self.dampings.values()
@@ -178,12 +176,11 @@ class Scorer:
             if streamed:
                 solvers[layer] = [solver.quadratic for solver in found]
             elif own and not own.whole and mine:
-                for ids, block in zip(log.shards, log.blocks(layer, every), strict=True):
+                for ids, block in zip(log.shards, log.read(layer, every), strict=True):
                     own.put(ids, [solver.quadratic(block.to(device).float()) for solver in found])
-            if ranks > 1:
-                solved[layer] = run.sum_over_ranks(solved[layer], self.accelerator)
+            solved[layer] = run.sum_over_ranks(solved[layer], self.accelerator)
         if own and not own.whole and self.kind == "raw":
-            own.save(run.sum_over_ranks, self.accelerator)
+            own.save(self.accelerator)
         return solved, solvers
 
     def _by_model(
@@ -193,7 +190,7 @@ class Scorer:
         examples, rows = self.log.train(), len(next(iter(queries.values()))[0 if self.query_rank else slice(None)])
         with ScoreCapture(self.lm, projections, queries, own) as capture:
             extractor = self.prepare(capture=capture)
-            for shard in range(self.accelerator.process_index, len(self.log.shards), self.accelerator.num_processes):
+            for shard in self.mine:
                 ids = self.log.shards[shard]
                 batch = examples[ids.start : ids.stop]
                 found, _ = extractor.gradients(batch["input_ids"], batch.get("counted"), ids.start).wait()

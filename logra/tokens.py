@@ -17,13 +17,11 @@ from torch import Tensor
 from logra.extraction import CPU_TOKENS, Extractor
 from logra.hooks import TokenCapture
 from logra.log import Log
-from logra.model import describe, fingerprint, hub_options, load_model, load_tokenizer
-from logra.prepare import make_extractor
+from logra.prepare import load, make_extractor
 from logra.progress import bar
 from logra.queries import Query, group_queries, load_queries, query_hash
 from logra.scores import SelfInfluence
 from logra.scoring import Scorer, block_name, damping_label
-from logra.store import DTYPES
 
 
 class Shares(NamedTuple):
@@ -47,23 +45,21 @@ class Splitter:
 
     def __init__(self, log: Log, about: dict, trust_remote_code: bool, accelerator: Accelerator):
         self.log, self.mode, settings = log, about["mode"], log.settings
-        name, hub = settings["model_name"], hub_options(settings, trust_remote_code)
-        self.tokenizer = load_tokenizer(name, **hub)
+        flags = argparse.Namespace(batch_tokens=CPU_TOKENS, batch_size=None, trust_remote_code=trust_remote_code)
+        flags.fsdp = flags.device_map = flags.gradient_checkpointing = None
+        self.lm, self.tokenizer, described = load(settings, flags, accelerator.device)
+        log.check_model(described)
         limit, loss = None if about["group_by"] else about["num_queries"], about["query_loss"]
         _, queries = load_queries(about["split"], settings, self.tokenizer, loss, limit)
         self.groups, self.grouped = group_queries(queries, about["group_by"]), bool(about["group_by"])
         if not self.grouped and query_hash(queries) != about["queries"]:
             raise ValueError(f"expected the queries that were scored in {about['split']}, got others; score them again")
-        device, dtype = accelerator.device, DTYPES[settings["dtype"]]
-        self.lm = load_model(name, dtype, device, settings["quantize"], **hub)
-        log.check_model(describe(self.lm, fingerprint(self.lm), self.tokenizer, settings))
         label = damping_label(about["damping"], about["damping_absolute"])
         dampings = {label: (about["damping"], about["damping_absolute"])}
         own = None if self.mode == "dot" else SelfInfluence(log, about["hessian"], about["layers"], [label])
         if own and not own.whole:
             raise ValueError(f"expected the self-influence in {own.paths[0]}, got none; run compute_influence.py again")
         self.own = own.values[0] if own else None
-        flags = argparse.Namespace(batch_tokens=CPU_TOKENS, batch_size=None, fsdp=False)
         blocks = {layer: block_name(layer) for layer in about["layers"]}
         prepare = partial(make_extractor, flags, self.lm, log=log)
         self.scorer = Scorer(log, about["hessian"], blocks, self.lm, dampings, None, None, prepare, accelerator)

@@ -18,9 +18,10 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from logra import data, hessian, influence, model, progress, projection, run
-from logra.extraction import Extractor, load
+from logra.extraction import Extractor
 from logra.hooks import GradientCapture
 from logra.loss import IGNORE
+from logra.prepare import load
 
 RANK = 64
 DENSE = 3  # layers whose C is built: the first, the middle and the last one
@@ -67,13 +68,9 @@ class Few:
         self.examples = len(next(iter(grads.values())))
         self.shards = [range(self.examples)]
 
-    def blocks(self, layer: str, shards: Iterable[int]) -> Iterator[Tensor]:
-        """Yield the layer's gradients [n, k]."""
-        yield from (self.grads[layer] for _ in shards)
-
-    def factors(self, key: str, shards: Iterable[int]) -> Iterator[Tensor]:
-        """Yield a factor sum."""
-        yield from (self.sums[key] for _ in shards)
+    def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
+        """Yield a layer's gradients [n, k], or a factor sum."""
+        yield from ((self.grads if kind == "gradients" else self.sums)[name] for _ in shards)
 
     def preconditioner(self, kind: str, layer: str) -> hessian.Preconditioner:
         """Return the pipeline's (C + lambda I)^-1 of a layer."""
@@ -137,9 +134,8 @@ def show(args: argparse.Namespace) -> None:
     accelerator = run.start_processes()
     settings = run.with_defaults(run.given_settings(args), args.hessian or "raw")
     name, hub = settings["model_name"], model.hub_options(settings, args.trust_remote_code)
-    tokenizer = model.load_tokenizer(name, **hub)
     model.complete(settings, model.load_config(name, **hub), accelerator.device, run.say)
-    lm, _ = load(settings, args, accelerator.device)
+    lm, tokenizer, _ = load(settings, args, accelerator.device)
     shapes = model.choose_layers(lm, settings["mlp_only"], settings["layers"])
     ranks = (min(settings[side] or RANK, RANK) for side in ("rank_in", "rank_out"))
     projected = projection.projected_shapes(shapes, *ranks)

@@ -24,7 +24,7 @@ def test_eigenvalues_are_those_of_the_dense_matrix(cli, tiny, workspace, kind, f
     log = extract(cli, tiny / "llama", "--rank", 3, "--hessian", kind, *flags)
     layer = next(iter(log.layers))
     stats = log.statistics(kind)(layer)
-    train = torch.cat(list(log.blocks(layer, range(len(log.shards)))))
+    train = torch.cat(list(log.read(layer, range(len(log.shards)))))
     k = train.shape[1]
     solver = hessian.preconditioner(kind, stats, None, 50.0, train if "gram" in stats else None)
     inverse = solver.solve(torch.eye(k)).double()

@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from logra import hessian, influence, projection, store
+from logra import hessian, influence, projection, quantise, store
 
 R_OUT, R_IN, TOKENS = 4, 5, 6
 K = R_OUT * R_IN
@@ -23,12 +23,11 @@ class FakeLog:
         self.ds = [torch.randn(TOKENS, R_OUT, dtype=torch.float64) for _ in range(examples)]
         self.grads = torch.stack([(d.T @ x).flatten() for d, x in zip(self.ds, self.xs, strict=True)])
 
-    def blocks(self, layer, shards):
-        for index in shards:
-            yield self.grads[list(self.shards[index])].float()
-
-    def factors(self, key, shards):
+    def read(self, name, shards, kind="gradients"):
         for ids in (self.shards[index] for index in shards):
+            if kind == "gradients":
+                yield self.grads[list(ids)].float()
+                continue
             sums = {
                 "layer.A": sum(self.xs[i].T @ self.xs[i] for i in ids),
                 "layer.B": sum(self.ds[i].T @ self.ds[i] for i in ids),
@@ -36,7 +35,7 @@ class FakeLog:
                 "examples": torch.tensor(len(ids)),
                 "tokens": torch.tensor(TOKENS * len(ids)),
             }
-            yield sums[key]
+            yield sums[name]
 
 
 def stats_of(log: FakeLog, kind: str, ranks: int = 1, rotated: bool = False) -> dict[str, torch.Tensor]:
@@ -174,13 +173,18 @@ def test_scores_by_definition(mode, kind, tmp_path):
     self_influence = sum(s.quadratic(log.grads.float()) for s, log in zip(solvers, logs, strict=True))
     dots = sum(p @ block[layer].T for layer, p in solved.items())
     assert close(influence.finish(dots, self_influence, mode), expected)
-    shards = [range(20), range(20, 30)]
+    shards, files = [range(20), range(20, 30)], []
     for shard, ids in enumerate(shards):
         grads = {layer: z[ids.start : ids.stop].contiguous() for layer, z in block.items()}
-        store.write_shard(tmp_path, shard, ids, grads, {})
+        layouts = {
+            "gradients": quantise.layout(dict.fromkeys(block, (R_OUT, R_IN)), len(ids), "float32"),
+            "factors": {},
+        }
+        files.append(store.Shard(tmp_path, shard, ids, layouts))
+        files[-1].write(grads, {})
     own = {str(i): [s.quadratic] for i, s in enumerate(solvers)}
     doubled = {layer: torch.cat([p, p]) for layer, p in solved.items()}
-    found = influence.score_shards(lambda i: store.open_shard(tmp_path, i, shards[i]), range(2), doubled, own, "cpu")
+    found = influence.score_shards(lambda i: files[i].open(), range(2), doubled, own, "cpu")
     for (shard, streamed, selves), n in zip(found, (20, 10), strict=True):
         part = slice(20 * shard, 20 * shard + n)
         rows = streamed[""].T.double()

@@ -36,12 +36,12 @@ def influence(cli, *flags) -> tuple[np.ndarray, Path]:
 
 def stored_gradients(log: Log) -> dict[str, torch.Tensor]:
     every = range(len(log.shards))
-    return {layer: torch.cat(list(log.blocks(layer, every))) for layer in log.layers}
+    return {layer: torch.cat(list(log.read(layer, every))) for layer in log.layers}
 
 
 def hessian_tensors(log: Log, kind: str) -> dict[str, torch.Tensor]:
     path = log.hessian_path(kind)
-    return store.load_tensors(path, json.loads(path.with_suffix(".json").read_text()))
+    return store.load_tensors(path, log.hessian_entry(kind)["checksums"], log.hessian_layout(kind))
 
 
 def close(one: np.ndarray, two: np.ndarray) -> bool:
@@ -160,7 +160,7 @@ def test_what_is_written(cli, tiny, workspace):
         total += len(ids)
     assert total == len(train)
     sums = load_file("log/hessian/ekfac.safetensors")
-    squares = sum(g.double().square().sum(0) for g in log.blocks(next(iter(log.layers)), range(len(log.shards))))
+    squares = sum(g.double().square().sum(0) for g in log.read(next(iter(log.layers)), range(len(log.shards))))
     assert torch.allclose(sums[f"{next(iter(log.layers))}.square"].flatten(), squares, rtol=1e-5)
     scores, folder = influence(cli, "--mode", "cosine", "--self_influence")
     assert scores.shape == (3, len(train)) and scores.dtype == np.float32
@@ -184,8 +184,9 @@ def test_what_is_written(cli, tiny, workspace):
 def test_a_second_start_computes_only_what_is_missing(cli, tiny, workspace):
     """Finished shards are kept as they are; a deleted, altered or truncated one is found and computed again alone."""
     log = extract(cli, tiny / "gpt2", "--shard_examples", 4, "--rank", 4)
-    before, times = stored_gradients(log), {p: p.stat().st_mtime_ns for p in log.gradients.glob("*")}
-    files = [store.shard_files(log.gradients, index) for index in range(5)]
+    before, times = stored_gradients(log), {p: p.stat().st_mtime_ns for p in log.folder.glob("gradients/*")}
+    kinds = ("gradients", "factors", "manifest")
+    files = [{kind: log.shard(index).path(kind) for kind in kinds} for index in range(5)]
     files[1]["manifest"].unlink()
     content = bytearray(files[2]["gradients"].read_bytes())
     content[-5] ^= 4

@@ -14,6 +14,7 @@ from test_pipeline import hessian_tensors, stored_gradients
 
 from logra import store
 from logra.log import Log
+from logra.scores import ends_layout
 
 COMMANDS = """\
 python generate_llama3.py
@@ -78,7 +79,7 @@ def test_two_processes_give_what_one_gives(tiny, workspace, flags):
         one_sum, two_sum = (tensors[key].double() for tensors in hessians)
         assert (one_sum - two_sum).norm() <= 1e-5 * one_sum.norm()
     for index in (0, 2, 3):
-        store.shard_files(logs[0].gradients, index)["manifest"].unlink()
+        logs[0].shard(index).path("manifest").unlink()
     done = launch(2, workspace, f"{flags} --log_dir log1")
     assert done.returncode == 0, done.stderr
     again = stored_gradients(logs[0])
@@ -139,7 +140,7 @@ def test_two_processes_score_as_one(cli, tiny, workspace, kind, stored):
         one = np.load(path)
         assert one.shape == scores.shape == (3, 20) and np.allclose(one, scores, rtol=1e-4, atol=1e-5)
     for path in Path("log/scores").glob("*/top.json"):
-        found = store.load_tensors(path.with_suffix(".safetensors"), json.loads(path.read_text()))
+        found = store.load_tensors(path.with_suffix(".safetensors"), json.loads(path.read_text()), ends_layout(3, 4))
         whole = np.load(next(p for p in folders if p.parent.name.endswith(path.parent.name.split("-cosine")[1])))
         assert np.allclose(np.sort(whole, axis=1)[:, ::-1][:, :4], found["scores"], rtol=1e-4, atol=1e-5)
 

@@ -82,18 +82,20 @@ def test_counted_bits_are_the_product_with_the_rounded_queries(k):
 @pytest.mark.parametrize("name", BITS)
 def test_streamed_scores_of_few_bits(tmp_path, name, count):
     """Shards of whole numbers give the unpacked gradients' dots and self-influence, for few queries and many."""
-    k, bits, shards = 96, BITS[name], [range(7), range(7, 11)]
+    k, bits, shards, files = 96, BITS[name], [range(7), range(7, 11)], []
     z = {layer: random_rows(11, k, seed) for seed, layer in enumerate("ab")}
     q = {layer: random_rows(count, k, seed + 5) + 1e-3 for seed, layer in enumerate("ab")}
     for i, ids in enumerate(shards):
         grads: dict = {}
         for layer, rows in z.items():
             grads |= quantise.stored(layer, rows[ids.start : ids.stop], name)
-        store.write_shard(tmp_path, i, ids, grads, {})
+        layouts = {"gradients": quantise.layout(dict.fromkeys(z, (8, 12)), len(ids), name), "factors": {}}
+        files.append(store.Shard(tmp_path, i, ids, layouts))
+        files[-1].write(grads, {})
     rounded = {layer: quantise.unpack(*quantise.pack(rows, bits), bits, k) for layer, rows in z.items()}
     own = {layer: [lambda rows: rows.square().sum(dim=1)] for layer in z}
     for wanted in ({layer: [] for layer in z}, own):
-        found = score_shards(lambda i: store.open_shard(tmp_path, i, shards[i]), range(2), q, wanted, "cpu", bits)
+        found = score_shards(lambda i: files[i].open(), range(2), q, wanted, "cpu", bits)
         for shard, dots, selves in found:
             part = slice(shards[shard].start, shards[shard].stop)
             expected = sum(rounded[layer][part] @ q[layer].T for layer in z)
@@ -129,7 +131,7 @@ def test_few_bits_through_the_stages(cli, tiny, workspace, name):
         assert np.corrcoef(got.ravel(), exact.ravel())[0, 1] > 0.75
         size = log.content["data"]["bytes_per_example"]
         assert size == sum(quantise.stored_bytes(o * i, store_dtype) for o, i in log.projected.values())
-        manifest = json.loads((log.gradients / "00000.json").read_text())
+        manifest = json.loads(log.shard(0).path("manifest").read_text())
         assert 0 < manifest["relative_score_error"] < min(1, 10 * limit)
         for mode in ("cosine", "l2"):
             assert np.isfinite(influence(cli, "--mode", mode)[0]).all()

@@ -18,7 +18,7 @@ from test_pipeline import hessian_tensors, stored_gradients
 from test_processes import launch, start
 
 from benchmarks.kills import begin, kill, workers
-from logra import disk, store
+from logra import disk
 from logra.log import Log
 
 FLAGS = "--data_name docs.jsonl --rank 4 --shard_examples 10 --batch_tokens 400 --hessian ekfac"
@@ -29,7 +29,7 @@ def same_run(folder: Path, other: Path) -> None:
     one, two = Log.load(folder), Log.load(other)
     assert one.fingerprints == two.fingerprints
     assert one.shards == two.shards
-    assert not any(store.shard_problem(one.gradients, i, ids) for i, ids in enumerate(one.shards))
+    assert not any(one.shard(i).problem() for i in range(len(one.shards)))
     expected = stored_gradients(two)
     for layer, grads in stored_gradients(one).items():
         assert (grads - expected[layer]).norm() < 1e-5 * expected[layer].norm()
@@ -85,7 +85,7 @@ def test_memory_that_runs_out(undisturbed, workspace):
     assert done.stdout.count("out of memory") == 6, done.stdout
     same_run(workspace / "log", workspace / "ref")
     sums, expected = (
-        {key: sum(Log.load(workspace / name).factors(key, range(6))) for key in ("examples", "tokens")}
+        {key: sum(Log.load(workspace / name).read(key, range(6), "factors")) for key in ("examples", "tokens")}
         for name in ("log", "ref")
     )
     assert sums == expected

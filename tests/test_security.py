@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import xxhash
 from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from test_bad_input import refused
 
@@ -39,8 +38,8 @@ def edit(path: Path, **changes: object) -> None:
     edit_json(path, change)
 
 
-def edit_header(path: Path, entry: Path, key: str | None, change) -> None:
-    """Change the header of a file of tensors, and the entry in a JSON file that vouches for it."""
+def edit_header(path: Path, change) -> None:
+    """Change the header of a file of tensors."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -48,8 +47,6 @@ def edit_header(path: Path, entry: Path, key: str | None, change) -> None:
     text = json.dumps(header).encode()
     text = len(text).to_bytes(8, "little") + text
     path.write_bytes(text + data[8 + size :])
-    prefix = f"{key}__" if key else ""
-    edit(entry, **{f"{prefix}bytes": path.stat().st_size, f"{prefix}header": xxhash.xxh3_64_hexdigest(text)})
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +257,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         {"data__fingerprint": None},
         {"extensions": 3},
         {"extensions": [{}]},
-        {"projections": {"bytes": "many", "tensors": 3}},
+        {"projections": ["many", 3]},
         {"format": [3]},
     ],
     ids=str,
@@ -318,18 +315,19 @@ def no_object(header: dict) -> None:
 @pytest.mark.parametrize("change", [grow, past_the_end, negative, other_type, other_names, turned, no_object])
 @pytest.mark.parametrize("kind", ["gradients", "factors", "hessian", "projections"])
 def test_tensors_of_someone_else(cli, run, kind, change):
-    """Headers with right checksums whose offsets, shapes, types or names are wrong."""
-    path, entry, key = {
-        "gradients": ("gradients/00000.safetensors", "gradients/00000.json", "gradients"),
-        "factors": ("gradients/00000.factors.safetensors", "gradients/00000.json", "factors"),
-        "hessian": ("hessian/ekfac.safetensors", "hessian/ekfac.json", None),
-        "projections": ("projections.safetensors", "run.json", "projections"),
+    """Headers whose offsets, shapes, types or names are wrong."""
+    path = {
+        "gradients": "gradients/00000.safetensors",
+        "factors": "gradients/00000.factors.safetensors",
+        "hessian": "hessian/ekfac.safetensors",
+        "projections": "projections.safetensors",
     }[kind]
-    edit_header(run / path, run / entry, key, change)
+    edit_header(run / path, change)
     if kind != "factors":
         refused_by(cli, "compute_influence")
-    elif change is turned:  # others: computed again
-        refused(cli("extract_log", "--log_dir", "log", "--hessian", "kfac"), "00000.factors", "tensors")
+        return
+    status, out, err = cli("extract_log", "--log_dir", "log", "--hessian", "kfac")
+    assert status == 0 and "00000.factors.safetensors was altered" in out, err
 
 
 def test_a_header_that_is_larger_than_the_file(cli, run):
@@ -341,7 +339,6 @@ def test_a_header_that_is_larger_than_the_file(cli, run):
     with open(path, "r+b") as file:
         file.write((2**39).to_bytes(8, "little"))
         file.truncate(2**40)
-    edit(run / "run.json", projections__bytes=2**40)
     refused_by(cli, "compute_influence")
 
 
