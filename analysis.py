@@ -16,7 +16,6 @@ from logra import disk, progress, report, run
 from logra.diagnose import diagnose
 from logra.log import Log
 from logra.ranking import Ranking, Scores, by_document, check_scores, load_matrix, read_queries
-from logra.tokens import Splitter, pieces
 
 SHOWN = 3  # documents a query in the printed table
 FORMATS = ("html", "jsonl", "csv", "txt")
@@ -161,6 +160,8 @@ def add_layers(views: list[dict], folder: Path, about: dict, examples: int) -> N
 
 def add_shares(views: list[dict], log: Log, about: dict, examples, trust_remote_code: bool) -> None:
     """Add what each token, and each block of layers, adds to the scores shown."""
+    from logra.tokens import Splitter, pieces  # and the models of transformers, which take three seconds
+
     splitter = Splitter(log, about, trust_remote_code, run.start_processes())
     top, bottom = ([[row["example"] for row in view["cards"][side]] for view in views] for side in ("top", "bottom"))
     pairs, of_queries = splitter.split(examples, [[*a, *b] for a, b in zip(top, bottom, strict=True)], top)

@@ -17,8 +17,8 @@ from logra import disk, hessian, influence, model, progress, run
 from logra.log import Log
 from logra.prepare import find_folder, find_log, load, make_extractor
 from logra.queries import Query, group_queries, load_queries, merged, query_hash
-from logra.scores import ScoreFile, SelfInfluence
-from logra.scoring import Dampings, Scorer, block_name, damping_label
+from logra.scores import ScoreFile, SelfInfluence, damping_label
+from logra.scoring import Dampings, Scorer, block_name
 
 
 def build_parser() -> run.Parser:

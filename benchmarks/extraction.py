@@ -35,7 +35,7 @@ from logra.store import DTYPES
 def build_parser() -> run.Parser:
     """Return the command line's parser."""
     parser = run.Parser(description=__doc__)
-    parser.add_argument("--model_name", default=model.DEFAULT_MODEL, help="(%(default)s)")
+    parser.add_argument("--model_name", default=run.DEFAULT_MODEL, help="(%(default)s)")
     several = {"type": run.positive_int, "nargs": "+"}
     parser.add_argument("--block_size", **several, default=[256], help="tokens in an example (256)")
     parser.add_argument("--batch_size", **several, default=[4], help="examples in a batch (4)")

@@ -44,7 +44,7 @@ def build_parser() -> run.Parser:
     """Return the command line's parser."""
     parser = run.Parser(description=__doc__)
     several = {"type": run.positive_int, "nargs": "+"}
-    parser.add_argument("--model_name", default=model.DEFAULT_MODEL, help="(%(default)s)")
+    parser.add_argument("--model_name", default=run.DEFAULT_MODEL, help="(%(default)s)")
     parser.add_argument("--shard_examples", type=run.positive_int, default=4, help="for processes; 8 shards of (4)")
     parser.add_argument("--block_size", type=run.positive_int, default=128, help="for processes (128)")
     parser.add_argument("--N", **several, default=[8, 32, 64], help="examples (8 32 64)")

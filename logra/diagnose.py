@@ -15,8 +15,7 @@ from logra import hessian, progress
 from logra.log import Log
 from logra.quantise import unpack
 from logra.ranking import Scores
-from logra.scores import SelfInfluence
-from logra.scoring import damping_label
+from logra.scores import SelfInfluence, damping_label
 
 SHOWN = 10
 DENSE = 3  # layers whose C is decomposed, of the kind raw: the first, the middle and the last one

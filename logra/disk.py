@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
@@ -95,6 +96,17 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a model's or data set's name or path, fit for a file name."""
+    return re.sub(r"[^\w.+-]", "_", Path(name).name or "root").lstrip(".")
+
+
+def same_name(one: str, two: str) -> bool:
+    """Say whether two names of a model or data set are equal, or paths of the same place."""
+    paths = Path(one), Path(two)
+    return one == two or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def read_lines(path: Path) -> list[str]:

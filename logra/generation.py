@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from logra.disk import atomic, read_lines, read_row
-from logra.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, short_name
+from logra.disk import atomic, read_lines, read_row, short_name
+from logra.model import context_length, default_dtype, hub_options, load_model, load_tokenizer
 from logra.progress import bar
 from logra.run import RUN_FLAGS, add_common, non_negative, number, positive_int, seed_int
 from logra.store import DTYPES

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from logra import data, disk, hessian, projection, quantise, store
 from logra.checks import is_run
-from logra.model import same_name
 from logra.projection import Shapes
 from logra.run import DATA_FLAGS, RUN_FLAGS, processes_here
 
@@ -243,7 +242,7 @@ class Log:
         """
         for part in self.parts:
             before = part["settings"]
-            if same_name(before["data_name"], settings["data_name"]) and all(
+            if disk.same_name(before["data_name"], settings["data_name"]) and all(
                 before[key] == settings[key] for key in ("data_config", "data_split")
             ):
                 same = all(before[key] == settings[key] for key in DATA_FLAGS if key != "data_name")

@@ -29,8 +29,8 @@ from logra.disk import atomic, fits, parse_json
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
+from logra.run import DEFAULT_MODEL
 
-DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
 PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
 logging.disable_progress_bar()
@@ -201,17 +201,6 @@ def out_of_memory(error: RuntimeError) -> bool:
 def default_dtype(device: torch.device | str) -> str:
     """Return bfloat16 on a GPU, float32 elsewhere."""
     return "bfloat16" if torch.device(device).type == "cuda" else "float32"
-
-
-def short_name(name: str) -> str:
-    """Return the last part of a model's or data set's name or path, fit for a file name."""
-    return re.sub(r"[^\w.+-]", "_", Path(name).name or "root").lstrip(".")
-
-
-def same_name(one: str, two: str) -> bool:
-    """Say whether two names of a model or data set are equal, or paths of the same place."""
-    paths = Path(one), Path(two)
-    return one == two or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -> Shapes:

@@ -61,7 +61,7 @@ def find_log(
         saved = log.settings.get(name)
         if saved == value or (extend and name in run.DATA_FLAGS):
             continue
-        if not (name in ("model_name", "data_name") and model.same_name(saved, value)):
+        if not (name in ("model_name", "data_name") and disk.same_name(saved, value)):
             raise ValueError(
                 f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
                 "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"

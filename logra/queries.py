@@ -15,8 +15,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from logra import data
-from logra.disk import read_lines, read_row
-from logra.model import same_name, short_name
+from logra.disk import read_lines, read_row, same_name, short_name
 from logra.rows import Encoded, bad_value, encode_messages, encode_prompt
 
 SPLITS = ("train", "validation", "test")

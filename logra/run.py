@@ -17,11 +17,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from logra import processes
+from logra.disk import short_name
 from logra.hessian import KINDS
-from logra.model import DEFAULT_MODEL, short_name
 from logra.progress import begin, printable, say
 from logra.quantise import BITS
 from logra.store import DTYPES
+
+DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"  # see model.load_config
 
 
 class Parser(argparse.ArgumentParser):

@@ -27,6 +27,12 @@ def ends_layout(queries: int, kept: int) -> store.Layout:
     return {"scores": (torch.float32, [queries, kept]), "ids": (torch.int64, [queries, kept])}
 
 
+def damping_label(relative: float | None, absolute: float | None) -> str:
+    """Return how a damping is called in the names of files and folders."""
+    value = str(absolute if relative is None else relative).removesuffix(".0")
+    return f"abs{value}" if relative is None else value
+
+
 class ScoreFile:
     """The scores of one damping, written by all ranks, each its shards' columns.
 

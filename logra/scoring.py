@@ -23,12 +23,6 @@ Dampings = dict[str, tuple[float | None, float | None]]  # label -> (relative, a
 Found = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
 
 
-def damping_label(relative: float | None, absolute: float | None) -> str:
-    """Return how a damping is called in the names of files and folders."""
-    value = str(absolute if relative is None else relative).removesuffix(".0")
-    return f"abs{value}" if relative is None else value
-
-
 def block_name(layer: str) -> str:
     """Return the transformer block that a layer is in: its name up to the first number."""
     found = re.match(r"(.*?\.\d+)(\.|$)", layer)

@@ -20,8 +20,8 @@ from logra.log import Log
 from logra.prepare import load, make_extractor
 from logra.progress import bar
 from logra.queries import Query, group_queries, load_queries, query_hash
-from logra.scores import SelfInfluence
-from logra.scoring import Scorer, block_name, damping_label
+from logra.scores import SelfInfluence, damping_label
+from logra.scoring import Scorer, block_name
 
 
 class Shares(NamedTuple):

@@ -64,7 +64,7 @@ def test_readme_python(cli, tiny, workspace):
     exec("\n".join(lines), found)
     extract(cli, tiny / "llama", "--data_name", "two.jsonl", "--hessian", "kfac", "--mlp_only")
     scores, _ = influence(cli, "--max_queries", 2)
-    assert np.allclose(found["scores"], scores, rtol=1e-3) and Path("logs/mine/00000.json").exists()
+    assert np.allclose(found["scores"], scores, rtol=1e-3) and Path("mine.safetensors").exists()
 
 
 def test_commands_in_docstrings():

@@ -18,7 +18,8 @@ from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from test_bad_input import refused
 
 from logra import disk
-from logra.model import fingerprint, load_model, short_name
+from logra.disk import short_name
+from logra.model import fingerprint, load_model
 from logra.run import RUN_FLAGS, run_name
 
 SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
