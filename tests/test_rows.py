@@ -12,7 +12,7 @@ from test_pipeline import influence, stored_gradients
 
 from logra import rows
 from logra.log import Log
-from logra.model import blocks, choose_layers, fingerprint, load_model, load_tokenizer
+from logra.model import blocks, checkpoint_blocks, choose_layers, fingerprint, load_model, load_tokenizer
 from logra.projection import identity
 
 PAIRS = [("the old mill", " and the river ran past"), ("water", " birds"), ("a dog", " barked at the cold children")]
@@ -134,7 +134,7 @@ def test_offloaded_weights(tiny, name):
     offloaded = load_model(str(tiny / name), torch.float32, device_map=places)
     assert any(p.is_meta for p in offloaded.parameters()), "some weights are not in memory"
     assert fingerprint(offloaded) == fingerprint(model)
-    extraction.checkpoint_blocks(offloaded)
+    checkpoint_blocks(offloaded)
     tokenizer = make_tokenizer()
     ids = [tokenizer(text)["input_ids"] for text in make_texts(4)]
     results = []
