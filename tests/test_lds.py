@@ -44,7 +44,8 @@ def test_scores_that_explain_the_losses_have_an_lds_of_one():
     assert about["ratio"] == pytest.approx(about["mean"])
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_testbed_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, architecture):
     """Only the losses that are missing are computed again, and they are the same; other settings are refused."""
     monkeypatch.chdir(tmp_path)

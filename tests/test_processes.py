@@ -61,13 +61,13 @@ def test_the_five_commands(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [pytest.param("--hessian raw", marks=pytest.mark.slow), "--hessian ekfac"])
-def test_two_processes_give_what_one_gives(tiny, workspace, flags):
+def test_two_processes_give_what_one_gives(cli, tiny, workspace, flags):
     """The same gradients for every example, to 1e-5, each once; the same Hessian; also after half was lost."""
     flags += f" --model_name {tiny}/llama --data_name docs.jsonl --rank 4 --shard_examples 3 --batch_tokens 60"
-    for processes in (1, 2):
-        done = launch(processes, workspace, f"{flags} --log_dir log{processes}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Next:") == 1, "rank 0 alone prints"
+    assert cli("extract_log", *flags.split(), "--log_dir", "log1")[0] == 0
+    done = launch(2, workspace, f"{flags} --log_dir log2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Next:") == 1, "rank 0 alone prints"
     logs = [Log.load(workspace / f"log{n}") for n in (1, 2)]
     one, two = (stored_gradients(log) for log in logs)
     assert logs[0].content["data"]["fingerprint"] == logs[1].content["data"]["fingerprint"]
@@ -86,12 +86,14 @@ def test_two_processes_give_what_one_gives(tiny, workspace, flags):
     assert all((one[layer] - again[layer]).norm() < 1e-5 * one[layer].norm() for layer in one)
 
 
-def test_an_error_of_all_ranks_is_said_once(tiny, workspace):
+@pytest.mark.parametrize(
+    "flags", ["--layers zzz", "--no_flag", pytest.param("--text_column body", marks=pytest.mark.slow)]
+)
+def test_an_error_of_all_ranks_is_said_once(tiny, workspace, flags):
     """Under accelerate launch rank 0 prints the line, and the status is not 0."""
-    for flags, words in (("--text_column body", "text_column"), ("--layers zzz", "zzz"), ("--no_flag", "no_flag")):
-        done = launch(2, workspace, f"--model_name {tiny}/llama --data_name docs.jsonl {flags}")
-        assert done.returncode != 0 and done.stderr.count("extract_log.py: error: ") == 1, done.stderr
-        assert words in done.stderr and not list(workspace.glob("logs/*/run.json"))
+    done = launch(2, workspace, f"--model_name {tiny}/llama --data_name docs.jsonl {flags}")
+    assert done.returncode != 0 and done.stderr.count("extract_log.py: error: ") == 1, done.stderr
+    assert flags.split()[-1].strip("-") in done.stderr and not list(workspace.glob("logs/*/run.json"))
 
 
 def test_an_error_of_one_rank_is_said_too(tiny, workspace):
@@ -120,7 +122,7 @@ def poison_model(source: Path, folder: Path, letter: str) -> None:
         pytest.param("raw", "float32", marks=pytest.mark.slow),
         ("ekfac", "float32"),
         pytest.param("ekfac", "int1", marks=pytest.mark.slow),
-        ("ekfac", "none"),
+        pytest.param("ekfac", "none", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_score_as_one(cli, tiny, workspace, kind, stored):

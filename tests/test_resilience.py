@@ -40,13 +40,13 @@ def same_run(folder: Path, other: Path) -> None:
 
 
 @pytest.fixture
-def undisturbed(tiny, workspace):
+def undisturbed(cli, tiny, workspace):
     """A finished run in ref/ of 60 documents of like length, and the flags that made it."""
     write_jsonl(workspace / "docs.jsonl", [{"id": f"d{i}", "text": t[:40]} for i, t in enumerate(make_texts(60))])
     # of all 60 examples two eigenvalues nearly agree, and rounding turns their eigenvectors by more than 1e-5
     flags = f"--model_name {tiny}/llama {FLAGS} --calibration_examples 32"
-    done = launch(1, workspace, f"{flags} --log_dir ref")
-    assert done.returncode == 0, done.stderr
+    status, _, err = cli("extract_log", *flags.split(), "--log_dir", "ref")
+    assert status == 0, err
     return flags
 
 
@@ -104,6 +104,7 @@ def test_memory_that_runs_out_on_one_rank_of_a_sharded_model(undisturbed, worksp
     same_run(workspace / "log", workspace / "ref")
 
 
+@pytest.mark.slow
 def test_killed_twice(undisturbed, workspace):
     """After two kills the run ends with the same gradients; finished shards stay, nothing is left over."""
     log, draw, killed = workspace / "log", random.Random(1), 0
@@ -120,6 +121,7 @@ def test_killed_twice(undisturbed, workspace):
     assert not list(log.rglob("*.tmp")) and not list(workspace.glob("*.lock"))
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_launcher(undisturbed, workspace):
     """kill -9 of the launcher ends its workers, and the lock that they leave is taken over at once."""
     write_jsonl(workspace / "docs.jsonl", [{"text": t} for t in make_texts(20000)])
