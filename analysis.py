@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> None:
     check_scores(folder, about, log)
     progress.keep_log(log.folder)
     examples = log.train()
-    documents, owners = np.unique(examples["document_id"][:], return_inverse=True)
+    encoded = examples.data["document_id"].dictionary_encode()  # one dictionary for all chunks
+    documents, owners = encoded.chunk(0).dictionary, np.concatenate([chunk.indices for chunk in encoded.chunks])
     queries = read_queries(folder / "queries.jsonl")
     scores = Scores(folder, len(queries), log.examples, about["top_k_only"])
     if args.by == "document" and (log.settings["pack"] or (scores.ends and args.combine == "sum")):
@@ -59,7 +60,9 @@ def main(args: argparse.Namespace) -> None:
     for number, query in enumerate(queries):
         ranked = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
         first = by_document(ranked["top"], owners, True, "max")
-        table.append([(documents[owners[i]], s) for i, s in zip(first.examples[:SHOWN], first.scores, strict=False)])
+        table.append(
+            [(documents[owners[i]].as_py(), s) for i, s in zip(first.examples[:SHOWN], first.scores, strict=False)]
+        )
         if args.by == "document":
             ranked = {side: by_document(part, owners, side == "top", args.combine) for side, part in ranked.items()}
         if len(ranked["top"].scores) < min(args.top_k, len(documents)):

@@ -130,7 +130,8 @@ class Log:
                 whole = disk.file_sums(folder) == part["files"]
                 loaded.append(load_from_disk(folder))
                 loaded[-1].data.table.validate(full=True)  # offsets that lead out of a buffer
-                if any(loaded[-1].features[name].dtype != "string" for name in ("document_id", "text")):
+                columns = [loaded[-1].data[name] for name in ("document_id", "text")]
+                if any(column.type != "string" or column.null_count for column in columns):
                     raise ValueError("other columns")
             except Exception as error:  # Arrow has exceptions of its own
                 raise ValueError(
