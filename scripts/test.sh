@@ -7,9 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REQUIREMENTS=tests/requirements.txt
 source scripts/venv.sh
 
-SELECT=(-m "not slow" -n 2)
+ALL=
 if [ "${1:-}" = --all ]; then
-    SELECT=()
+    ALL=1
     shift
 fi
 ruff check .
@@ -18,4 +18,5 @@ bandit -q -c pyproject.toml -r logra ./*.py
 vulture
 mypy
 codespell
-python -m pytest -q "${SELECT[@]}" "$@"
+python -m pytest -q -n 2 -m "not slow" "$@"
+[ -z "$ALL" ] || python -m pytest -q -m slow "$@" # one at a time: some kill processes at random moments
