@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs:   the tests; with --all the slow ones too. More arguments go to pytest.
 # Needs:  python3 >= 3.11 with venv, 4 GB of memory; no GPU, no network beyond pip
-# Takes:  9 minutes on 2 CPU cores after installation, with --all 50 (both with other work beside it)
+# Takes:  8 minutes on 2 CPU cores after installation, with --all 50 (that with other work beside it)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REQUIREMENTS=tests/requirements.txt
