@@ -5,19 +5,21 @@ Works for any causal language model:
     python generate.py --model_name gpt2-xl --max_new_tokens 64
 """
 
+import argparse
 from pathlib import Path
 
-from logra.generation import add_generation_flags, run_generation
-from logra.progress import say, summary
-from logra.run import Parser, guarded
+from logra.runtime import flags, progress
+from logra.runtime.settings import Sampling
+from logra.stages.generate import write_queries
 
+MODEL = "EleutherAI/pythia-1.4b"
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/continuation.txt"
 
 
-def build_parser() -> Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = Parser(description=__doc__)
-    add_generation_flags(parser, "EleutherAI/pythia-1.4b", PROMPTS, max_new_tokens=128, temperature=0.8, top_p=0.95)
+    parser = flags.Parser(description=__doc__)
+    flags.add_generation_flags(parser, MODEL, PROMPTS, Sampling(max_new_tokens=128, temperature=0.8, top_p=0.95))
     return parser
 
 
@@ -29,11 +31,13 @@ def encode(tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     """Generate continuations and say where they are."""
-    say(f"Wrote {run_generation(args, encode)}")
-    summary("extract_log.py")
+    sampling = flags.read_settings(Sampling, args)
+    model = args.model_name, args.dtype, args.revision, args.trust_remote_code
+    progress.say(f"Wrote {write_queries(args.prompts, args.output, encode, sampling, *model)}")
+    progress.summary("extract_log.py")
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    flags.run_script(main, build_parser())

@@ -5,21 +5,22 @@ Works for any model that has a chat template:
     python generate_llama3.py --model_name models/SmolLM2-135M-Instruct --prompts scripts/prompts/python.txt
 """
 
+import argparse
 from pathlib import Path
 
-from logra.generation import add_generation_flags, run_generation
-from logra.progress import say, summary
-from logra.rows import chat_tokens
-from logra.run import Parser, guarded
+from logra.inputs.rows import chat_tokens
+from logra.runtime import flags, progress
+from logra.runtime.settings import Sampling
+from logra.stages.generate import write_queries
 
+MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/chat.txt"
 
 
-def build_parser() -> Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = Parser(description=__doc__)
-    model = "meta-llama/Meta-Llama-3-8B-Instruct"
-    add_generation_flags(parser, model, PROMPTS, max_new_tokens=256, temperature=0.6, top_p=0.9)
+    parser = flags.Parser(description=__doc__)
+    flags.add_generation_flags(parser, MODEL, PROMPTS, Sampling(max_new_tokens=256, temperature=0.6, top_p=0.9))
     return parser
 
 
@@ -28,11 +29,13 @@ def encode(tokenizer, prompt: str) -> list[int]:
     return chat_tokens(tokenizer, [{"role": "user", "content": prompt}], prompt=True)
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     """Generate responses and say where they are."""
-    say(f"Wrote {run_generation(args, encode)}")
-    summary("extract_log.py")
+    sampling = flags.read_settings(Sampling, args)
+    model = args.model_name, args.dtype, args.revision, args.trust_remote_code
+    progress.say(f"Wrote {write_queries(args.prompts, args.output, encode, sampling, *model)}")
+    progress.summary("extract_log.py")
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    flags.run_script(main, build_parser())

@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import make_model, write_texts
-from logra import run
+from logra.runtime import flags, settings
 
 RUN = "--model_name model --data_name texts.jsonl --log_dir log --hessian ekfac --rank 8 --shard_examples 8"
 STAGES = {
@@ -40,11 +40,11 @@ STAGES = {
 ORDER = ("analysis", "compute_influence", "extract_log", "compute_influence", "analysis")
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
-    parser.add_argument("--flips", type=run.positive_int, default=1000, help="(1000)")
-    parser.add_argument("--seed", type=run.seed_int, default=0, help="(0)")
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--flips", type=settings.positive_int, default=1000, help="(1000)")
+    parser.add_argument("--seed", type=settings.seed_int, default=0, help="(0)")
     return parser
 
 
@@ -54,7 +54,7 @@ def stage(name: str) -> tuple[int | None, str]:
     sys.argv, said = [f"{name}.py", "--quiet", *STAGES[name]], io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            run.guarded(module.main, module.build_parser())
+            flags.run_script(module.main, module.build_parser())
         except SystemExit as stop:
             status = stop.code
         except Exception as error:
@@ -142,4 +142,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

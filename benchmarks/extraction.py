@@ -5,7 +5,7 @@ gradient); ours (projected per-example gradients and factor sums, written to a s
 sums, which kfac and ekfac need. Prints medians, the median of the pairwise ratios, and one JSON line. Several values
 of a flag are a sweep.
 
-    python benchmarks/extraction.py --block_size 128 256 512
+    python benchmarks/gradients.py --block_size 128 256 512
 """
 
 import argparse
@@ -26,23 +26,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import hessian, model, projection, quantise, run, store
-from logra.extraction import Extractor
+from logra import projection, store
 from logra.hooks import GradientCapture
-from logra.store import DTYPES
+from logra.inputs import model
+from logra.quantise import FLOAT_DTYPES
+from logra.runtime import flags, settings
+from logra.stages.gradients import Extractor
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--model_name", default=run.DEFAULT_MODEL, help="(%(default)s)")
-    several = {"type": run.positive_int, "nargs": "+"}
+    several = {"type": settings.positive_int, "nargs": "+"}
     parser.add_argument("--block_size", **several, default=[256], help="tokens in an example (256)")
     parser.add_argument("--batch_size", **several, default=[4], help="examples in a batch (4)")
     parser.add_argument("--rank", **several, default=[64], help="(64)")
-    parser.add_argument("--batches", type=run.positive_int, default=2, help="in a measurement (2)")
+    parser.add_argument("--batches", type=settings.positive_int, default=2, help="in a measurement (2)")
     parser.add_argument("--all_layers", action="store_true", help="attention too, not the MLP only")
-    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--repeats", type=settings.positive_int, default=5, help="of each, interleaved (5)")
     return parser
 
 
@@ -103,8 +105,8 @@ def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank
     def ours(factors: bool) -> None:
         with GradientCapture(lm, projections, factors=factors) as capture, TemporaryDirectory() as folder:
             extractor = Extractor(lm, capture, batch_size * block_size)
-            layouts = {"gradients": quantise.layout(projected, len(rows), "float32")}
-            layouts["factors"] = hessian.factor_layout(projected, False) if factors else {}
+            layouts = {"gradients": store.gradient_layout(projected, len(rows), "float32")}
+            layouts["factors"] = store.factor_layout(projected, False) if factors else {}
             store.Shard(Path(folder), 0, range(len(rows)), layouts).write(*extractor.gradients(rows).wait())
 
     runs = {"forward": forward, "forward and full backward": backward}
@@ -131,7 +133,7 @@ def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank
 def main(args: argparse.Namespace) -> None:
     """Time each setting of the sweep, print tables and a JSON line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = model.load_model(args.model_name, DTYPES[model.default_dtype(device)], device)
+    lm = model.load_model(args.model_name, FLOAT_DTYPES[model.default_dtype(device)], device)
     settings = product(args.block_size, args.batch_size, args.rank)
     measured = [measure(args, lm, *setting) for setting in settings]
     about = {"benchmark": "extraction", "model_name": args.model_name, "device": device, "torch": torch.__version__}
@@ -140,4 +142,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

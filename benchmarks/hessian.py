@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import hessian, projection, quantise, run, store
+from logra import hessian, projection, store
+from logra.runtime import flags, settings
 
 # name -> (kind, whether the gradients are in the eigenbasis already), as for hessian.layout
 KINDS = {
@@ -40,21 +41,21 @@ KINDS = {
 FLOORS = {"raw": "floor of raw", "ekfac, second pass": "floor of the second pass"}
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
-    parser.add_argument("--examples", type=run.positive_int, default=10_000, help="at least rank^2 (10000)")
-    parser.add_argument("--layers", type=run.positive_int, default=2, help="of rank x rank (2)")
-    parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--examples", type=settings.positive_int, default=10_000, help="at least rank^2 (10000)")
+    parser.add_argument("--layers", type=settings.positive_int, default=2, help="of rank x rank (2)")
+    parser.add_argument("--rank", type=settings.positive_int, default=64, help="(64)")
     parser.add_argument(
-        "--shard_examples", type=run.positive_int, default=170, help="in a shard (170, as for Llama-3-8B's MLP)"
+        "--shard_examples", type=settings.positive_int, default=170, help="in a shard (170, as for Llama-3-8B's MLP)"
     )
-    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--repeats", type=settings.positive_int, default=5, help="of each, interleaved (5)")
     return parser
 
 
 class RandomLog:
-    """Shards of random gradients and factor sums in a folder, read as log.Log reads its own (hessian.Source)."""
+    """Shards of random gradients and factor sums in a folder, read as log.RunDir reads its own (hessian.Source)."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.examples, rank = folder, args.examples, args.rank
@@ -70,8 +71,8 @@ class RandomLog:
             self.shard(index).write(grads, factors)
 
     def shard(self, index: int) -> store.Shard:
-        grads = quantise.layout(self.projected, len(self.shards[index]), "float32")
-        layouts = {"gradients": grads, "factors": hessian.factor_layout(self.projected, False)}
+        grads = store.gradient_layout(self.projected, len(self.shards[index]), "float32")
+        layouts = {"gradients": grads, "factors": store.factor_layout(self.projected, False)}
         return store.Shard(self.folder, index, self.shards[index], layouts)
 
     def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
@@ -127,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
             own = [a - b for a, b in zip(values, eigen, strict=True)] if name == "ekfac, second pass" else values
             result[name]["times_floor"] = median(a / b for a, b in zip(own, seconds[FLOORS[name]], strict=True))
         if name in KINDS:
-            layout = hessian.layout(KINDS[name][0], {"": (args.rank, args.rank)}, args.examples, KINDS[name][1])
+            layout = store.hessian_layout(KINDS[name][0], {"": (args.rank, args.rank)}, args.examples, KINDS[name][1])
             sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in layout.values()]
             result[name]["bytes"] = sum(sizes[:-2])  # without the two counts
     print(f"{args.layers} layers of {args.rank} x {args.rank}, {args.examples} examples, on the {device}; a layer's:")
@@ -142,4 +143,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

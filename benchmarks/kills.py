@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import ROOT, make_model, write_texts
-from logra import run
+from logra.runtime import flags, settings
 
 STAGES = {
     "extract_log.py": "--model_name model --data_name texts.jsonl --hessian ekfac --rank 8 --shard_examples 100",
@@ -38,12 +38,12 @@ VICTIMS = ("a rank", "all ranks", "the launcher")
 EACH = 5  # starts that are killed before a run is left alone
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
-    parser.add_argument("--kills", type=run.positive_int, default=50, help="(50)")
-    parser.add_argument("--texts", type=run.positive_int, default=4000, help="(4000)")
-    parser.add_argument("--seed", type=run.seed_int, default=0, help="(0)")
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--kills", type=settings.positive_int, default=50, help="(50)")
+    parser.add_argument("--texts", type=settings.positive_int, default=4000, help="(4000)")
+    parser.add_argument("--seed", type=settings.seed_int, default=0, help="(0)")
     return parser
 
 
@@ -129,4 +129,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

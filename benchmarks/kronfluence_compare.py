@@ -44,23 +44,27 @@ Nothing else is known to differ: the best factor must be 1, since both are q^T (
 
 def build_parser():
     """Return the command line's parser."""
-    from logra import run  # not at the top: kronfluence's python has no logra
+    from logra.runtime import flags, settings  # not at the top: kronfluence's python has no logra
 
-    parser = run.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--model_name", help="Llama's architecture (none: a small one is made, and briefly trained)")
-    parser.add_argument("--epochs", type=run.positive_int, default=3, help="of the small model's training (3)")
-    parser.add_argument("--num_texts", type=run.positive_int, default=500, help="passages of Python's manual, N (500)")
-    parser.add_argument("--num_queries", type=run.positive_int, default=20, help="other passages, Q (20)")
-    parser.add_argument("--batch_size", type=run.positive_int, default=32, help="kronfluence's, in texts (32)")
-    parser.add_argument("--repeats", type=run.positive_int, default=3, help="runs of each program (3)")
-    parser.add_argument("--threads", type=run.positive_int, default=os.cpu_count(), help="(%(default)s, the cores)")
+    parser.add_argument("--epochs", type=settings.positive_int, default=3, help="of the small model's training (3)")
+    parser.add_argument(
+        "--num_texts", type=settings.positive_int, default=500, help="passages of Python's manual, N (500)"
+    )
+    parser.add_argument("--num_queries", type=settings.positive_int, default=20, help="other passages, Q (20)")
+    parser.add_argument("--batch_size", type=settings.positive_int, default=32, help="kronfluence's, in texts (32)")
+    parser.add_argument("--repeats", type=settings.positive_int, default=3, help="runs of each program (3)")
+    parser.add_argument(
+        "--threads", type=settings.positive_int, default=os.cpu_count(), help="(%(default)s, the cores)"
+    )
     return parser
 
 
 def make_inputs(args) -> dict:
     """Write the texts, and a small model where none is given; return the model's name and all token ids."""
     from evaluation import testbed
-    from logra.model import load_tokenizer
+    from logra.inputs.model import load_tokenizer
 
     texts, name = testbed.passages("pydoc"), args.model_name or str(OUT / "model")
     if len(texts) < (wanted := args.num_queries + args.num_texts):
@@ -197,6 +201,6 @@ if __name__ == "__main__":
         print(f"\n{json.dumps({'seconds': seconds, 'versions': {name: version(name) for name in names}})}")
     else:
         sys.path.insert(0, str(ROOT))
-        from logra import run
+        from logra.runtime import flags
 
-        run.guarded(main, build_parser())
+        flags.run_script(main, build_parser())

@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import influence, model, projection, quantise, run, store
-from logra.extraction import Extractor
+from logra import influence, projection, store
 from logra.hooks import GradientCapture
+from logra.inputs import model
+from logra.runtime import flags, settings
+from logra.stages.gradients import Extractor
 
 LLAMA3_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -38,14 +40,14 @@ PEAK = {  # end of the device's name -> dense bfloat16 FLOP/s
 }  # fmt: skip
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, also without a GPU")
-    parser.add_argument("--block_size", type=run.positive_int, default=512, help="(512)")
-    parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
-    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
-    parser.add_argument("--examples", type=run.positive_int, default=512, help="in the store that is scored (512)")
+    parser.add_argument("--block_size", type=settings.positive_int, default=512, help="(512)")
+    parser.add_argument("--rank", type=settings.positive_int, default=64, help="(64)")
+    parser.add_argument("--repeats", type=settings.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--examples", type=settings.positive_int, default=512, help="in the store that is scored (512)")
     return parser
 
 
@@ -68,7 +70,7 @@ def scoring_rate(projected: dict[str, tuple[int, int]], examples: int, device: s
     with TemporaryDirectory() as name:
 
         def shard(index: int) -> store.Shard:
-            grads = quantise.layout(projected, len(shards[index]), "float32")
+            grads = store.gradient_layout(projected, len(shards[index]), "float32")
             return store.Shard(Path(name), index, shards[index], {"gradients": grads, "factors": {}})
 
         for index, ids in enumerate(shards):
@@ -143,4 +145,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

@@ -39,20 +39,27 @@ NOT_EQUAL = """\
 
 def build_parser():
     """Return the command line's parser."""
-    from logra import run  # not at the top: the peers' python has no logra
+    from logra.runtime import flags, settings  # not at the top: the peers' python has no logra
 
-    parser = run.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("--model_name", default="models/SmolLM2-135M-Instruct", help="Llama's layers (%(default)s)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(all)")
-    parser.add_argument("--examples", type=run.positive_int, default=32, help="full blocks of Python's manual (32)")
-    parser.add_argument("--block_size", type=run.positive_int, default=256, help="tokens in a block (256)")
-    parser.add_argument("--batch_size", type=run.positive_int, default=4, help="blocks in a batch (4)")
-    parser.add_argument("--rank", type=run.positive_int, default=64, help="of each side (64)")
-    parser.add_argument("--repeats", type=run.positive_int, default=3, help="runs of each program (3)")
     parser.add_argument(
-        "--max_others", type=run.non_negative, default=1.0, help="run again if others took more of the cores (1: never)"
+        "--examples", type=settings.positive_int, default=32, help="full blocks of Python's manual (32)"
     )
-    parser.add_argument("--threads", type=run.positive_int, default=os.cpu_count(), help="(%(default)s, the cores)")
+    parser.add_argument("--block_size", type=settings.positive_int, default=256, help="tokens in a block (256)")
+    parser.add_argument("--batch_size", type=settings.positive_int, default=4, help="blocks in a batch (4)")
+    parser.add_argument("--rank", type=settings.positive_int, default=64, help="of each side (64)")
+    parser.add_argument("--repeats", type=settings.positive_int, default=3, help="runs of each program (3)")
+    parser.add_argument(
+        "--max_others",
+        type=settings.non_negative,
+        default=1.0,
+        help="run again if others took more of the cores (1: never)",
+    )
+    parser.add_argument(
+        "--threads", type=settings.positive_int, default=os.cpu_count(), help="(%(default)s, the cores)"
+    )
     return parser
 
 
@@ -242,6 +249,6 @@ if __name__ == "__main__":
         worker(*sys.argv[2:])
     else:
         sys.path.insert(0, str(ROOT))
-        from logra import run
+        from logra.runtime import flags
 
-        run.guarded(main, build_parser())
+        flags.run_script(main, build_parser())

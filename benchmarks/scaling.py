@@ -29,9 +29,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import model, projection, run
-from logra.extraction import CPU_TOKENS, Extractor
+from logra import projection
 from logra.hooks import GradientCapture
+from logra.inputs import model
+from logra.runtime import flags, settings
+from logra.runtime.settings import CPU_BATCH_TOKENS
+from logra.stages.gradients import Extractor
 
 ROOT = Path(__file__).resolve().parent.parent
 AXES = ("N", "T", "rank")
@@ -40,20 +43,22 @@ SHARDS = 8  # in a run of extract_log.py
 PLOT = ROOT / "benchmarks/results/scaling.png"
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
-    several = {"type": run.positive_int, "nargs": "+"}
+    parser = flags.Parser(description=__doc__)
+    several = {"type": settings.positive_int, "nargs": "+"}
     parser.add_argument("--model_name", default=run.DEFAULT_MODEL, help="(%(default)s)")
-    parser.add_argument("--shard_examples", type=run.positive_int, default=4, help="for processes; 8 shards of (4)")
-    parser.add_argument("--block_size", type=run.positive_int, default=128, help="for processes (128)")
+    parser.add_argument(
+        "--shard_examples", type=settings.positive_int, default=4, help="for processes; 8 shards of (4)"
+    )
+    parser.add_argument("--block_size", type=settings.positive_int, default=128, help="for processes (128)")
     parser.add_argument("--N", **several, default=[8, 32, 64], help="examples (8 32 64)")
     parser.add_argument("--T", **several, default=[64, 128, 256, 512], help="tokens in an example (64 128 256 512)")
     parser.add_argument("--rank", **several, default=[16, 64, 256], help="of both sides (16 64 256)")
-    three = {"type": run.positive_int, "nargs": 3, "metavar": AXES}
+    three = {"type": settings.positive_int, "nargs": 3, "metavar": AXES}
     parser.add_argument("--base", **three, default=[8, 128, 64], help="(8 128 64)")
     parser.add_argument("--point", **three, help="measure this point alone, in this process")
-    parser.add_argument("--repeats", type=run.positive_int, default=1, help="of all, interleaved (1)")
+    parser.add_argument("--repeats", type=settings.positive_int, default=1, help="of all, interleaved (1)")
     parser.add_argument("--plot", action="store_true", help="save benchmarks/results/scaling.png; needs matplotlib")
     return parser
 
@@ -89,9 +94,9 @@ def point(name: str, n: int, t: int, rank: int) -> dict:
     projections = projection.draw(shapes, projection.projected_shapes(shapes, rank, rank), seed=0)
     rows = torch.randint(0, lm.config.vocab_size, (n, t)).tolist()
     with GradientCapture(lm, projections, factors=True) as capture:
-        extractor = Extractor(lm, capture, CPU_TOKENS)
+        extractor = Extractor(lm, capture, CPU_BATCH_TOKENS)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        extractor.gradients(rows[: max(1, CPU_TOKENS // t)]).wait()
+        extractor.gradients(rows[: max(1, CPU_BATCH_TOKENS // t)]).wait()
         begin = time.perf_counter()
         extractor.gradients(rows).wait()
         seconds = time.perf_counter() - begin
@@ -161,4 +166,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

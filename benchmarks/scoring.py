@@ -23,24 +23,25 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import influence, quantise, run, store
+from logra import influence, quantise, store
+from logra.runtime import flags, settings
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
-    parser.add_argument("--examples", type=run.positive_int, default=2000, help="(2000)")
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument("--examples", type=settings.positive_int, default=2000, help="(2000)")
     parser.add_argument(
-        "--layers", type=run.positive_int, default=90, help="of rank x rank (90, as in SmolLM2-135M's MLP)"
+        "--layers", type=settings.positive_int, default=90, help="of rank x rank (90, as in SmolLM2-135M's MLP)"
     )
-    parser.add_argument("--rank", type=run.positive_int, default=64, help="(64)")
+    parser.add_argument("--rank", type=settings.positive_int, default=64, help="(64)")
     parser.add_argument(
-        "--queries", type=run.positive_int, nargs="+", default=[1, 10, 100, 1000], help="(1 10 100 1000)"
+        "--queries", type=settings.positive_int, nargs="+", default=[1, 10, 100, 1000], help="(1 10 100 1000)"
     )
-    kinds = [*store.DTYPES, "int8", "int4", "int1"]
+    kinds = [*quantise.FLOAT_DTYPES, "int8", "int4", "int1"]
     parser.add_argument("--store_dtype", choices=kinds, default="float32", help="(float32)")
-    parser.add_argument("--shard_mb", type=run.positive_int, default=256, help="size of a shard in MB (256)")
-    parser.add_argument("--repeats", type=run.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--shard_mb", type=settings.positive_int, default=256, help="size of a shard in MB (256)")
+    parser.add_argument("--repeats", type=settings.positive_int, default=5, help="of each, interleaved (5)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each pass")
     parser.add_argument(
         "--folder", type=Path, help="where the shards are written for the time of the run (a temporary one)"
@@ -56,8 +57,8 @@ def write_shards(folder: Path, args: argparse.Namespace) -> list[store.Shard]:
     for index, first in enumerate(tqdm(range(0, args.examples, size), desc="writing", unit="shard")):
         ids, grads = range(first, min(first + size, args.examples)), dict[str, torch.Tensor]()
         for layer in projected:
-            grads |= quantise.stored(layer, torch.randn(len(ids), k), args.store_dtype)
-        layouts = {"gradients": quantise.layout(projected, len(ids), args.store_dtype), "factors": {}}
+            grads |= quantise.stored_tensors(layer, torch.randn(len(ids), k), args.store_dtype)
+        layouts = {"gradients": store.gradient_layout(projected, len(ids), args.store_dtype), "factors": {}}
         shards.append(store.Shard(folder, index, ids, layouts))
         shards[-1].write(grads, {})
     return shards
@@ -89,7 +90,7 @@ def score(shards: list[store.Shard], queries: dict[str, torch.Tensor], store_dty
         queries,
         {layer: [] for layer in queries},
         "cpu",
-        quantise.BITS.get(store_dtype),
+        quantise.INTEGER_BITS.get(store_dtype),
     )
     count = len(next(iter(queries.values())))
     scores = torch.zeros(shards[-1].ids.stop, count)
@@ -151,4 +152,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

@@ -26,18 +26,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import run
+from logra.runtime import flags, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("extract_log.py", "compute_influence.py", "analysis.py")
 
 
-def build_parser() -> run.Parser:
+def build_parser() -> flags.Parser:
     """Return the command line's parser."""
-    parser = run.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     sizes = [1000, 10_000, 100_000]
-    parser.add_argument("--examples", type=run.positive_int, nargs="+", default=sizes, help=f"({sizes})")
-    parser.add_argument("--queries", type=run.positive_int, default=3, help="(3)")
+    parser.add_argument("--examples", type=settings.positive_int, nargs="+", default=sizes, help=f"({sizes})")
+    parser.add_argument("--queries", type=settings.positive_int, default=3, help="(3)")
     parser.add_argument("--flags", default="--preset best --shard_examples 8192", help="of stage 2 (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where to (a temporary one)")
     return parser
@@ -112,4 +112,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.guarded(main, build_parser())
+    flags.run_script(main, build_parser())

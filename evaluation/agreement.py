@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import scored
 from lds import describe, gradient_bytes, ranks
 
-from logra.run import Parser, guarded, positive_int
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int
 
 
 def build_parser() -> Parser:
@@ -55,4 +56,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

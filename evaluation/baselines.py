@@ -19,15 +19,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import disk, model
-from logra.batches import length_batches, make_batch
-from logra.extraction import Extractor
 from logra.hooks import GradientCapture
-from logra.log import Log
+from logra.inputs import model
+from logra.inputs.batches import length_batches, make_batch
+from logra.inputs.queries import load_queries
 from logra.loss import example_losses, hidden_states
-from logra.queries import load_queries
-from logra.report import word_scores
-from logra.run import Parser, guarded
+from logra.run_dir import RunDir
+from logra.runtime import files
+from logra.runtime.flags import Parser, run_script
+from logra.stages.gradients import Extractor
+from logra.tools.report import bm25_scores
 
 NAMES = ("bm25", "embedding", "trak")
 DAMPING = 0.01  # of trak, in units of the mean eigenvalue
@@ -45,7 +46,7 @@ def build_parser() -> Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Score, and write a folder for each baseline."""
-    log = Log.load(args.run)
+    log = RunDir.load(args.run)
     if log.bits is not None and "trak" in args.baselines:
         raise ValueError(
             f"expected float gradients in {args.run} for trak, got {log.settings['store_dtype']}; leave it out"
@@ -55,12 +56,12 @@ def main(args: argparse.Namespace) -> None:
     _, queries = load_queries(args.split, log.settings, tokenizer)
     asked, train = [query.token_ids for query in queries], list(log.train()["input_ids"])
     scores = {
-        "bm25": lambda: list(word_scores(tokenizer.batch_decode(train), tokenizer.batch_decode(asked))),
+        "bm25": lambda: list(bm25_scores(tokenizer.batch_decode(train), tokenizer.batch_decode(asked))),
         "embedding": lambda: embeddings(lm, asked) @ embeddings(lm, train).T,
         "trak": lambda: trak(log, lm, asked, [query.counted for query in queries], train),
     }
     for baseline in args.baselines:
-        with disk.atomic(args.output / baseline / "scores.npy") as path, open(path, "wb") as file:
+        with files.atomic(args.output / baseline / "scores.npy") as path, open(path, "wb") as file:
             np.save(file, np.asarray(scores[baseline](), dtype=np.float32))
         print(args.output / baseline)
 
@@ -88,7 +89,7 @@ def probabilities(lm: torch.nn.Module, token_ids: list[list[int]]) -> torch.Tens
     return found
 
 
-def trak(log: Log, lm, queries: list[list[int]], counted: list[list[bool]], train: list[list[int]]) -> torch.Tensor:
+def trak(log: RunDir, lm, queries: list[list[int]], counted: list[list[bool]], train: list[list[int]]) -> torch.Tensor:
     """Return TRAK-like scores [Q, N], through the N x N Gram matrix of all layers' stored gradients."""
     with GradientCapture(lm, log.projections()) as capture:
         grads, _ = Extractor(lm, capture, 1024).gradients(queries, counted).wait()
@@ -104,4 +105,4 @@ def trak(log: Log, lm, queries: list[list[int]], counted: list[list[bool]], trai
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

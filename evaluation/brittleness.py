@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 import testbed
 
-from logra import disk
-from logra.model import load_tokenizer
-from logra.run import Parser, guarded, positive_int, seed_int
+from logra.inputs.model import load_tokenizer
+from logra.runtime import files
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int, seed_int
 
 
 def build_parser() -> Parser:
@@ -51,7 +52,7 @@ def build_parser() -> Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Train the models that are missing, then print the table."""
-    settings = disk.read_json(args.testbed / "testbed.json", "make the testbed with evaluation/lds.py")
+    settings = files.read_json(args.testbed / "testbed.json", "make the testbed with evaluation/lds.py")
     texts, queries = (scored.read_rows(args.testbed / f"{name}.jsonl") for name in ("train", "queries"))
     for flag, limit in (("k", len(texts) - 1), ("num_queries", len(queries))):
         if getattr(args, flag) > limit:
@@ -105,9 +106,9 @@ def train_one(settings: dict, train: list[list[int]], queries: list[list[int]], 
     config = testbed.make_config(settings["architecture"], *sizes, 2 * testbed.TOKENS)
     kept = [ids for i, ids in enumerate(train) if i not in set(removed)]
     model = testbed.train(config, kept, settings["epochs"], order_seed=settings["seed"], init_seed=settings["seed"])
-    with disk.atomic(file) as made, open(made, "wb") as opened:
+    with files.atomic(file) as made, open(made, "wb") as opened:
         np.save(opened, testbed.losses(model, queries))
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

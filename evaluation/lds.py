@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 import testbed
 
-from logra import disk
-from logra.run import Parser, guarded, positive_int, seed_int
+from logra.runtime import files
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int, seed_int
 
 RESAMPLES = 2000
 
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
             f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]  {row['bytes']:9,.0f} bytes  {row['scores']}"
         )
     if args.json:
-        disk.write_json(args.json, {"rows": rows})
+        files.write_json(args.json, {"rows": rows})
 
 
 def make_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -86,7 +87,7 @@ def make_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     )  # fmt: skip
     settings, path = {name: getattr(args, name) for name in names}, args.testbed / "testbed.json"
     if path.exists():
-        known = disk.read_json(path, "delete the testbed")
+        known = files.read_json(path, "delete the testbed")
         defaults = vars(build_parser().parse_args([str(args.testbed)]))
         for name in names:
             if settings[name] not in (known[name], defaults[name]):
@@ -104,11 +105,11 @@ def make_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         tokenizer.save_pretrained(args.testbed / "model")
         rows = [{"id": str(i), "text": testbed.shorten(text, tokenizer)} for i, text in enumerate(every)]
         for name, part in (("queries", rows[: args.num_queries]), ("train", rows[args.num_queries :])):
-            with disk.atomic(args.testbed / f"{name}.jsonl") as made:
+            with files.atomic(args.testbed / f"{name}.jsonl") as made:
                 made.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
-        disk.write_json(path, settings)
+        files.write_json(path, settings)
     texts, queries = (
-        [json.loads(line)["text"] for line in disk.read_lines(args.testbed / f"{name}.jsonl")]
+        [json.loads(line)["text"] for line in files.read_lines(args.testbed / f"{name}.jsonl")]
         for name in ("train", "queries")
     )
     return texts, queries
@@ -127,7 +128,7 @@ def _train_one(args: argparse.Namespace, train: list[list[int]], queries: list[l
     if chosen is None:
         model.save_pretrained(args.testbed / "model")
         return
-    with disk.atomic(args.testbed / "losses" / f"{number:05d}.npy") as path, open(path, "wb") as file:
+    with files.atomic(args.testbed / "losses" / f"{number:05d}.npy") as path, open(path, "wb") as file:
         np.save(file, testbed.losses(model, queries))
 
 
@@ -137,7 +138,7 @@ def train_subsets(args: argparse.Namespace, texts: list[str], queries: list[str]
     if not path.exists():
         random = np.random.default_rng(args.seed)
         halves = [random.permutation(len(texts)) < len(texts) // 2 for _ in range(args.num_subsets)]
-        with disk.atomic(path) as made, open(made, "wb") as file:
+        with files.atomic(path) as made, open(made, "wb") as file:
             np.save(file, np.array(halves))
     subsets = np.load(path)
     files = [args.testbed / "losses" / f"{number:05d}.npy" for number in range(len(subsets))]
@@ -206,4 +207,4 @@ def describe(values: list[float], first: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import disk
 from logra.hessian import default_damping
-from logra.run import Parser, guarded
+from logra.runtime.flags import Parser, run_script
 
 PATTERN = re.compile(r"(?P<run>[^/]+)/scores/.*-(?P<mode>dot|cosine|l2)-(?P<hessian>\w+)-(?P<damping>[\d.e-]+)$")
 LABELS = {  # run of lds_table.sh -> what it stores, where its name does not say
@@ -136,9 +135,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"expected .json files of lds.py --json in {args.folder}, got none; run evaluation/lds_table.sh"
         )
-    testbeds = {path.stem: methods(disk.read_json(path, "run lds.py again")["rows"]) for path in files}
+    testbeds = {path.stem: methods(files.read_json(path, "run lds.py again")["rows"]) for path in files}
     text = "\n".join(table(name, found) for name, found in testbeds.items())
-    with disk.atomic(args.folder / "lds.md") as path:
+    with files.atomic(args.folder / "lds.md") as path:
         path.write_text(text, "utf-8")
     plot_bytes(args.folder, testbeds)
     plot_damping(args.folder, testbeds)
@@ -146,4 +145,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

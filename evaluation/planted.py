@@ -30,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 import testbed
 
-from logra import disk
-from logra.batches import make_batch
+from logra.inputs.batches import make_batch
+from logra.inputs.model import load_model, load_tokenizer
+from logra.inputs.rows import encode_prompt
 from logra.loss import hidden_states
-from logra.model import load_model, load_tokenizer
-from logra.report import word_scores
-from logra.rows import encode_prompt
-from logra.run import Parser, guarded, positive_int, seed_int
+from logra.runtime import files
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int, seed_int
+from logra.tools.report import bm25_scores
 
 RELATIONS = Path(__file__).parent / "relations.jsonl"
 WORDS, LONGEST = 12, 128  # words of a passage, about as many as of a fact's document, and bytes; a token is 1 or more
@@ -66,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     """Make what the folder lacks, then print the table."""
     make(args)
     corpus, queries = (scored.read_rows(args.folder / f"{name}.jsonl") for name in ("corpus", "queries"))
-    facts, ids = disk.read_json(args.folder / "facts.json", "delete the folder"), [row["id"] for row in corpus]
+    facts, ids = files.read_json(args.folder / "facts.json", "delete the folder"), [row["id"] for row in corpus]
     planted = np.array([np.isin(ids, facts[query["id"]]) for query in queries])
     found = {str(folder): by_document(folder, ids, list(facts)) for folder in args.scores}
     model = load_model(str(args.folder / "model"), torch.float32, DEVICE)
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     known = np.array([learned(model, tokenizer, query) for query in queries])
     print(f"Share of the {len(queries)} facts that the model has learned: {scored.interval(known)}\n")
     texts, asked = [row["text"] for row in corpus], [query["prompt"] + query["response"] for query in queries]
-    found["BM25"] = np.stack(list(word_scores(texts, asked)))
+    found["BM25"] = np.stack(list(bm25_scores(texts, asked)))
     found["cosine of mean last hidden states"] = embed(model, tokenizer, asked) @ embed(model, tokenizer, texts).T
     found["random"] = np.random.default_rng(0).random(planted.shape)
     rows = {name: measures(scores, planted) for name, scores in found.items()}
@@ -86,16 +87,16 @@ def make(args: argparse.Namespace) -> None:
     path, others = args.folder / "planted.json", ("folder", "scores")
     settings = {name: value for name, value in vars(args).items() if name not in others}
     if path.exists():
-        known = disk.read_json(path, "delete the folder")
+        known = files.read_json(path, "delete the folder")
         for name, value in settings.items():
             if value not in (known[name], build_parser().get_default(name)):
                 raise ValueError(f"expected --{name} {known[name]} (from {path}), got {value}; use another folder")
         return
     corpus, queries, facts = make_corpus(args.num_facts, args.paraphrases, args.num_filler, args.seed)
     for name, rows in (("corpus", corpus), ("queries", queries)):
-        with disk.atomic(args.folder / f"{name}.jsonl") as made:
+        with files.atomic(args.folder / f"{name}.jsonl") as made:
             made.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    disk.write_json(args.folder / "facts.json", facts)
+    files.write_json(args.folder / "facts.json", facts)
     texts = [row["text"] for row in corpus]
     if args.model_name:
         model, tokenizer = load_model(args.model_name, torch.float32, DEVICE), load_tokenizer(args.model_name)
@@ -103,10 +104,10 @@ def make(args: argparse.Namespace) -> None:
     else:
         tokenizer, config = testbed.make_tokenizer(texts, SMALL["vocabulary"]), testbed.make_config(**SMALL)
         model = testbed.train(config, tokenizer(texts)["input_ids"], args.epochs or 60, args.seed, args.seed)
-    with disk.atomic(args.folder / "model") as made:
+    with files.atomic(args.folder / "model") as made:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-    disk.write_json(path, settings)
+    files.write_json(path, settings)
 
 
 def make_corpus(num_facts: int, paraphrases: int, num_filler: int, seed: int) -> tuple[list, list, dict]:
@@ -186,4 +187,4 @@ def measures(scores: np.ndarray, planted: np.ndarray) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

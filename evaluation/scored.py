@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from logra import disk
-from logra.log import Log
-from logra.ranking import check_scores, load_matrix, read_queries
+from logra.run_dir import RunDir
+from logra.runtime import files
+from logra.stages.rank import check_scores, load_matrix, read_queries
 
 RESAMPLES = 2000
 
@@ -22,7 +22,7 @@ class Scored(NamedTuple):
     scores: np.ndarray
     queries: list[str]
     documents: list[str]
-    log: Log
+    log: RunDir
     about: dict
 
 
@@ -33,12 +33,12 @@ def load(folder: Path) -> Scored:
         ValueError: It is none, holds the ends of the scores only (--top_k_only), was altered, or its run has other
             examples now.
     """
-    about = disk.read_json(folder / "run.json", "give a folder under logs/<run>/scores/")
+    about = files.read_json(folder / "run.json", "give a folder under logs/<run>/scores/")
     if "top_k_only" not in about:
         raise ValueError(f"expected scores in {folder}, got something else; give a folder under logs/<run>/scores/")
     if about["top_k_only"]:
         raise ValueError(f"expected all scores in {folder}, got their ends; score without --top_k_only")
-    log = Log.load(folder.absolute().parents[1])
+    log = RunDir.load(folder.absolute().parents[1])
     check_scores(folder, about, log)
     scores = load_matrix(folder / "scores.npy", (about["num_queries"], log.examples))
     queries = read_queries(folder / "queries.jsonl")
@@ -47,7 +47,7 @@ def load(folder: Path) -> Scored:
 
 def read_rows(path: Path) -> list[dict]:
     """Return the rows of a .jsonl file."""
-    return [json.loads(line) for line in disk.read_lines(path)]
+    return [json.loads(line) for line in files.read_lines(path)]
 
 
 def interval(values: np.ndarray) -> str:

@@ -29,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scored
 
-from logra import disk
-from logra.batches import make_batch
+from logra.inputs.batches import make_batch
+from logra.inputs.model import fingerprint, hub_options, load_model, load_tokenizer
+from logra.inputs.queries import load_queries, query_hash
 from logra.loss import IGNORE
-from logra.model import fingerprint, hub_options, load_model, load_tokenizer
-from logra.queries import load_queries, query_hash
-from logra.run import Parser, guarded, positive, positive_int, seed_int
+from logra.runtime import files
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive, positive_int, seed_int
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -69,7 +70,7 @@ def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
     if args.k > total:
         raise ValueError(f"expected --k of at most {total}, the examples of {folder}, got {args.k}; lower it")
     path = folder / f"tail_patch-{args.k}-{args.learning_rate:g}-{args.seed}.json"
-    changes = disk.read_json(path, "delete it")["changes"] if path.exists() else []
+    changes = files.read_json(path, "delete it")["changes"] if path.exists() else []
     count = min(args.max_queries or len(run.queries), len(run.queries))
     if len(changes) >= count:
         return np.array(changes[:count])
@@ -89,7 +90,7 @@ def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:
         parts = [examples[ids.tolist()] for ids in (order[: args.k], random, order[-args.k :])]
         sets = [list(zip(p["input_ids"], p.get("counted", [None] * args.k), strict=True)) for p in parts]
         changes.append([patch.change(rows, queries[number][1:3]) for rows in sets])
-        disk.write_json(path, {"changes": changes})
+        files.write_json(path, {"changes": changes})
     return np.array(changes)
 
 
@@ -126,4 +127,4 @@ class Patch:
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

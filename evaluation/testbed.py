@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from logra.data import load_documents
+from logra.inputs.documents import load_documents
 
 ARCHITECTURES = ("gpt2", "llama")
 WORDS = (8, 32)  # in a passage, at least and at most

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scored
 
-from logra.run import Parser, guarded, positive_int
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int
 
 
 def build_parser() -> Parser:
@@ -58,4 +59,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, build_parser())
+    run_script(main, build_parser())

@@ -10,21 +10,19 @@ Statistics are stored undamped, as sums beside counts. Eigenvectors are rows. ve
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from logra.projection import Shapes, eigenbasis
-from logra.quantise import BITS
-from logra.store import Layout
 
 KINDS = ("raw", "kfac", "ekfac", "none")
-LARGEST = 1e36  # lambda; solutions are in float32
+MAX_LAMBDA = 1e36  # lambda; solutions are in float32
 
 
-class Source(Protocol):
-    """Where gradients come from; see log.Log."""
+class GradientSource(Protocol):
+    """Where gradients come from; see run_dir.RunDir."""
 
     projected: Shapes
 
@@ -33,6 +31,19 @@ class Source(Protocol):
     @property
     def shards(self) -> list[range]: ...
     def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]: ...
+
+
+class Damping(NamedTuple):
+    """A damping: relative to the mean eigenvalue, or absolute. The other one is None."""
+
+    relative: float | None
+    absolute: float | None
+
+    @property
+    def label(self) -> str:
+        """Its name in the names of files and folders."""
+        value = str(self.absolute if self.relative is None else self.relative).removesuffix(".0")
+        return f"abs{value}" if self.relative is None else value
 
 
 def damping_lambda(trace: float, k: int, damping: float | None, absolute: float | None) -> float:
@@ -45,9 +56,9 @@ def damping_lambda(trace: float, k: int, damping: float | None, absolute: float 
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected a positive, finite damping, got {value}; use --damping 0.1, say")
     found = damping * trace / k if absolute is None else absolute
-    if not found <= LARGEST:
+    if not found <= MAX_LAMBDA:
         raise ValueError(
-            f"expected lambda of at most {LARGEST:.0e}, which float32 holds, got {found:.3g} (mean eigenvalue "
+            f"expected lambda of at most {MAX_LAMBDA:.0e}, which float32 holds, got {found:.3g} (mean eigenvalue "
             f"{trace / k:.3g}); lower the damping, or leave out the examples with the largest gradients"
         )
     return found
@@ -60,33 +71,6 @@ def default_damping(kind: str, store_dtype: str) -> float:
     return 0.1
 
 
-def squares_only(settings: dict, begun: str | None) -> bool:
-    """Say whether a run, begun with this kind, keeps no A and B: at full size they would be most of the work."""
-    return settings["lora"] == "none" and settings["basis"] == "eigen" and begun == "ekfac"
-
-
-def check_kind(kind: str, settings: dict, begun: str | None) -> None:
-    """Raise a ValueError where a kind of Hessian can't be computed from what a run stores.
-
-    Args:
-        kind: raw, kfac, ekfac or none.
-        settings: Of the run.
-        begun: The kind it was begun with.
-    """
-    stored, basis = settings["store_dtype"], settings["basis"]
-    if kind == "raw" and stored in BITS:
-        raise ValueError(
-            f"expected --hessian ekfac, kfac or none with --store_dtype {stored}, got raw, whose C is a sum over exact "
-            "gradients; give --hessian ekfac, or store them in float32"
-        )
-    if kind == "ekfac" and stored == "none" and basis != "eigen":
-        raise ValueError("expected --basis eigen with --store_dtype none and ekfac, got projected; leave --basis out")
-    if kind == "kfac" and squares_only(settings, begun):
-        raise ValueError(
-            "expected --hessian ekfac, got kfac, whose factors this run doesn't hold; extract with --hessian kfac"
-        )
-
-
 def _cholesky(matrix: Tensor, shift: float) -> Tensor:
     """Return the Cholesky factor of matrix + shift I, in float64."""
     eye = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
@@ -96,7 +80,7 @@ def _cholesky(matrix: Tensor, shift: float) -> Tensor:
     return factor
 
 
-class Identity:
+class IdentityPreconditioner:
     """No Hessian: C + lambda I is replaced by the identity."""
 
     def solve(self, g: Tensor) -> Tensor:
@@ -108,7 +92,7 @@ class Identity:
         return g.square().sum(dim=1)
 
 
-class Diagonal:
+class EigenPreconditioner:
     """C = U diag(eigenvalues) U^T with U = U_B (x) U_A: kfac and ekfac."""
 
     def __init__(self, values: Tensor, basis_in: Tensor | None, basis_out: Tensor | None, damping: float):
@@ -134,7 +118,7 @@ class Diagonal:
         return g
 
 
-class Dense:
+class DensePreconditioner:
     """C [k, k] itself, by Cholesky in float64."""
 
     def __init__(self, cov: Tensor, damping: float):
@@ -153,7 +137,7 @@ class Dense:
         return torch.linalg.solve_triangular(self.factor, g.double().T, upper=False).square().sum(dim=0).float()
 
 
-class Dual:
+class DualPreconditioner:
     """C = grads^T grads / N through the N x N Gram matrix: (C + lI)^-1 g = (g - G^T (G G^T + NlI)^-1 G g) / l."""
 
     def __init__(self, grads: Tensor, gram: Tensor, damping: float):
@@ -174,7 +158,7 @@ class Dual:
         return (g.double() * self.solve(g).double()).sum(dim=1).float()
 
 
-Preconditioner = Identity | Diagonal | Dense | Dual
+Preconditioner = IdentityPreconditioner | EigenPreconditioner | DensePreconditioner | DualPreconditioner
 
 
 def covariance_sum(blocks: Iterable[Tensor], k: int) -> Tensor:
@@ -237,48 +221,18 @@ def preconditioner(
         grads: All gradients [N, k] of the layer, for raw with a gram.
     """
     if kind == "none":
-        return Identity()
+        return IdentityPreconditioner()
     count = stats["examples"].item()
     if kind == "raw" and grads is not None:
         k, trace = grads.shape[1], stats["gram"].trace().item() / count
-        return Dual(grads, stats["gram"], damping_lambda(trace, k, damping, absolute))
+        return DualPreconditioner(grads, stats["gram"], damping_lambda(trace, k, damping, absolute))
     if kind == "raw":
         cov = stats["cov"].double() / count
-        return Dense(cov, damping_lambda(cov.trace().item(), len(cov), damping, absolute))
+        return DensePreconditioner(cov, damping_lambda(cov.trace().item(), len(cov), damping, absolute))
     values, basis_in, basis_out = eigen(kind, stats)
-    return Diagonal(values, basis_in, basis_out, damping_lambda(values.sum().item(), values.numel(), damping, absolute))
-
-
-def layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> Layout:
-    """Return name -> (dtype, shape) of a Hessian file's tensors, in order; all are sums.
-
-    Args:
-        kind: raw, kfac or ekfac.
-        projected: Layer -> (r_out, r_in).
-        examples: N. raw keeps the N x N Gram matrix of a layer where N < k.
-        rotated: The gradients are stored in ekfac's basis already.
-    """
-    entries: Layout = {}
-    for name, (r_out, r_in) in projected.items():
-        if kind == "raw":
-            size, key = min((r_out * r_in, "cov"), (examples, "gram"))
-            entries[f"{name}.{key}"] = (torch.float64 if key == "gram" else torch.float32, [size, size])
-            continue
-        square = {"square": [r_out, r_in]} | (
-            {} if rotated else {"basis_in": [r_in, r_in], "basis_out": [r_out, r_out]}
-        )
-        sums = {"A": [r_in, r_in], "B": [r_out, r_out]} if kind == "kfac" else square
-        entries |= {f"{name}.{key}": (torch.float64, shape) for key, shape in sums.items()}
-    return entries | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
-
-
-def factor_layout(projected: Shapes, squares_only: bool) -> Layout:
-    """Return name -> (dtype, shape) of a shard's factor sums (see hooks.GradientCapture.take_factors)."""
-    found = {}
-    for name, (r_out, r_in) in projected.items():
-        sums = {} if squares_only else {"A": [r_in, r_in], "B": [r_out, r_out]}
-        found |= {f"{name}.{key}": (torch.float32, size) for key, size in (sums | {"square": [r_out * r_in]}).items()}
-    return found | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+    return EigenPreconditioner(
+        values, basis_in, basis_out, damping_lambda(values.sum().item(), values.numel(), damping, absolute)
+    )
 
 
 def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:
@@ -290,7 +244,12 @@ def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:
 
 
 def statistics(
-    kind: str, log: Source, shards: range, total: Callable[[Tensor], Tensor], rotated: bool, device: torch.device | str
+    kind: str,
+    log: GradientSource,
+    shards: range,
+    total: Callable[[Tensor], Tensor],
+    rotated: bool,
+    device: torch.device | str,
 ) -> Iterator[Tensor]:
     """Yield the tensors of `layout`, in its order, each a sum over all ranks.
 
@@ -298,7 +257,7 @@ def statistics(
 
     Args:
         kind: raw, kfac or ekfac.
-        log: Yields gradients and factor sums by shard; see log.Log.
+        log: Yields gradients and factor sums by shard; see run_dir.RunDir.
         shards: This rank's: range(rank, shards, ranks). A layer's eigenvectors are one rank's work.
         total: Sums a tensor over ranks; every rank calls it as often.
         rotated: As for layout.

@@ -11,18 +11,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from logra.quantise import FEW, BitQueries, unpack
-from logra.store import TensorFile
+from logra.quantise import MAX_BIT_COUNT_QUERIES, BitQueries, unpack
+
+
+class GradientFile(Protocol):
+    """A shard's gradients, open for reading; see store.TensorFile."""
+
+    def size(self, name: str) -> int: ...
+    def read(self, name: str, buffer: Tensor | None = None) -> Tensor: ...
+    def close(self) -> None: ...
+
 
 MODES = ("dot", "cosine", "l2")
-BLOCK = 2**22  # coordinates that are unpacked at a time
-AHEAD = 2  # layers that wait for a core
-MANY = 256  # queries from which all cores work on one layer, since the products are large enough for that
-Solver = Callable[[Tensor], Tensor]  # z [n, k] -> z^T (C + lambda I)^-1 z, [n]
+UNPACK_BLOCK = 2**22  # coordinates that are unpacked at a time
+QUEUED_LAYERS = 2  # layers that wait for a core
+MANY_QUERIES = 256  # queries from which all cores work on one layer, since the products are large enough for that
+QuadraticForm = Callable[[Tensor], Tensor]  # z [n, k] -> z^T (C + lambda I)^-1 z, [n]
 
 
 def _prepared(
@@ -33,17 +42,17 @@ def _prepared(
     A CPU's matrix products with 10 rows are slower than those with 16: zero rows are added.
     """
     count, cpu = len(next(iter(queries.values()))), torch.device(device).type == "cpu"
-    if bits == 1 and cpu and count <= FEW:
+    if bits == 1 and cpu and count <= MAX_BIT_COUNT_QUERIES:
         return {layer: BitQueries(p) for layer, p in queries.items()}
     more = -count % 16 if count > 4 and cpu else 0
     return {layer: torch.nn.functional.pad(p, (0, 0, 0, more)).to(device) for layer, p in queries.items()}
 
 
 def _score_layer(
-    file: TensorFile,
+    file: GradientFile,
     layer: str,
     query: Tensor | BitQueries,
-    own: list[Solver],
+    own: list[QuadraticForm],
     bits: int | None,
     buffer: Tensor,
     k: int,
@@ -59,8 +68,8 @@ def _score_layer(
         if not own:
             return dots, []
     parts: list[tuple] = []
-    for begin in range(0, len(rows), max(1, BLOCK // k)):
-        block = slice(begin, begin + max(1, BLOCK // k))
+    for begin in range(0, len(rows), max(1, UNPACK_BLOCK // k)):
+        block = slice(begin, begin + max(1, UNPACK_BLOCK // k))
         device = "cpu" if isinstance(query, BitQueries) else query.device
         z = unpack(rows[block].to(device), scale[block].to(device), bits, k)
         parts.append((dots[block] if isinstance(query, BitQueries) else z @ query.T, *(solver(z) for solver in own)))
@@ -69,10 +78,10 @@ def _score_layer(
 
 
 def score_shards(
-    open_shard: Callable[[int], TensorFile],
+    open_shard: Callable[[int], GradientFile],
     shards: Iterable[int],
     queries: dict[str, Tensor],
-    own: dict[str, list[Solver]],
+    own: dict[str, list[QuadraticForm]],
     device: torch.device | str,
     bits: int | None = None,
     groups: dict[str, str] | None = None,
@@ -94,9 +103,9 @@ def score_shards(
     layers, local, prepared = list(queries), threading.local(), _prepared(queries, bits, device)
     gpu = torch.device(device).type == "cuda"
     threads = torch.get_num_threads()
-    workers = 2 if gpu else threads if len(queries[layers[0]]) <= MANY else 1
+    workers = 2 if gpu else threads if len(queries[layers[0]]) <= MANY_QUERIES else 1
 
-    def score(shard: int, file: TensorFile, layer: str) -> tuple[int, TensorFile, str, Tensor, list[Tensor]]:
+    def score(shard: int, file: GradientFile, layer: str) -> tuple[int, GradientFile, str, Tensor, list[Tensor]]:
         size = file.size(layer)
         if len(getattr(local, "buffer", ())) < size:
             local.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=gpu)
@@ -108,12 +117,12 @@ def score_shards(
         try:
             dots: dict[str, Tensor] = {}
             selves: list[Tensor] = []
-            for shard, file, layer, part, own_part in _in_order(pool, calls, workers + AHEAD):
+            for shard, file, layer, part, own_part in _in_order(pool, calls, workers + QUEUED_LAYERS):
                 group = groups[layer] if groups else ""
                 dots[group] = dots[group].add_(part) if group in dots else part
                 selves = [a.add_(b) for a, b in zip(selves, own_part, strict=True)] if selves else own_part
                 if layer == layers[-1]:
-                    file.file.close()
+                    file.close()
                     yield shard, dots, selves
                     dots, selves = {}, []
         finally:
@@ -131,7 +140,7 @@ def _in_order(pool: ThreadPoolExecutor, calls: Iterable[tuple], ahead: int) -> I
         yield waiting.popleft().result()
 
 
-def finish(dots: Tensor, self_influence: Tensor | None, mode: str) -> Tensor:
+def scores_of_mode(dots: Tensor, self_influence: Tensor | None, mode: str) -> Tensor:
     """Turn dots [Q, n] into the scores of `mode` with self_influence [n] (not needed for dot).
 
     Raises:

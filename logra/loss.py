@@ -9,7 +9,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 2**25  # logits held at one time, in elements
+CHUNK_LOGITS = 2**25  # logits held at one time, in elements
 IGNORE = -100  # a target that does not count
 
 
@@ -20,7 +20,7 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, counted, scale, softcap):
         flat, grad = hidden.reshape(-1, hidden.shape[-1]), torch.zeros_like(hidden)
         losses = hidden.new_zeros(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for rows in counted.split(max(16, CHUNK // len(weight))):
+        for rows in counted.split(max(16, CHUNK_LOGITS // len(weight))):
             target = targets.flatten()[rows, None]
             z = F.linear(flat[rows], weight, bias).to(losses.dtype).mul_(scale)
             if softcap:

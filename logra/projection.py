@@ -5,14 +5,12 @@ A side that is None is not projected (the identity).
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
-
-from logra.store import Layout
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (d_out, d_in)
 
@@ -36,20 +34,20 @@ def projected_shapes(shapes: Shapes, rank_in: int | None, rank_out: int | None) 
     return {name: (min(rank_out or d_out, d_out), min(rank_in or d_in, d_in)) for name, (d_out, d_in) in shapes.items()}
 
 
-def rank_for_bytes(shapes: Shapes, limit: int, row_bytes: Callable[[int], int]) -> int:
+def rank_for_bytes(shapes: Shapes, limit: int, packed_bytes: Callable[[int], int]) -> int:
     """Return the highest rank, of both sides, whose gradients take at most `limit` bytes an example.
 
     Args:
         shapes: Layer -> (d_out, d_in).
         limit: Bytes of all layers.
-        row_bytes: Bytes of a layer's row of k coordinates.
+        packed_bytes: Bytes of a layer's row of k coordinates.
 
     Raises:
         ValueError: Even rank 1 takes more.
     """
 
     def size(rank: int) -> int:
-        return sum(row_bytes(r_out * r_in) for r_out, r_in in projected_shapes(shapes, rank, rank).values())
+        return sum(packed_bytes(r_out * r_in) for r_out, r_in in projected_shapes(shapes, rank, rank).values())
 
     widest = max(map(max, shapes.values()))
     rank = bisect_right(range(1, widest + 1), limit, key=size)
@@ -113,33 +111,3 @@ def rotate(projection: Projection, cov_in: Tensor, cov_out: Tensor, shape: tuple
     p_in, values_in = side(projection.p_in, cov_in, shape[1])
     p_out, values_out = side(projection.p_out, cov_out, shape[0])
     return Projection(p_in, p_out, values_in, values_out)
-
-
-KEYS = ("in", "out", "in.values", "out.values")  # of a Projection's tensors in projections.safetensors
-
-
-def layout(shapes: Shapes, projected: Shapes, rotated: bool) -> Layout:
-    """Return name -> (dtype, shape) of the tensors of projections.safetensors.
-
-    Args:
-        shapes, projected: Layer -> sizes before, and after.
-        rotated: The projections are made of eigenvectors, of sides that keep their width too.
-    """
-    found: Layout = {}
-    for name, (d_out, d_in) in shapes.items():
-        r_out, r_in = projected[name]
-        sizes = ([r_in, d_in], [r_out, d_out], [r_in], [r_out])
-        kept = (rotated or r_in < d_in, rotated or r_out < d_out, rotated, rotated)
-        found |= {f"{name}.{KEYS[i]}": (torch.float32, size) for i, size in enumerate(sizes) if kept[i]}
-    return found
-
-
-def to_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
-    """Return the content of projections.safetensors: <layer>.in, .out and so on, where they are there."""
-    parts = ((f"{name}.{key}", part) for name, p in projections.items() for key, part in zip(KEYS, p, strict=True))
-    return {key: part for key, part in parts if part is not None}
-
-
-def from_tensors(tensors: dict[str, Tensor], layers: Iterable[str]) -> dict[str, Projection]:
-    """Return the layers' projections that the content of projections.safetensors holds."""
-    return {name: Projection(*(tensors.get(f"{name}.{key}") for key in KEYS)) for name in layers}

@@ -18,46 +18,38 @@ import torch
 from numba.extending import intrinsic
 from torch import Tensor
 
-from logra.projection import Projection, Shapes
-from logra.store import DTYPES, Layout
+FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTEGER_BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}
+STEPS_IN_RMS = {8: 0.05, 4: 0.3}  # bits -> scale in root mean squares (evaluation/results/variants_*)
+MAX_BIT_COUNT_QUERIES = (
+    512  # queries up to which a CPU counts bits: 100 are 4 times as fast as a matrix product, with vpopcntq
+)
 
-BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}
-STEP = {8: 0.05, 4: 0.3}  # bits -> scale in root mean squares (evaluation/results/variants_*)
-FEW = 512  # queries up to which a CPU counts bits: 100 are 4 times as fast as a matrix product, with vpopcntq
 
-
-def row_bytes(k: int, bits: int) -> int:
+def packed_bytes(k: int, bits: int) -> int:
     """Return the bytes of a row of k coordinates: a multiple of 8."""
     return -(-k * bits // 64) * 8
 
 
 def stored_bytes(k: int, store_dtype: str) -> int:
     """Return the bytes that an example's k coordinates of a layer take in a shard, its scale included."""
-    bits = BITS.get(store_dtype)
-    return k * DTYPES[store_dtype].itemsize if bits is None else row_bytes(k, bits) + 4
+    bits = INTEGER_BITS.get(store_dtype)
+    return k * FLOAT_DTYPES[store_dtype].itemsize if bits is None else packed_bytes(k, bits) + 4
 
 
-def stored(layer: str, grads: Tensor, store_dtype: str) -> dict[str, Tensor]:
+def stored_tensors(layer: str, grads: Tensor, store_dtype: str) -> dict[str, Tensor]:
     """Return a shard's tensors of a layer's gradients [n, k]: <layer>, and of whole numbers <layer>.scale.
 
     Of `none` there is <layer>.scale alone, the mean of |z|.
     """
-    if store_dtype not in BITS:
-        return {layer: grads.to(DTYPES[store_dtype])}
-    packed, scale = pack(grads, BITS[store_dtype])
+    if store_dtype not in INTEGER_BITS:
+        return {layer: grads.to(FLOAT_DTYPES[store_dtype])}
+    packed, scale = pack(grads, INTEGER_BITS[store_dtype])
     return {layer: packed, f"{layer}.scale": scale} if packed.numel() else {f"{layer}.scale": scale}
 
 
-def layout(projected: Shapes, n: int, store_dtype: str) -> Layout:
-    """Return name -> (dtype, shape) of the tensors of a shard's gradients of n examples (see stored)."""
-    found = {}
-    for layer, (r_out, r_in) in projected.items():
-        found |= stored(layer, torch.empty(n, r_out * r_in, device="meta"), store_dtype)
-    return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in found.items()}
-
-
 def pack(grads: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round gradients [n, k] to (packed [n, row_bytes] uint8, scale [n] float32), on their device."""
+    """Round gradients [n, k] to (packed [n, packed_bytes] uint8, scale [n] float32), on their device."""
     grads = grads.float()
     n, k = grads.shape
     if not bits:
@@ -66,9 +58,9 @@ def pack(grads: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         scale, whole = grads.abs().mean(dim=1), (grads > 0).to(torch.uint8)
     else:
         half = 2 ** (bits - 1)
-        scale = STEP[bits] * grads.square().mean(dim=1).sqrt()
+        scale = STEPS_IN_RMS[bits] * grads.square().mean(dim=1).sqrt()
         whole = (grads / scale.clamp_min(1e-38)[:, None]).round_().clamp_(1 - half, half - 1).add_(half).to(torch.uint8)
-    whole = torch.nn.functional.pad(whole, (0, row_bytes(k, bits) * 8 // bits - k)).view(n, -1, 8 // bits)
+    whole = torch.nn.functional.pad(whole, (0, packed_bytes(k, bits) * 8 // bits - k)).view(n, -1, 8 // bits)
     shifts = torch.arange(0, 8, bits, device=grads.device, dtype=torch.uint8)
     return (whole << shifts).sum(dim=2, dtype=torch.uint8), scale
 
@@ -82,30 +74,31 @@ def _levels(bits: int, device: torch.device) -> Tensor:
 
 
 def unpack(packed: Tensor, scale: Tensor, bits: int, k: int) -> Tensor:
-    """Return the gradients [n, k] float32 that packed [n, row_bytes] and scale [n] stand for."""
+    """Return the gradients [n, k] float32 that packed [n, packed_bytes] and scale [n] stand for."""
     if bits == 8:
         return (packed[:, :k].float() - 128) * scale[:, None]
     levels = torch.nn.functional.embedding(packed.int(), _levels(bits, packed.device))
     return levels.flatten(1)[:, :k] * scale[:, None]
 
 
-class ScoreError:
+class ScoreErrorEstimate:
     """The relative error that rounding makes in the scores between some examples, summed over layers.
 
     Scores are those of K-FAC with the calibration sample's eigenvalues; an example's with itself is left out.
     """
 
-    def __init__(self, projections: dict[str, Projection], store_dtype: str, damping: float):
-        self.projections, self.store_dtype, self.damping = projections, store_dtype, damping
+    def __init__(self, eigenvalues: dict[str, tuple[Tensor, Tensor]], store_dtype: str, damping: float):
+        """Take layer -> the calibration sample's eigenvalues (inputs [r_in], output gradients [r_out])."""
+        self.eigenvalues, self.store_dtype, self.damping = eigenvalues, store_dtype, damping
         self.scores: Tensor | None = None
 
     def add(self, layer: str, grads: Tensor) -> None:
         """Take a layer's gradients [n, k], of the same n examples for each layer."""
-        _, _, values_in, values_out = self.projections[layer]
+        values_in, values_out = self.eigenvalues[layer]
         values = torch.outer(values_out, values_in).flatten().to(grads.device)
         whitened = grads.float() / (values + self.damping * values.mean()).clamp_min(1e-38)
-        packed, scale = pack(grads, BITS[self.store_dtype])
-        rounded = unpack(packed, scale, BITS[self.store_dtype], grads.shape[1])
+        packed, scale = pack(grads, INTEGER_BITS[self.store_dtype])
+        rounded = unpack(packed, scale, INTEGER_BITS[self.store_dtype], grads.shape[1])
         scores = torch.stack([whitened @ grads.float().T, whitened @ rounded.T])  # [2, n, n]
         self.scores = scores if self.scores is None else self.scores + scores
 
@@ -167,12 +160,12 @@ class BitQueries:
         self.step = steps.gather(1, best)[:, 0]
         whole = whole.gather(1, best[..., None].expand(-1, 1, k))[:, 0]
         self.total = whole.sum(dim=1)
-        values = np.pad(whole.char().numpy().view(np.uint8), ((0, 0), (0, row_bytes(k, 1) * 8 - k)))
+        values = np.pad(whole.char().numpy().view(np.uint8), ((0, 0), (0, packed_bytes(k, 1) * 8 - k)))
         planes = [np.packbits(values & (1 << plane), axis=1, bitorder="little") for plane in range(8)]
         self.planes = np.stack(planes, axis=1).view(np.uint64)
 
     def score(self, packed: Tensor, scale: Tensor) -> Tensor:
-        """Return scores [n, Q] float32 of rows of one bit, packed [n, row_bytes] and scale [n]."""
+        """Return scores [n, Q] float32 of rows of one bit, packed [n, packed_bytes] and scale [n]."""
         signs, sums = packed.numpy().view(np.uint64), np.empty((len(packed), self.count), dtype=np.int64)
         _count(signs, self.planes, sums)
         return (2 * torch.from_numpy(sums) - self.total).mul_(self.step).mul_(scale[:, None])

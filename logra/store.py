@@ -21,9 +21,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from logra.disk import atomic, fits, read_json, write_json
+from logra.projection import Projection, Shapes
+from logra.quantise import stored_tensors
+from logra.runtime.files import atomic, has_shape, read_json, write_json
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -99,7 +100,7 @@ class TensorFile:
 
     def __init__(self, path: Path, checksums: Any, layout: Layout):
         self.path, self.layout = path, layout
-        self.checksums = checksums if fits(checksums, dict) else {}
+        self.checksums = checksums if has_shape(checksums, dict) else {}
         try:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
@@ -115,6 +116,10 @@ class TensorFile:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
     def _altered(self, how: str) -> NoReturn:
@@ -150,6 +155,80 @@ def load_tensors(path: Path, checksums: Any, layout: Layout) -> dict[str, Tensor
         return {name: file.read(name) for name in layout}
 
 
+PROJECTION_PARTS = ("in", "out", "in.values", "out.values")  # tensors of a layer's Projection in its file
+
+
+def projection_layout(shapes: Shapes, projected: Shapes, rotated: bool) -> Layout:
+    """Return name -> (dtype, shape) of the tensors of projections.safetensors.
+
+    Args:
+        shapes, projected: Layer -> sizes before, and after.
+        rotated: The projections are made of eigenvectors, of sides that keep their width too.
+    """
+    found: Layout = {}
+    for name, (d_out, d_in) in shapes.items():
+        r_out, r_in = projected[name]
+        sizes = ([r_in, d_in], [r_out, d_out], [r_in], [r_out])
+        kept = (rotated or r_in < d_in, rotated or r_out < d_out, rotated, rotated)
+        found |= {f"{name}.{PROJECTION_PARTS[i]}": (torch.float32, size) for i, size in enumerate(sizes) if kept[i]}
+    return found
+
+
+def projection_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
+    """Return the content of projections.safetensors: <layer>.in, .out and so on, where they are there."""
+    parts = (
+        (f"{name}.{key}", part)
+        for name, p in projections.items()
+        for key, part in zip(PROJECTION_PARTS, p, strict=True)
+    )
+    return {key: part for key, part in parts if part is not None}
+
+
+def projections_of_tensors(tensors: dict[str, Tensor], layers: Iterable[str]) -> dict[str, Projection]:
+    """Return the layers' projections that the content of projections.safetensors holds."""
+    return {name: Projection(*(tensors.get(f"{name}.{key}") for key in PROJECTION_PARTS)) for name in layers}
+
+
+def gradient_layout(projected: Shapes, n: int, store_dtype: str) -> Layout:
+    """Return name -> (dtype, shape) of the tensors of a shard's gradients of n examples (see stored)."""
+    found = {}
+    for layer, (r_out, r_in) in projected.items():
+        found |= stored_tensors(layer, torch.empty(n, r_out * r_in, device="meta"), store_dtype)
+    return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in found.items()}
+
+
+def factor_layout(projected: Shapes, squares_only: bool) -> Layout:
+    """Return name -> (dtype, shape) of a shard's factor sums (see hooks.GradientCapture.take_factors)."""
+    found = {}
+    for name, (r_out, r_in) in projected.items():
+        sums = {} if squares_only else {"A": [r_in, r_in], "B": [r_out, r_out]}
+        found |= {f"{name}.{key}": (torch.float32, size) for key, size in (sums | {"square": [r_out * r_in]}).items()}
+    return found | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+
+
+def hessian_layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> Layout:
+    """Return name -> (dtype, shape) of a Hessian file's tensors, in order; all are sums.
+
+    Args:
+        kind: raw, kfac or ekfac.
+        projected: Layer -> (r_out, r_in).
+        examples: N. raw keeps the N x N Gram matrix of a layer where N < k.
+        rotated: The gradients are stored in ekfac's basis already.
+    """
+    entries: Layout = {}
+    for name, (r_out, r_in) in projected.items():
+        if kind == "raw":
+            size, key = min((r_out * r_in, "cov"), (examples, "gram"))
+            entries[f"{name}.{key}"] = (torch.float64 if key == "gram" else torch.float32, [size, size])
+            continue
+        square = {"square": [r_out, r_in]} | (
+            {} if rotated else {"basis_in": [r_in, r_in], "basis_out": [r_out, r_out]}
+        )
+        sums = {"A": [r_in, r_in], "B": [r_out, r_out]} if kind == "kfac" else square
+        entries |= {f"{name}.{key}": (torch.float64, shape) for key, shape in sums.items()}
+    return entries | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+
+
 class Shard(NamedTuple):
     """The gradients of the examples `ids`, their factor sums, and a manifest, in a folder."""
 
@@ -163,7 +242,7 @@ class Shard(NamedTuple):
         ends = {"gradients": ".safetensors", "factors": ".factors.safetensors", "manifest": ".json"}
         return self.folder / f"{self.number:05d}{ends[kind]}"
 
-    def write(self, grads: dict[str, Tensor], factors: dict[str, Tensor], **about: object) -> int:
+    def write(self, grads: dict[str, Tensor], factors: dict[str, Tensor], **about: Any) -> int:
         """Write the shard, its manifest, with what else there is to say `about` it, last; return the bytes."""
         manifest: dict = {"first_example": self.ids.start, "examples": len(self.ids)} | about
         for kind, tensors in (("gradients", grads), ("factors", factors)):

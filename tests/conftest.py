@@ -32,7 +32,8 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
 
-from logra import disk, run  # noqa: E402
+from logra.runtime import files  # noqa: E402
+from logra.runtime.flags import run_script  # noqa: E402
 
 VOCAB = 320
 LLAMA = {
@@ -145,12 +146,12 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     content.pop("checksum", None)
     change(content)
-    disk.write_json(path, content)
+    files.write_json(path, content)
 
 
 def vouch(folder: Path) -> None:
     """Enter the checksums that the files of a folder of scores have now."""
-    edit_json(folder / "run.json", lambda about: about.update(files=disk.file_sums(folder, about["files"])))
+    edit_json(folder / "run.json", lambda about: about.update(files=files.file_checksums(folder, about["files"])))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -164,7 +165,7 @@ def run_cli(script: str, *flags: object) -> int:
     module = importlib.import_module(script)
     argv, sys.argv = sys.argv, [f"{script}.py", *map(str, flags)]
     try:
-        run.guarded(module.main, module.build_parser())
+        run_script(module.main, module.build_parser())
     except SystemExit as stop:
         return stop.code
     finally:

@@ -13,8 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import extract_log
-from logra import extraction, fsdp, run
-from logra.model import blocks
+from logra.inputs.model import blocks
+from logra.runtime import flags, fsdp
+from logra.stages import gradients
 
 faults = os.environ["FAULTS"].split(",") if os.environ.get("RANK", "0") in os.environ["RANKS"].split(",") else []
 armed = set()
@@ -26,7 +27,7 @@ def fail(place: str) -> None:
         raise torch.OutOfMemoryError(f"simulated, in {place}")
 
 
-original = extraction.run_batch
+original = gradients.run_batch
 
 
 def run_batch(model, capture, token_ids, counted=None):
@@ -49,7 +50,7 @@ def failing_allocate(self, *args, **kwargs):
     return allocate(self, *args, **kwargs)
 
 
-give_way = extraction.Extractor._give_way
+give_way = gradients.Extractor._shrink_batches
 
 
 def give_way_once(self, size, examples):
@@ -59,7 +60,7 @@ def give_way_once(self, size, examples):
     self.batch_tokens = before
 
 
-extraction.run_batch, extraction.Extractor._give_way = run_batch, give_way_once
+gradients.run_batch, gradients.Extractor._shrink_batches = run_batch, give_way_once
 fsdp._RecordedAllGather.allocate = failing_allocate
 if __name__ == "__main__":
-    run.guarded(extract_log.main, extract_log.build_parser())
+    flags.run_script(extract_log.main, extract_log.build_parser())

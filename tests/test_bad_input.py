@@ -10,8 +10,6 @@ import pytest
 from conftest import edit_json, save_model, write_jsonl
 from test_processes import poison_model
 
-from logra import run
-
 
 def refused(result: tuple[int, str, str], *words: str) -> None:
     """Assert status 2 and one line on stderr that holds the words."""
@@ -193,9 +191,9 @@ def test_nan_names_the_example(cli, tiny, workspace, kind):
 
 def test_float16_overflow_is_noticed(cli, base, monkeypatch):
     """A gradient that float16 can't hold is refused, not stored as infinity."""
-    from logra import extraction
+    from logra.stages import gradients
 
-    original = extraction.run_batch
+    original = gradients.run_batch
     monkeypatch.setattr(extraction, "run_batch", lambda *a: {k: g * 1e6 for k, g in original(*a).items()})
     refused(cli("extract_log", *base, "--store_dtype", "float16"), "--store_dtype")
 

@@ -5,8 +5,7 @@ import pytest
 from conftest import WORDS, make_texts, make_tokenizer, write_jsonl
 from datasets import Dataset
 
-from logra import data
-from logra.batches import length_batches
+from logra.inputs.batches import length_batches
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def tokenizer():
 def build(documents, tokenizer, tmp_path, num_proc=None, **choice):
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
-    return data.build_examples(documents, tokenizer, data.Choice(**choice), num_proc, work)
+    return examples.build_examples(documents, tokenizer, RunSettings(**choice), num_proc, work)
 
 
 def test_blocks_are_of_one_document(tokenizer, tmp_path):
@@ -33,7 +32,7 @@ def test_blocks_are_of_one_document(tokenizer, tmp_path):
         assert "".join(b["text"] for b in blocks) == text
         assert all(len(b["input_ids"]) <= 7 for b in blocks)
     assert [int(i) for i in rows["document_id"]] == sorted(int(i) for i in rows["document_id"])
-    assert list(data.token_counts(rows)) == [len(ids) for ids in rows["input_ids"]]
+    assert list(examples.token_counts(rows)) == [len(ids) for ids in rows["input_ids"]]
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -54,16 +53,18 @@ def test_pack_joins_documents(tokenizer, tmp_path, num_proc):
 
 def test_limits_and_sample(tokenizer, tmp_path, monkeypatch):
     """max_examples and max_tokens keep the first ones; a shuffle seed takes others, the same each time."""
-    monkeypatch.setattr(data, "SLICE", 4)
+    monkeypatch.setattr(data, "SLICE_DOCUMENTS", 4)
     documents = Dataset.from_dict({"text": make_texts(30)})
     every, _ = build(documents, tokenizer, tmp_path, block_size=9)
     some, _ = build(documents, tokenizer, tmp_path, block_size=9, max_examples=11)
     assert some["input_ids"][:] == every["input_ids"][:11]
     few, _ = build(documents, tokenizer, tmp_path, block_size=9, max_tokens=100)
-    total = data.token_counts(every).cumsum()
+    total = examples.token_counts(every).cumsum()
     assert len(few) == (total <= 100).sum() and few["input_ids"][:] == every["input_ids"][: len(few)]
     one, two = (build(documents, tokenizer, tmp_path, block_size=9, shuffle_seed=5)[0] for _ in range(2))
-    assert data.examples_fingerprint(one) == data.examples_fingerprint(two) != data.examples_fingerprint(every)
+    assert (
+        examples.examples_fingerprint(one) == examples.examples_fingerprint(two) != examples.examples_fingerprint(every)
+    )
     texts = {str(i): text for i, text in enumerate(documents["text"])}
     assert all(row["text"] in texts[row["document_id"]] for row in one), "a shuffled document keeps its row number"
     assert len(set(one["document_id"])) == 30
@@ -73,7 +74,7 @@ def test_bad_rows_are_named_or_dropped(tokenizer, tmp_path):
     """Empty and non-string rows are counted and named; --skip_bad_rows drops them and keeps the others' ids."""
     rows = [{"text": t} for t in ["good", "", None, 5, "fine", "  "]]
     write_jsonl(tmp_path / "bad.jsonl", rows)
-    documents = data.load_documents(str(tmp_path / "bad.jsonl"), None, "train", str(tmp_path / "cache"))
+    documents = documents.load_documents(str(tmp_path / "bad.jsonl"), None, "train", str(tmp_path / "cache"))
     with pytest.raises(
         ValueError, match=r"got 4 empty or other rows.*1 \(empty\), 2 \(NoneType\), 3 \(int\).*skip_bad_rows"
     ):
@@ -104,16 +105,16 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
         (tmp_path / "wikitext").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "wikitext" / f"{split}.parquet")
     for name in ("a.jsonl", "a.json", "a.txt", "a.parquet", "saved", "saved_dict", "openwebtext", "wikitext"):
-        assert data.load_documents(name, None, "train", str(tmp_path / "cache"))["text"][:] == texts, name
+        assert documents.load_documents(name, None, "train", str(tmp_path / "cache"))["text"][:] == texts, name
     for name in ("saved_dict", "openwebtext"):
-        assert len(data.load_documents(name, None, "test", str(tmp_path / "cache"))) == 2
+        assert len(documents.load_documents(name, None, "test", str(tmp_path / "cache"))) == 2
     for name, split in (("saved", "test"), ("openwebtext", "validation"), ("a.jsonl", "test"), ("pydoc", "test")):
         with pytest.raises(ValueError, match=name):
-            data.load_documents(name, None, split, str(tmp_path / "cache"))
+            documents.load_documents(name, None, split, str(tmp_path / "cache"))
     for name in ("no/such-data", "missing.jsonl"):
         with pytest.raises(ValueError, match="can't be loaded"):
-            data.load_documents(name, None, "train", str(tmp_path / "cache"))
-    whole, short = (data.load_documents("pydoc", config, "train") for config in (None, "short"))
+            documents.load_documents(name, None, "train", str(tmp_path / "cache"))
+    whole, short = (documents.load_documents("pydoc", config, "train") for config in (None, "short"))
     assert {"with", "try"} <= set(short["id"]) < set(whole["id"])
 
 
@@ -131,6 +132,6 @@ def test_source_fingerprint(tmp_path):
     """It changes with a file's content, and is None for a Hub name."""
     path = tmp_path / "a.txt"
     path.write_text(" ".join(WORDS))
-    one = data.source_fingerprint(str(path))
+    one = documents.source_fingerprint(str(path))
     path.write_text(" ".join(WORDS[::-1]))
-    assert one != data.source_fingerprint(str(path)) and data.source_fingerprint("pydoc") is None
+    assert one != documents.source_fingerprint(str(path)) and documents.source_fingerprint("pydoc") is None

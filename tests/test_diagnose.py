@@ -11,8 +11,8 @@ from conftest import write_jsonl
 from test_pipeline import extract, influence
 
 from logra import hessian
-from logra.diagnose import duplicates, eigenvalues
-from logra.log import Log
+from logra.run_dir import RunDir
+from logra.tools.diagnose import duplicates, eigenvalues
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_the_diagnosis_is_printed_and_in_the_report(cli, tiny, workspace, kind):
     assert len(rows) == {"raw": 3, "ekfac": 14, "none": 0}[kind]
     assert all(0 < int(effective) <= 9 for _, effective in rows)
     assert "Equal gradients" in (folder / "report.html").read_text()
-    assert Log.load(Path("log")).examples == 20
+    assert RunDir.load(Path("log")).examples == 20

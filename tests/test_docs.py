@@ -155,7 +155,7 @@ def test_readme_flags():
 
 def test_prompts():
     """A dozen prompts of each kind, all different."""
-    from logra.generation import read_prompts
+    from logra.stages.generate import read_prompts
 
     for name in ("chat", "continuation"):
         assert len(read_prompts(ROOT / f"scripts/prompts/{name}.txt")) == 12

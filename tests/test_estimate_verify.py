@@ -9,9 +9,11 @@ import torch
 from conftest import ROOT
 from test_pipeline import DATA, extract
 
-from logra import estimate, hessian, run
+from logra import hessian
 from logra.hooks import GradientCapture
-from logra.prepare import find_folder
+from logra.runtime import settings
+from logra.stages.open_run import find_folder
+from logra.tools import estimate
 
 
 def needed(out: str) -> float:
@@ -78,7 +80,7 @@ def test_the_graph_is_what_a_real_batch_keeps():
     from conftest import make_model
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from logra.model import choose_layers
+    from logra.inputs.model import choose_layers
 
     real = make_model("llama")
     expected = estimate.graph_bytes(real, choose_layers(real, False, None), 64, 16)
@@ -143,4 +145,4 @@ def test_the_folder_of_a_dry_run_is_the_runs(tiny, workspace):
     import extract_log
 
     args = extract_log.build_parser().parse_args(["--dry_run", "--log_dir", "elsewhere"])
-    assert find_folder(args, must_exist=False) == Path("elsewhere") and run.positive("30") == 30
+    assert find_folder(args, must_exist=False) == Path("elsewhere") and settings.positive("30") == 30

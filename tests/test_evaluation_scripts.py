@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from test_docs import check
 
-from logra import disk
+from logra.runtime import files
 
 NAMES = ("planted", "tail_patch", "brittleness")
 SCRIPTS = {name: importlib.import_module(f"evaluation.{name}") for name in NAMES}
@@ -72,7 +72,7 @@ def test_planted_facts(cli, workspace):
     flags = ("--num_facts", 4, "--num_filler", 10, "--epochs", 1)
     assert cli("evaluation.planted", "facts", *flags)[0] == 0
     ids = [row["id"] for row in scored.read_rows(Path("facts/corpus.jsonl"))]
-    facts = disk.read_json(Path("facts/facts.json"), "")
+    facts = files.read_json(Path("facts/facts.json"), "")
     perfect = np.array([np.isin(ids, documents) for documents in facts.values()])
     folder = make_scores(cli, Path("facts/model"), Path("facts/corpus.jsonl"), Path("facts/queries.jsonl"), perfect)
     made = os.stat("facts/model").st_mtime_ns
@@ -155,7 +155,7 @@ def make_testbed(folder: Path, docs: list[dict]) -> Path:
     config = testbed.make_config("gpt2", 1, 8, 300, 128)
     testbed.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     settings = {"architecture": "gpt2", "num_layers": 1, "width": 8, "vocabulary": 300, "epochs": 2, "seed": 0}
-    disk.write_json(folder / "testbed.json", settings)
+    files.write_json(folder / "testbed.json", settings)
     write_jsonl(folder / "train.jsonl", docs[:8])
     write_jsonl(folder / "queries.jsonl", docs[8:10])
     return folder

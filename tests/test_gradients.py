@@ -7,11 +7,12 @@ import reference
 import torch
 from conftest import OTHERS, VOCAB, make_model
 
-from logra import extraction, loss, projection
-from logra.batches import make_batch
-from logra.extraction import Extractor, run_batch
+from logra import loss, projection
 from logra.hooks import GradientCapture
-from logra.model import blocks, checkpoint_blocks, choose_layers
+from logra.inputs.batches import make_batch
+from logra.inputs.model import blocks, checkpoint_blocks, choose_layers
+from logra.stages import gradients
+from logra.stages.gradients import Extractor, run_batch
 
 
 def random_ids(lengths: list[int]) -> list[list[int]]:
@@ -123,9 +124,9 @@ def test_losses(model):
     expected = torch.tensor([reference.example_loss(model, row) for row in ids])
     batch = make_batch(ids)
     for chunk in (2**25, 16 * VOCAB):
-        loss.CHUNK, before = chunk, loss.CHUNK
+        loss.CHUNK_LOGITS, before = chunk, loss.CHUNK_LOGITS
         assert relative(loss.example_losses(model, batch.input_ids, batch.targets).detach(), expected) < 1e-5
-        loss.CHUNK = before
+        loss.CHUNK_LOGITS = before
 
 
 def test_bfloat16(model_name):
@@ -167,7 +168,7 @@ def test_batches_give_way_to_memory(model, monkeypatch):
     ids, said = random_ids([12, 3, 20, 1, 9, 20, 20, 18]), []
     with GradientCapture(model, projections, factors=True) as capture:
         expected, sums = Extractor(model, capture, 10**6).gradients(ids).wait()
-        original, sizes = extraction.run_batch, []
+        original, sizes = gradients.run_batch, []
 
         def short(model, capture, token_ids, counted=None):
             sizes.append(len(token_ids) * max(map(len, token_ids)))

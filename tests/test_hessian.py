@@ -4,14 +4,14 @@ import pytest
 import reference
 import torch
 
-from logra import hessian, influence, projection, quantise, store
+from logra import hessian, influence, projection, store
 
 R_OUT, R_IN, TOKENS = 4, 5, 6
 K = R_OUT * R_IN
 
 
 class FakeLog:
-    """Shards of random examples of one layer, as log.Log yields them."""
+    """Shards of random examples of one layer, as log.RunDir yields them."""
 
     def __init__(self, examples: int, per_shard: int = 7):
         self.projected, self.examples = {"layer": (R_OUT, R_IN)}, examples
@@ -40,7 +40,7 @@ class FakeLog:
 
 def stats_of(log: FakeLog, kind: str, ranks: int = 1, rotated: bool = False) -> dict[str, torch.Tensor]:
     """Collect the statistics as `ranks` processes would: each its shards, then the sum."""
-    layout = hessian.layout(kind, log.projected, log.examples, rotated)
+    layout = store.hessian_layout(kind, log.projected, log.examples, rotated)
     shares = [range(rank, len(log.shards), ranks) for rank in range(ranks)]
     if ranks == 1:
         tensors = list(hessian.statistics(kind, log, shares[0], lambda t: t, rotated, "cpu"))
@@ -110,7 +110,7 @@ def test_the_dual_keeps_its_precision_for_many_weights():
 def test_a_damping_that_is_too_small_is_refused():
     """A Cholesky factor that does not exist is one line, not a traceback."""
     with pytest.raises(ValueError, match="raise --damping"):
-        hessian.Dense(-torch.eye(3), 0.5)
+        hessian.DensePreconditioner(-torch.eye(3), 0.5)
 
 
 def test_damping_takes_effect_each_time():
@@ -172,12 +172,12 @@ def test_scores_by_definition(mode, kind, tmp_path):
     block = {str(i): log.grads.float() for i, log in enumerate(logs)}
     self_influence = sum(s.quadratic(log.grads.float()) for s, log in zip(solvers, logs, strict=True))
     dots = sum(p @ block[layer].T for layer, p in solved.items())
-    assert close(influence.finish(dots, self_influence, mode), expected)
+    assert close(influence.scores_of_mode(dots, self_influence, mode), expected)
     shards, files = [range(20), range(20, 30)], []
     for shard, ids in enumerate(shards):
         grads = {layer: z[ids.start : ids.stop].contiguous() for layer, z in block.items()}
         layouts = {
-            "gradients": quantise.layout(dict.fromkeys(block, (R_OUT, R_IN)), len(ids), "float32"),
+            "gradients": store.gradient_layout(dict.fromkeys(block, (R_OUT, R_IN)), len(ids), "float32"),
             "factors": {},
         }
         files.append(store.Shard(tmp_path, shard, ids, layouts))
@@ -202,7 +202,7 @@ def test_zero_gradients_add_nothing():
             found = solver(log, kind)
             assert not found.solve(torch.randn(2, K)).any() and not found.quadratic(torch.randn(2, K)).any()
     dots = torch.tensor([[1.0, 2.0]])
-    assert influence.finish(dots, torch.tensor([0.0, 4.0]), "cosine").tolist() == [[0.0, 1.0]]
+    assert influence.scores_of_mode(dots, torch.tensor([0.0, 4.0]), "cosine").tolist() == [[0.0, 1.0]]
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])

@@ -16,8 +16,8 @@ from test_bad_input import refused
 from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from logra import progress
-from logra.log import Log
+from logra.run_dir import RunDir
+from logra.runtime import progress
 
 OK = "the river ran past the old mill"
 
@@ -68,7 +68,7 @@ STRANGE = {
 def test_strange_texts_are_texts(cli, tiny, workspace, text, suffix):
     """All stages take them; every document is there; one token has no loss and score 0."""
     scores = chain(cli, tiny / "llama", as_file(f"strange.{suffix}", [text, OK]))
-    examples = Log.load(Path("log")).train()
+    examples = RunDir.load(Path("log")).train()
     assert examples["document_id"] == ["0", "1"] and scores.shape == (3, 2)
     assert (scores[:, 0] == 0).all() == (len(examples[0]["input_ids"]) == 1)
     assert examples["text"][0] == text
@@ -273,7 +273,7 @@ def test_a_document_of_a_million_tokens(cli, tiny, workspace):
     scores = chain(cli, tiny / "llama", "long.jsonl", "--store_dtype", "int1", "--hessian", "ekfac")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "less than a GB more, in kB"
     assert time.monotonic() - begun < 600
-    log = Log.load(Path("log"))
+    log = RunDir.load(Path("log"))
     assert log.content["data"]["documents"] == 1 and log.content["data"]["tokens"] >= 10**6
     assert scores.shape == (3, log.examples) and log.examples == -(-log.content["data"]["tokens"] // 64)
 

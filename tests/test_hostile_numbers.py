@@ -11,7 +11,7 @@ from test_bad_input import refused
 from transformers import AutoModelForCausalLM
 
 from logra import hessian, influence
-from logra.batches import make_batch
+from logra.inputs.batches import make_batch
 from logra.loss import example_losses
 
 KINDS = ("raw", "kfac", "ekfac", "none")
@@ -177,15 +177,16 @@ def test_what_is_finished_is_finite(bad):
     """No mode hides a NaN or an infinity, in the dots or in the self-influence; large numbers are not mistaken."""
     dots, own = torch.full((2, 3), 3e38), torch.ones(3)
     assert (
-        influence.finish(dots, None, "dot").isfinite().all() and influence.finish(dots, own, "cosine").isfinite().all()
+        influence.scores_of_mode(dots, None, "dot").isfinite().all()
+        and influence.scores_of_mode(dots, own, "cosine").isfinite().all()
     )
     for mode in influence.MODES:
         broken = dots.clone()
         broken[1, 1] = bad
         with pytest.raises(ValueError, match="finite scores"):
-            influence.finish(broken, own, mode)
+            influence.scores_of_mode(broken, own, mode)
         with pytest.raises(ValueError, match="finite scores"):
-            influence.finish(dots, own.where(torch.arange(3) != 1, bad), mode)
+            influence.scores_of_mode(dots, own.where(torch.arange(3) != 1, bad), mode)
 
 
 @pytest.mark.parametrize(("trace", "damping"), [(1.0, 1e300), (float("inf"), 0.1), (float("nan"), 0.1)])

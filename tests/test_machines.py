@@ -1,4 +1,4 @@
-"""Two machines: network namespaces of this one, each with an address of its own, and one disk."""
+"""Two machines: network namespaces of this one, each with an address of its own, and one files."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from test_pipeline import stored_gradients
 
-from logra.log import Log
+from logra.run_dir import RunDir
 
 HOSTS = [f"lg{os.getpid()}{side}" for side in "ab"]
 
@@ -67,7 +67,7 @@ def test_two_machines_give_what_one_process_gives(machines, tiny, workspace, cli
     assert cli("extract_log", *f"{flags} log1".split())[0] == cli("compute_influence", *scored[0].split())[0] == 0
     launch(machines, "extract_log.py", f"{flags} log2")
     launch(machines, "compute_influence.py", scored[1])
-    one, two = (stored_gradients(Log.load(workspace / f"log{n}")) for n in (1, 2))
+    one, two = (stored_gradients(RunDir.load(workspace / f"log{n}")) for n in (1, 2))
     assert all((one[layer] - two[layer]).norm() < 1e-5 * one[layer].norm() for layer in one)
     one, two = (np.load(next(workspace.glob(f"log{n}/scores/*/scores.npy"))) for n in (1, 2))
     assert one.shape[1] == 20 and np.abs(one - two).max() < 1e-4 * np.abs(one).max()

@@ -14,8 +14,8 @@ from conftest import make_model, make_texts, make_tokenizer, write_jsonl
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from logra import disk, store
-from logra.log import Log
+from logra import store
+from logra.run_dir import RunDir
 
 DATA = ("--data_name", "docs.jsonl", "--log_dir", "log")
 QUERIES = ("--log_dir", "log", "--split", "queries.jsonl")
@@ -24,7 +24,7 @@ QUERIES = ("--log_dir", "log", "--split", "queries.jsonl")
 def extract(cli, model: Path, *flags):
     status, out, err = cli("extract_log", "--model_name", model, *DATA, *flags)
     assert status == 0, err
-    return Log.load(Path("log"))
+    return RunDir.load(Path("log"))
 
 
 def influence(cli, *flags) -> tuple[np.ndarray, Path]:
@@ -34,12 +34,12 @@ def influence(cli, *flags) -> tuple[np.ndarray, Path]:
     return np.load(folder / "scores.npy"), folder
 
 
-def stored_gradients(log: Log) -> dict[str, torch.Tensor]:
+def stored_gradients(log: RunDir) -> dict[str, torch.Tensor]:
     every = range(len(log.shards))
     return {layer: torch.cat(list(log.read(layer, every))) for layer in log.layers}
 
 
-def hessian_tensors(log: Log, kind: str) -> dict[str, torch.Tensor]:
+def hessian_tensors(log: RunDir, kind: str) -> dict[str, torch.Tensor]:
     path = log.hessian_path(kind)
     return store.load_tensors(path, log.hessian_entry(kind)["checksums"], log.hessian_layout(kind))
 
@@ -201,7 +201,7 @@ def test_a_second_start_computes_only_what_is_missing(cli, tiny, workspace):
         status, _, err = cli("compute_influence", *QUERIES)
         assert status == 2 and words in err and f"{index:05d}" in err and len(err.splitlines()) == 1
         if index == 1:
-            disk.write_json(files[1]["manifest"], {"first_example": 4, "examples": 4})
+            files.write_json(files[1]["manifest"], {"first_example": 4, "examples": 4})
             assert cli("compute_influence", *QUERIES)[0] == 2
             files[1]["manifest"].unlink()
             extract(cli, tiny / "gpt2", "--shard_examples", 4, "--rank", 4)
@@ -223,14 +223,14 @@ def test_another_hessian_needs_no_model_and_no_data(cli, tiny, workspace):
     for kind in ("kfac", "ekfac"):
         fresh = ("--log_dir", f"log_{kind}", "--hessian", kind, "--basis", "projected", "--rank", 4)
         assert cli("extract_log", "--model_name", "model", "--data_name", "docs.jsonl", *fresh)[0] == 0
-        expected[kind] = hessian_tensors(Log.load(Path(f"log_{kind}")), kind)
+        expected[kind] = hessian_tensors(RunDir.load(Path(f"log_{kind}")), kind)
     shutil.move("model", "elsewhere")
     Path("docs.jsonl").unlink()
     for kind in ("kfac", "ekfac"):
         status, _, err = cli("compute_influence", *QUERIES, "--hessian", kind)
         assert status == 2 and f"extract_log.py --log_dir log --hessian {kind}" in err
         assert cli("extract_log", "--log_dir", "log", "--hessian", kind)[0] == 0
-        for key, tensor in hessian_tensors(Log.load(Path("log")), kind).items():
+        for key, tensor in hessian_tensors(RunDir.load(Path("log")), kind).items():
             assert torch.allclose(tensor, expected[kind][key], rtol=1e-4, atol=1e-6)
     shutil.move("elsewhere", "model")
     kfac, _ = influence(cli, "--hessian", "kfac")
@@ -379,7 +379,7 @@ def test_generated_tokens_are_attributed_as_they_are(cli, tiny, workspace):
 
 def test_generation_stops_at_both_ends(tiny):
     """A response ends with the EOS token, or the end of a turn, included; nothing follows."""
-    from logra.generation import _until_end, end_token_ids
+    from logra.stages.generate import _until_end, end_token_ids
 
     ends = end_token_ids(make_tokenizer(), AutoModelForCausalLM.from_pretrained(tiny / "llama"))
     assert ends == [2, 3]
@@ -427,4 +427,4 @@ def test_settings_that_are_read_from_the_run_are_said(cli, tiny, workspace):
     status, out, _ = cli(
         "extract_log", "--log_dir", "both", *DATA[:2], "--model_name", tiny / "gpt2", "--rank", 4, "--rank_in", 3
     )
-    assert set(map(tuple, Log.load(Path("both")).projected.values())) == {(4, 3)}, "--rank_in goes before --rank"
+    assert set(map(tuple, RunDir.load(Path("both")).projected.values())) == {(4, 3)}, "--rank_in goes before --rank"

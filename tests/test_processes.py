@@ -13,8 +13,8 @@ from conftest import ROOT, make_texts, save_model, write_jsonl
 from test_pipeline import hessian_tensors, stored_gradients
 
 from logra import store
-from logra.log import Log
-from logra.scores import ends_layout
+from logra.run_dir import RunDir
+from logra.stages.score_files import extremes_layout
 
 COMMANDS = """\
 python generate_llama3.py
@@ -51,7 +51,7 @@ def test_the_five_commands(tmp_path):
     for command in COMMANDS.splitlines():
         done = start(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    log = Log.load(tmp_path / "logs/Meta-Llama-3-8B-Instruct_openwebtext_random64x64_mlp")
+    log = RunDir.load(tmp_path / "logs/Meta-Llama-3-8B-Instruct_openwebtext_random64x64_mlp")
     rows = [json.loads(line) for line in open(next(log.folder.glob("scores/queries-*-cosine-raw-0.1/top_k.jsonl")))]
     assert log.examples == 30 and len(rows) == 12 * 20
     for model in ("Meta-Llama-3-8B-Instruct", "pythia-1.4b"):
@@ -69,7 +69,7 @@ def test_two_processes_give_what_one_gives(cli, tiny, workspace, flags):
     done = launch(2, workspace, f"{flags} --log_dir log2")
     assert done.returncode == 0, done.stderr
     assert out.count("Next:") == done.stdout.count("Next:") == 1, "rank 0 alone prints"
-    logs = [Log.load(workspace / f"log{n}") for n in (1, 2)]
+    logs = [RunDir.load(workspace / f"log{n}") for n in (1, 2)]
     one, two = (stored_gradients(log) for log in logs)
     assert logs[0].content["data"]["fingerprint"] == logs[1].content["data"]["fingerprint"]
     for layer in one:
@@ -148,7 +148,9 @@ def test_two_processes_score_as_one(cli, tiny, workspace, kind, stored):
         one = np.load(path)
         assert one.shape == scores.shape == (3, 20) and np.allclose(one, scores, rtol=1e-4, atol=1e-5)
     for path in Path("log/scores").glob("*/top.json"):
-        found = store.load_tensors(path.with_suffix(".safetensors"), json.loads(path.read_text()), ends_layout(3, 4))
+        found = store.load_tensors(
+            path.with_suffix(".safetensors"), json.loads(path.read_text()), extremes_layout(3, 4)
+        )
         whole = np.load(next(p for p in folders if p.parent.name.endswith(path.parent.name.split("-cosine")[1])))
         assert np.allclose(np.sort(whole, axis=1)[:, ::-1][:, :4], found["scores"], rtol=1e-4, atol=1e-5)
 

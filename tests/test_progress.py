@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import run_cli
 from test_pipeline import DATA, QUERIES, extract
 
-from logra.progress import duration
+from logra.runtime.progress import duration
 
 
 def test_a_stage_ends_with_a_summary_and_a_log(cli, tiny, workspace):

@@ -30,7 +30,7 @@ def test_rounding_is_to_the_nearest_level(name, k):
     """What is stored is, bit by bit, the nearest level of each coordinate; a row of zeros stays zero."""
     z, bits = random_rows(21, k), BITS[name]
     packed, scale = quantise.pack(z, bits)
-    assert packed.shape == (21, quantise.row_bytes(k, bits)) and packed.dtype == torch.uint8
+    assert packed.shape == (21, quantise.packed_bytes(k, bits)) and packed.dtype == torch.uint8
     assert quantise.stored_bytes(k, name) == packed.shape[1] + 4
     unpacked = quantise.unpack(packed, scale, bits, k)
     assert not unpacked[10].any()
@@ -38,7 +38,7 @@ def test_rounding_is_to_the_nearest_level(name, k):
         expected = torch.where(z > 0, 1, -1) * z.abs().mean(dim=1, keepdim=True)
     else:
         top = 2 ** (bits - 1) - 1
-        step = quantise.STEP[bits] * z.square().mean(dim=1).sqrt()
+        step = quantise.STEPS_IN_RMS[bits] * z.square().mean(dim=1).sqrt()
         expected = (z / step.clamp_min(1e-30)[:, None]).round().clamp(-top, top) * step[:, None]
     torch.testing.assert_close(unpacked, expected.float(), rtol=1e-5, atol=1e-7)
     whole = [
@@ -78,7 +78,7 @@ def test_counted_bits_are_the_product_with_the_rounded_queries(k):
     assert (got - rows @ q.double().T).norm() < 0.05 * (rows @ q.double().T).norm()
 
 
-@pytest.mark.parametrize("count", [1, 10, quantise.FEW + 1])
+@pytest.mark.parametrize("count", [1, 10, quantise.MAX_BIT_COUNT_QUERIES + 1])
 @pytest.mark.parametrize("name", BITS)
 def test_streamed_scores_of_few_bits(tmp_path, name, count):
     """Shards of whole numbers give the unpacked gradients' dots and self-influence, for few queries and many."""
@@ -88,8 +88,8 @@ def test_streamed_scores_of_few_bits(tmp_path, name, count):
     for i, ids in enumerate(shards):
         grads: dict = {}
         for layer, rows in z.items():
-            grads |= quantise.stored(layer, rows[ids.start : ids.stop], name)
-        layouts = {"gradients": quantise.layout(dict.fromkeys(z, (8, 12)), len(ids), name), "factors": {}}
+            grads |= quantise.stored_tensors(layer, rows[ids.start : ids.stop], name)
+        layouts = {"gradients": store.gradient_layout(dict.fromkeys(z, (8, 12)), len(ids), name), "factors": {}}
         files.append(store.Shard(tmp_path, i, ids, layouts))
         files[-1].write(grads, {})
     rounded = {layer: quantise.unpack(*quantise.pack(rows, bits), bits, k) for layer, rows in z.items()}
@@ -107,7 +107,7 @@ def test_streamed_scores_of_few_bits(tmp_path, name, count):
 def test_the_manifest_reports_the_scores_error():
     """The reported error is that of K-FAC's scores between the examples, but with themselves, up to a factor."""
     z, values = random_rows(6, 12), (torch.rand(3) + 0.1, torch.rand(4) + 0.1)
-    error = quantise.ScoreError({"a": Projection(None, None, *values)}, "int4", 0.1)
+    error = quantise.ScoreErrorEstimate({"a": Projection(None, None, *values)}, "int4", 0.1)
     error.add("a", z)
     c = torch.kron(values[1], values[0])
     solved = z / (c + 0.1 * c.mean())

@@ -16,10 +16,10 @@ from conftest import make_model, make_tokenizer, write_jsonl
 from reference import full_gradient, layer_io
 from test_pipeline import extract, influence
 
-from logra import report
-from logra.log import Log
-from logra.ranking import Ranking, by_document
-from logra.tokens import Splitter, pieces
+from logra.run_dir import RunDir
+from logra.stages.rank import Ranking, by_document
+from logra.tools import report
+from logra.tools.tokens import TokenSplitter, pieces
 
 
 def equal(one, two, scale) -> bool:
@@ -28,9 +28,9 @@ def equal(one, two, scale) -> bool:
 
 
 def shares_of(folder: Path, shown: list[list[int]]):
-    """Return the Splitter of a folder of scores, and the shares of the pairs and of the queries."""
+    """Return the TokenSplitter of a folder of scores, and the shares of the pairs and of the queries."""
     about = json.loads((folder / "run.json").read_text())
-    splitter = Splitter(Log.load(folder.parents[1]), about, False, Accelerator(cpu=True))
+    splitter = TokenSplitter(RunDir.load(folder.parents[1]), about, False, Accelerator(cpu=True))
     return splitter, *splitter.split(splitter.log.train(), shown, shown)
 
 
@@ -96,7 +96,7 @@ def test_pieces_keep_every_character_and_share():
     assert "".join(piece for piece, _ in found) == text and sum(share for _, share in found) == shares.sum()
     shaded = report.shade(found)
     assert "".join(run.text for run in shaded) == text and max(shaded)[0] == report.LEVELS
-    assert sum(run.share for run in shaded) == shares.sum()
+    assert sum(processes.share for run in shaded) == shares.sum()
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -171,7 +171,7 @@ def test_the_report_is_one_escaped_file(cli, hostile, flags):
     assert page.tags.count("article") == 2 * 2 * 20 and ("p4" in dict.fromkeys(v for k, v in page.attributes)) == bool(
         flags
     )
-    log = Log.load(Path("log"))
+    log = RunDir.load(Path("log"))
     assert log.fingerprints[0] in page.text and log.content["model"]["fingerprint"] in page.text
     assert "--tokens" in page.text or flags
 
@@ -194,7 +194,7 @@ def test_the_lists(cli, hostile):
     assert [row["text"] for row in table] == [row["text"] for row in rows] and len(rows) == 2 * 2 * 6
     assert [float(row["score"]) for row in table] == [row["score"] for row in rows]
     assert len({row["document"] for row in rows[:6]}) == 6
-    scores, train = np.load(hostile / "scores.npy"), Log.load(Path("log")).train()
+    scores, train = np.load(hostile / "scores.npy"), RunDir.load(Path("log")).train()
     of = np.flatnonzero(np.array(train["document_id"]) == rows[0]["document"])
     assert rows[0]["score"] == pytest.approx(scores[0, of].sum(), rel=1e-5) and rows[0]["examples"] == len(of)
     for path in hostile.glob("top_k.*"):
@@ -208,7 +208,7 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-PROBE = """<script>
+TOKENIZER_PROBE = """<script>
 window.addEventListener("load", () => {
   const say = [];
   const count = () => [...document.querySelectorAll(".card")].filter((card) => card.checkVisibility()).length;
@@ -240,7 +240,7 @@ def test_the_report_works_in_a_browser(cli, hostile, tmp_path, width):
         "<head><script>addEventListener('error', () => { window.failures = (window.failures || 0) + 1; });</script>"
     )
     probed = tmp_path / "probed.html"
-    probed.write_text(source.replace("<head>", errors, 1).replace("</body>", PROBE))
+    probed.write_text(source.replace("<head>", errors, 1).replace("</body>", TOKENIZER_PROBE))
     command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
                "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'browser'}", f"file://{probed}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -18,15 +18,15 @@ from test_pipeline import hessian_tensors, stored_gradients
 from test_processes import launch, start
 
 from benchmarks.kills import begin, kill, workers
-from logra import disk
-from logra.log import Log
+from logra.run_dir import RunDir
+from logra.runtime import files
 
 FLAGS = "--data_name docs.jsonl --rank 4 --shard_examples 10 --batch_tokens 400 --hessian ekfac"
 
 
 def same_run(folder: Path, other: Path) -> None:
     """Assert that two runs hold the same gradients to 1e-5, whole, and the same Hessian."""
-    one, two = Log.load(folder), Log.load(other)
+    one, two = RunDir.load(folder), RunDir.load(other)
     assert one.fingerprints == two.fingerprints
     assert one.shards == two.shards
     assert not any(one.shard(i).problem() for i in range(len(one.shards)))
@@ -85,7 +85,7 @@ def test_memory_that_runs_out(undisturbed, workspace):
     assert done.stdout.count("out of memory") == 6, done.stdout
     same_run(workspace / "log", workspace / "ref")
     sums, expected = (
-        {key: sum(Log.load(workspace / name).read(key, range(6), "factors")) for key in ("examples", "tokens")}
+        {key: sum(RunDir.load(workspace / name).read(key, range(6), "factors")) for key in ("examples", "tokens")}
         for name in ("log", "ref")
     )
     assert sums == expected
@@ -138,14 +138,14 @@ def test_workers_end_with_their_launcher(undisturbed, workspace):
     _, alive = psutil.wait_procs(started, 10)
     assert not alive
     begun = time.time()
-    with disk.locked(workspace / "log.lock", "log"):
+    with files.locked(workspace / "log.lock", "log"):
         assert time.time() - begun < 1, "taken over at once"
     assert not (workspace / "log.lock").exists()
 
 
 def test_a_lock_of_another_host(tmp_path, monkeypatch):
     """A heartbeat that goes on is respected; one that has stopped is waited for, then the lock is taken."""
-    monkeypatch.setattr(disk, "LEASE", 1.0)
+    monkeypatch.setattr(disk, "LOCK_LEASE_SECONDS", 1.0)
     path = tmp_path / "log.lock"
     code = "import filelock, sys, time; lock = filelock.SoftFileLease(sys.argv[1], lease_duration=1.0)"
     code += "; lock.acquire(); print(1, flush=True); time.sleep(60)"
@@ -163,11 +163,11 @@ def test_a_lock_of_another_host(tmp_path, monkeypatch):
 
     thread = threading.Thread(target=touch)
     thread.start()
-    with pytest.raises(ValueError, match="another one at work"), disk.locked(path, "log"):
+    with pytest.raises(ValueError, match="another one at work"), files.locked(path, "log"):
         pass
     touching.set()
     thread.join()
-    with disk.locked(path, "log"):
+    with files.locked(path, "log"):
         assert "host=elsewhere" not in path.read_text()
 
 
@@ -183,7 +183,7 @@ def test_extend(cli, tiny, workspace):
         status, out, err = cli("extract_log", *flags, "--data_name", "more.jsonl", "--extend")
         assert status == 0 and "28 examples of 28 documents" in out, "a second time adds nothing"
     assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
-    log = Log.load(Path("log"))
+    log = RunDir.load(Path("log"))
     assert log.shards == [range(0, 6), range(6, 12), range(12, 18), range(18, 20), range(20, 26), range(26, 28)]
     assert log.train()["document_id"][20:] == [row["id"] for row in further]
     status, _, err = cli("analysis", "--log_dir", "log")
@@ -219,4 +219,4 @@ def test_extend_refuses(cli, tiny, workspace):
     write_jsonl(Path("plain.jsonl"), [{"text": "the old mill"}])
     write_jsonl(Path("docs.jsonl"), rows)
     assert cli("extract_log", *flags, "--data_name", "plain.jsonl", "--extend")[0] == 0
-    assert Log.load(Path("log")).train()["document_id"][-1] == "20", "rows without an id go on with the numbers"
+    assert RunDir.load(Path("log")).train()["document_id"][-1] == "20", "rows without an id go on with the numbers"

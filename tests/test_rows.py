@@ -1,4 +1,4 @@
-"""Prompts and responses, chats, adapters, and models that are spread over memory and disk."""
+"""Prompts and responses, chats, adapters, and models that are spread over memory and files."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ from conftest import make_model, make_texts, make_tokenizer, write_jsonl
 from test_gradients import relative
 from test_pipeline import influence, stored_gradients
 
-from logra import rows
-from logra.log import Log
-from logra.model import blocks, checkpoint_blocks, choose_layers, fingerprint, load_model, load_tokenizer
+from logra.inputs import rows
+from logra.inputs.model import blocks, checkpoint_blocks, choose_layers, fingerprint, load_model, load_tokenizer
 from logra.projection import identity
+from logra.run_dir import RunDir
 
 PAIRS = [("the old mill", " and the river ran past"), ("water", " birds"), ("a dog", " barked at the cold children")]
 
@@ -29,7 +29,7 @@ def test_the_response_counts(cli, tiny, workspace, tokenizer):
     flags = ("--model_name", tiny / "llama", "--data_name", "sft.jsonl", "--rank", 4, "--mlp_only")
     assert cli("extract_log", *flags, "--log_dir", "log", "--train_loss", "response")[0] == 0
     assert cli("extract_log", *flags, "--log_dir", "all")[0] == 0
-    log, every = Log.load(Path("log")), Log.load(Path("all"))
+    log, every = RunDir.load(Path("log")), RunDir.load(Path("all"))
     model, projections = load_model(str(tiny / "llama"), torch.float32), log.projections()
     grads, whole = stored_gradients(log), stored_gradients(every)
     for row, (prompt, response) in enumerate(PAIRS):
@@ -51,7 +51,7 @@ def test_counted_tokens_stay_with_their_tokens(cli, tiny, workspace, pack):
         cli("extract_log", *flags, "--train_loss", "response", *(["--pack"] if pack else []), "--log_dir", "log")[0]
         == 0
     )
-    examples = Log.load(Path("log")).train()
+    examples = RunDir.load(Path("log")).train()
     tokenizer, expected = make_tokenizer(), []
     for pair in PAIRS:
         expected += [(i, part == 1) for part, text in enumerate(pair) for i in tokenizer(text)["input_ids"]]
@@ -113,7 +113,7 @@ def test_an_adapter(cli, tiny, workspace):
         "extract_log", "--model_name", "adapter", "--data_name", "docs.jsonl", "--rank", 4, "--log_dir", "log"
     )
     assert status == 0, err
-    log, merged = Log.load(Path("log")), tuned.merge_and_unload().requires_grad_(True)
+    log, merged = RunDir.load(Path("log")), tuned.merge_and_unload().requires_grad_(True)
     grads, examples = stored_gradients(log), log.train()
     for row in range(3):  # d and x of a layer are those of the merged weights
         for layer, g in reference.full_gradient(merged, log.shapes, examples[row]["input_ids"]).items():
@@ -125,7 +125,7 @@ def test_an_adapter(cli, tiny, workspace):
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
 def test_offloaded_weights(tiny, name):
     """--device_map with weights on the disk gives what the whole model in memory gives; the fingerprint too."""
-    from logra import extraction
+    from logra.stages import gradients
 
     model = load_model(str(tiny / name), torch.float32)
     places = {f"{model.base_model_prefix}.{child}": "cpu" for child, _ in model.base_model.named_children()}
@@ -140,8 +140,8 @@ def test_offloaded_weights(tiny, name):
     results = []
     for lm in (model, offloaded):
         shapes = choose_layers(lm, False, None)
-        with extraction.GradientCapture(lm, identity(shapes)) as capture:
-            results.append(extraction.Extractor(lm, capture, 1000).gradients(ids).wait()[0])
+        with gradients.GradientCapture(lm, identity(shapes)) as capture:
+            results.append(gradients.Extractor(lm, capture, 1000).gradients(ids).wait()[0])
     assert all(relative(results[1][layer], grad) < 1e-5 for layer, grad in results[0].items())
 
 
@@ -151,7 +151,7 @@ def test_device_map_from_the_command_line(cli, tiny, workspace):
     assert cli("extract_log", *flags, "--log_dir", "ref")[0] == 0
     status, _, err = cli("extract_log", *flags, "--log_dir", "log", "--device_map", "auto")
     assert status == 0, err
-    one, two = (stored_gradients(Log.load(Path(name))) for name in ("ref", "log"))
+    one, two = (stored_gradients(RunDir.load(Path(name))) for name in ("ref", "log"))
     assert all(relative(two[layer], grads) < 1e-5 for layer, grads in one.items())
     assert cli("compute_influence", "--log_dir", "log", "--split", "queries.jsonl", "--device_map", "auto")[0] == 0
     status, _, err = cli("extract_log", *flags, "--log_dir", "other", "--fsdp", "--device_map", "auto")

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
+from logra.run import RUN_FLAGS, run_name
 from test_bad_input import refused
 
-from logra import disk
-from logra.disk import short_name
-from logra.model import fingerprint, load_model
-from logra.run import RUN_FLAGS, run_name
+from logra.inputs.model import fingerprint, load_model
+from logra.runtime import files
+from logra.runtime.files import short_name
 
 SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
 QUERY = ("--log_dir", "log", "--split", "queries.jsonl")
@@ -437,12 +437,12 @@ def test_examples_of_someone_else(cli, run, tmp_path):
         other = table.set_column(table.column_names.index(name), name, column)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, other.schema) as writer:
             writer.write_table(other)
-        edit(run / "run.json", data__files=disk.file_sums(run / "train"))
+        edit(run / "run.json", data__files=files.file_checksums(run / "train"))
         refused_by(cli, "analysis")
     path.write_bytes(whole)
     for name in ("../../other/data.arrow", str(tmp_path / "no.arrow"), "/dev/null"):
         edit(run / "train/state.json", _data_files=[{"filename": name}])
-        edit(run / "run.json", data__files=disk.file_sums(run / "train"))
+        edit(run / "run.json", data__files=files.file_checksums(run / "train"))
         refused_by(cli, "analysis")
     shutil.rmtree(run / "train")
     refused_by(cli, "analysis", "compute_influence")

@@ -10,20 +10,18 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
-from logra.batches import length_batches, make_batch
-from logra.fsdp import Lockstep
 from logra.hooks import GradientCapture
+from logra.inputs.batches import length_batches, make_batch
 from logra.loss import example_losses, input_device
-from logra.model import out_of_memory
-from logra.projection import Shapes
-from logra.quantise import ScoreError, stored
+from logra.quantise import ScoreErrorEstimate, stored_tensors
+from logra.runtime.fsdp import Lockstep
+from logra.runtime.memory import is_out_of_memory
+from logra.runtime.progress import say
+from logra.runtime.settings import Execution
 
-CALIBRATION = 2048  # examples at most that the eigenbasis is measured on
-SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
-CPU_TOKENS = 1024  # in a batch; more was slower on a CPU
+ROUNDING_SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
 Counted = list[list[bool]] | None
 
 
@@ -41,7 +39,7 @@ class HostGradients:
     On a GPU the copies run on a stream of their own, into pinned memory, while the next batch is computed.
     """
 
-    def __init__(self, examples: int, store_dtype: str, first_id: int, error: ScoreError | None):
+    def __init__(self, examples: int, store_dtype: str, first_id: int, error: ScoreErrorEstimate | None):
         self.examples, self.store_dtype, self.first_id, self.error = examples, store_dtype, first_id, error
         self.grads: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
@@ -56,8 +54,8 @@ class HostGradients:
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for layer, grad in grads.items():
                 if self.error and not begin:
-                    self.error.add(layer, grad[:SAMPLE])
-                for name, part in stored(layer, grad, self.store_dtype).items():
+                    self.error.add(layer, grad[:ROUNDING_SAMPLE])
+                for name, part in stored_tensors(layer, grad, self.store_dtype).items():
                     if name not in self.grads:
                         size, pinned = (self.examples, *part.shape[1:]), self.stream is not None
                         self.grads[name] = torch.empty(size, dtype=part.dtype, pin_memory=pinned)
@@ -114,15 +112,15 @@ class Extractor:
         self.model, self.capture, self.say = model, capture, say
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.lockstep = Lockstep(model, self._empty) if together else None
+        self.lockstep = Lockstep(model, self._run_empty_batch) if together else None
 
-    def _empty(self) -> dict[str, Tensor]:
+    def _run_empty_batch(self) -> dict[str, Tensor]:
         """Run a batch without a loss, for the sake of the other ranks."""
         grads = run_batch(self.model, self.capture, [[0]])
         self.capture.rollback()
         return grads
 
-    def _attempt(self, token_ids: list[list[int]], counted: Counted) -> dict[str, Tensor] | None:
+    def _try_batch(self, token_ids: list[list[int]], counted: Counted) -> dict[str, Tensor] | None:
         """Return a batch's gradients, or None where memory ran out, on this rank or, in step, on any."""
 
         def batch() -> dict[str, Tensor]:
@@ -134,7 +132,7 @@ class Extractor:
             try:
                 grads = batch()
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 grads = None
         if grads is not None:
@@ -160,16 +158,16 @@ class Extractor:
             if fits:
                 if self.lockstep:
                     self.lockstep.any(True)  # this rank goes on; see finish
-                grads = self._attempt([token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None)
+                grads = self._try_batch([token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None)
             if grads is not None:
                 yield rows, grads
                 continue
             if fits:
-                self._give_way(size, len(rows))
+                self._shrink_batches(size, len(rows))
             half = len(rows) // 2
             parts[:0] = [part for part in (rows[:half], rows[half:]) if part]
 
-    def _give_way(self, size: int, examples: int) -> None:
+    def _shrink_batches(self, size: int, examples: int) -> None:
         """Make batches smaller after memory ran out for one of `size` tokens; in step, on this rank or on another.
 
         Ranks with a single example try again as long as another one can halve its batch.
@@ -191,14 +189,14 @@ class Extractor:
         first_id: int = 0,
         store_dtype: str = "float32",
         done: Callable[[int], object] = lambda tokens: None,
-        error: ScoreError | None = None,
+        error: ScoreErrorEstimate | None = None,
     ) -> HostGradients:
         """Compute the gradients of n examples, in batches of like length; see HostGradients.wait.
 
         Args:
             token_ids, counted: Of the examples; without `counted` all tokens count.
             first_id: Id of the first example, for messages.
-            store_dtype: Of the result; see quantise.stored.
+            store_dtype: Of the result; see quantise.stored_tensors.
             done: Called with the number of tokens after each batch.
             error: Takes the first examples, before they are rounded.
 
@@ -219,8 +217,8 @@ class Extractor:
     def finish(self) -> None:
         """Run empty batches as long as another rank has examples."""
         while self.lockstep and self.lockstep.any(False):
-            if self.lockstep.step(self._empty) is None:
-                self._give_way(1, 1)
+            if self.lockstep.step(self._run_empty_batch) is None:
+                self._shrink_batches(1, 1)
 
     def check_vocabulary(self, token_ids: list[list[int]], examples: Sequence[int]) -> None:
         """Raise a ValueError where a token id is not in the model's vocabulary; `examples` are ids for the message."""
@@ -245,7 +243,7 @@ class Extractor:
             begin, self.batch_tokens = 0.0, examples * length
             for _ in range(2):  # the first one warms up
                 begin = time.perf_counter()
-                grads = self._attempt([[i % self.vocabulary for i in range(length)]] * examples, None)
+                grads = self._try_batch([[i % self.vocabulary for i in range(length)]] * examples, None)
                 self.capture.take_factors()
                 if grads is None:
                     break
@@ -261,50 +259,20 @@ class Extractor:
         return best
 
 
-def calibration_batches(
-    lengths: np.ndarray, examples: int | None, seed: int, batch_tokens: int, batch_size: int | None
-) -> list[list[int]]:
-    """Return the ids of a random sample of examples (None: a quarter, 64 to 2048), in batches.
-
-    The sample does not depend on the number of processes, so that the basis doesn't either.
-    """
-    count = min(len(lengths), examples or min(CALIBRATION, max(64, len(lengths) // 4)))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(lengths), count, replace=False))
-    return [chosen[batch].tolist() for batch in length_batches(lengths[chosen], batch_tokens, batch_size)]
-
-
-def factor_sums(
-    extractor: Extractor, sizes: Shapes, examples: Dataset, batches: list[list[int]], done: Callable
-) -> dict[str, Tensor]:
-    """Return <layer>.A [r_in, r_in] and <layer>.B [r_out, r_out], float64 sums over batches of examples.
+def make_extractor(
+    lm: nn.Module, capture: GradientCapture, execution: Execution, block_size: int, most_examples: int
+) -> Extractor:
+    """Return what runs the model, with the size of batch that the user gave, or the largest that fits.
 
     Args:
-        extractor: With a capture of factors.
-        sizes: Layer -> (r_out, r_in) of its projections.
-        examples: With a column input_ids, and perhaps counted.
-        batches: Ids of the examples of each batch; may be empty.
-        done: Called after each batch.
-
-    Raises:
-        ValueError: A sum is NaN or infinite, or as Extractor.gradients.
+        lm, capture: See Extractor.
+        execution: How the model is executed.
+        block_size: Tokens of an example, to find the size of a batch with.
+        most_examples: Examples of a batch at most.
     """
-    sums = {}
-    for layer, (r_out, r_in) in sizes.items():
-        sums[f"{layer}.A"] = torch.zeros(r_in, r_in, dtype=torch.float64)
-        sums[f"{layer}.B"] = torch.zeros(r_out, r_out, dtype=torch.float64)
-    for batch in batches:
-        rows = examples[batch]
-        extractor.check_vocabulary(rows["input_ids"], batch)
-        for _ in extractor.run(rows["input_ids"], rows.get("counted")):
-            pass
-        factors = extractor.capture.take_factors()
-        for key, total in sums.items():
-            total += factors[key].cpu()
-            if not total.sum().isfinite():
-                raise ValueError(
-                    f"expected finite gradients, got NaN or infinity in one of the examples {batch} "
-                    f"(layer {key[:-2]}); use --dtype float32, or leave the example out"
-                )
-        done()
-    extractor.finish()
-    return sums
+    tokens = execution.batch_tokens
+    extractor = Extractor(lm, capture, tokens or 0, execution.batch_size, execution.fsdp, say)
+    if tokens is None:
+        found = extractor.find_batch_tokens(block_size, min(execution.batch_size or 2**20, most_examples))
+        say(f"--batch_tokens {found}")
+    return extractor

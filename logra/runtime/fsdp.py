@@ -15,43 +15,36 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
-from transformers import AutoModelForCausalLM
 
-from logra.model import blocks, fingerprint, load_config, load_model, out_of_memory
+from logra.runtime.memory import is_out_of_memory
 
 T = TypeVar("T")
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done in place to it here
 
 
-def load_sharded(name: str, dtype: torch.dtype, device: torch.device, **hub) -> tuple[nn.Module, str]:
-    """Return the model, its blocks sharded over all ranks, and the fingerprint of the whole.
+def shard(whole: nn.Module | None, empty: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.Module:
+    """Return a model whose blocks are sharded over all ranks; embedding, norms and head are on every rank.
 
-    Rank 0 loads the model into its main memory and sends the shards. Embedding, norms and head are on every rank.
-
-    Raises:
-        ValueError: As model.load_model.
+    Args:
+        whole: The model in rank 0's main memory, which sends the shards; None on the other ranks.
+        empty: The same model on the meta device.
+        blocks: The transformer blocks of `empty`.
+        device: Where the shards go.
     """
-    first = dist.get_rank() == 0
-    whole = load_model(name, dtype, **hub) if first else None
-    about = [fingerprint(whole) if first else None]
-    dist.broadcast_object_list(about, 0)
-    with torch.device("meta"):
-        config = load_config(name, **hub)
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=hub["trust_remote_code"])
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    sharded = {parameter for block in blocks(lm) for parameter in block.parameters()}
-    for block in blocks(lm):
+    sharded = {parameter for block in blocks for parameter in block.parameters()}
+    for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(lm.base_model, mesh=mesh, ignored_params={p for p in lm.parameters() if p not in sharded})
-    lm.to_empty(device=device)
-    lm.tie_weights()
+    fully_shard(empty.base_model, mesh=mesh, ignored_params={p for p in empty.parameters() if p not in sharded})
+    empty.to_empty(device=device)
+    empty.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(lm, whole.state_dict() if first else {}, options=options)
-    for key, buffer in lm.named_buffers():  # rotary frequencies are in no state dict
-        if first:
+    set_model_state_dict(empty, {} if whole is None else whole.state_dict(), options=options)
+    for key, buffer in empty.named_buffers():  # rotary frequencies are in no state dict
+        if whole is not None:
             buffer.copy_(whole.get_buffer(key))
         dist.broadcast(buffer, 0)
-    return lm.eval(), about[0]
+    return empty.eval()
 
 
 class _RecordedAllGather(AllGather):
@@ -72,7 +65,7 @@ class Lockstep:
     """Steps of all ranks together: none waits for ever for one that ran out of memory or of examples.
 
     Args:
-        lm: A model of load_sharded.
+        lm: A model of `shard`.
         empty: Runs a batch without a loss, which makes all the all-gathers of any batch.
     """
 
@@ -94,7 +87,7 @@ class Lockstep:
         try:
             result = batch()
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if result is None:
             self.lm.base_model.reset_iter_state()

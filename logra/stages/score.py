@@ -4,23 +4,25 @@ Notation: Q queries, N train examples, S dampings, rows = S * Q, k = r_out * r_i
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from logra import hessian, influence, progress, run
-from logra.extraction import Extractor
+from logra import hessian, influence
+from logra.hessian import Damping
 from logra.hooks import GradientCapture, ScoreCapture
-from logra.log import Log
+from logra.inputs.queries import Query
 from logra.projection import Projection, identity
-from logra.queries import Query
-from logra.scores import SelfInfluence
+from logra.run_dir import RunDir
+from logra.runtime import processes, progress
+from logra.runtime.memory import available_memory
+from logra.runtime.settings import Execution
+from logra.stages.gradients import Extractor, make_extractor
+from logra.stages.score_files import SelfInfluence
 
-Dampings = dict[str, tuple[float | None, float | None]]  # label -> (relative, absolute), one of which is given
-Found = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
+ShardScores = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
 
 
 def block_name(layer: str) -> str:
@@ -57,58 +59,64 @@ class Scorer:
     """Scores groups of queries against a run's examples; every rank calls the same methods.
 
     Args:
-        log, kind: The run, and its Hessian.
+        run, kind: The run, and its Hessian.
         blocks: Layer -> name under which its dots are summed; just these layers count.
         lm: The run's model.
         dampings, own: S dampings; where self-influence goes, if it is wanted.
         query_rank: R; only for a run that stores no gradients.
-        prepare: (capture=) -> Extractor; see prepare.make_extractor.
+        execution: How the model is executed.
     """
 
     def __init__(
         self,
-        log: Log,
+        run: RunDir,
         kind: str,
         blocks: dict[str, str],
         lm: nn.Module,
-        dampings: Dampings,
+        dampings: list[Damping],
         own: SelfInfluence | None,
         query_rank: int | None,
-        prepare: Callable[..., Extractor],
+        execution: Execution,
         accelerator: Accelerator,
     ):
-        if query_rank and log.bits != 0:
+        if query_rank and run.settings.bits != 0:
             raise ValueError("expected --query_rank with a run of --store_dtype none, got another; leave it out")
-        self.log, self.kind, self.blocks, self.lm, self.dampings = log, kind, blocks, lm, dampings
-        self.own, self.query_rank, self.prepare, self.accelerator = own, query_rank, prepare, accelerator
-        self.projections = log.projections()
-        self.mine = run.share(len(log.shards), accelerator)
-        size = 4 * sum(o * i for o, i in log.projected.values()) * (1 + len(dampings))
-        free = psutil.virtual_memory().available / 4 / run.processes_here()
-        self.step = min(run.gather_list([max(1, int(free) // size)], accelerator))  # the ranks take the same steps
-        self.at_once = 2**31 if query_rank else self.step
+        self.run, self.kind, self.blocks, self.lm, self.dampings = run, kind, blocks, lm, dampings
+        self.own, self.query_rank, self.execution, self.accelerator = own, query_rank, execution, accelerator
+        self.projections = run.projections()
+        self.mine = processes.share(len(run.shards), accelerator)
+        size = 4 * sum(o * i for o, i in run.projected.values()) * (1 + len(dampings))
+        free = available_memory() / 4 / processes.processes_here()
+        self.queries_per_step = min(
+            processes.gather_list([max(1, int(free) // size)], accelerator)
+        )  # the ranks take the same steps
+        self.queries_per_pass = 2**31 if query_rank else self.queries_per_step
         self.capture = GradientCapture(lm, self.projections)
         with self.capture:
-            self.extractor = prepare(capture=self.capture)
+            self.extractor = self._make_extractor(self.capture)
 
-    def score(self, groups: list[list[Query]]) -> Found:
+    def _make_extractor(self, capture: GradientCapture) -> Extractor:
+        most = max(map(len, self.run.shards))
+        return make_extractor(self.lm, capture, self.execution, self.run.settings.block_size, most)
+
+    def score(self, groups: list[list[Query]]) -> ShardScores:
         """Yield what influence.score_shards does; the mean gradient of a group is one query."""
         own = self.own is not None and not self.own.whole and self.kind != "raw"
-        whole = self.log.projected == self.log.shapes and not own  # the model's own basis will do
+        whole = self.run.projected == self.run.shapes and not own  # the model's own basis will do
         queries: dict = {}
-        for first in range(0, len(groups), self.step):
-            part = groups[first : first + self.step]
+        for first in range(0, len(groups), self.queries_per_step):
+            part = groups[first : first + self.queries_per_step]
             solved, solvers = self.preconditioned(part)
-            for layer in list(solved) if self.log.bits == 0 else ():
-                q, shape = solved.pop(layer), self.log.projected[layer]
+            for layer in list(solved) if self.run.settings.bits == 0 else ():
+                q, shape = solved.pop(layer), self.run.projected[layer]
                 q = unrotated(q, self.projections[layer], shape) if whole else q
                 solved[layer] = low_rank(q, shape, self.query_rank) if self.query_rank else q
             queries = self._joined(queries, solved) if queries else solved
-        if self.log.bits == 0:
-            used = identity(self.log.shapes) if whole else self.projections
+        if self.run.settings.bits == 0:
+            used = identity(self.run.shapes) if whole else self.projections
             return self._by_model(queries, {layer: used[layer] for layer in queries}, solvers)
-        device, bits = self.accelerator.device, self.log.bits
-        return influence.score_shards(self.log.open_shard, self.mine, queries, solvers, device, bits, self.blocks)
+        device, bits = self.accelerator.device, self.run.settings.bits
+        return influence.score_shards(self.run.open_shard, self.mine, queries, solvers, device, bits, self.blocks)
 
     def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], dict]:
         """Return (C + lambda I)^-1 of the groups' mean gradients, {layer: [S * len(groups), k]}; see _precondition."""
@@ -126,7 +134,7 @@ class Scorer:
     def _query_gradients(self, groups: list[list[Query]]) -> dict[str, Tensor]:
         """Return the groups' mean projected gradients, {layer: [Q, k]} float32, on every rank."""
         queries = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group]
-        queries = [queries[n] for n in run.share(len(queries), self.accelerator)]
+        queries = [queries[n] for n in processes.share(len(queries), self.accelerator)]
         token_ids, counted = [q.token_ids for _, _, q in queries], [q.counted for _, _, q in queries]
         bar = progress.bar(total=sum(map(len, token_ids)), desc="query gradients", unit="tok")
         with self.capture, bar:
@@ -136,23 +144,23 @@ class Scorer:
         weights = torch.tensor([weight for _, weight, _ in queries])[:, None]
         grads = {}
         for layer in self.blocks:
-            r_out, r_in = self.log.projected[layer]
+            r_out, r_in = self.run.projected[layer]
             grads[layer] = torch.zeros(len(groups), r_out * r_in)
             if mine:
                 grads[layer].index_add_(0, places, mine.pop(layer) * weights)
-            grads[layer] = run.sum_over_ranks(grads[layer], self.accelerator)
+            grads[layer] = processes.sum_over_ranks(grads[layer], self.accelerator)
         return grads
 
     def _precondition(
         self, grads: dict[str, Tensor], count: int
-    ) -> tuple[dict[str, Tensor], dict[str, list[influence.Solver]]]:
+    ) -> tuple[dict[str, Tensor], dict[str, list[influence.QuadraticForm]]]:
         """Return (C + lambda I)^-1 q, {layer: [S * count, k]}, and what computes self-influence while shards stream by.
 
         A layer is one rank's work, and `grads` is emptied. raw's self-influence is added here, layer by layer: its
         factors don't fit in memory.
         """
-        log, own, layers = self.log, self.own, run.share(len(grads), self.accelerator)
-        statistics, every = log.statistics(self.kind), range(len(log.shards))
+        run, own, layers = self.run, self.own, processes.share(len(grads), self.accelerator)
+        statistics, every = run.statistics(self.kind), range(len(run.shards))
         solved, solvers, device = {}, {layer: [] for layer in grads}, self.accelerator.device
         for number, layer in enumerate(progress.bar(list(grads), desc=f"Hessian {self.kind}", unit="layer")):
             q, mine = grads.pop(layer), number in layers
@@ -160,32 +168,30 @@ class Scorer:
             streamed = own and not own.whole and self.kind != "raw"
             if mine or streamed:
                 stats = {key: tensor.to(device) for key, tensor in statistics(layer).items()}
-                blocks = [block.to(device).float() for block in log.read(layer, every)] if "gram" in stats else None
+                blocks = [block.to(device).float() for block in run.read(layer, every)] if "gram" in stats else None
                 train = torch.cat(blocks) if blocks else None
-                found = [
-                    hessian.preconditioner(self.kind, stats, *damping, train) for damping in self.dampings.values()
-                ]
+                found = [hessian.preconditioner(self.kind, stats, *damping, train) for damping in self.dampings]
             if mine:
                 solved[layer] = torch.cat([solver.solve(q.to(device)) for solver in found]).cpu()
             if streamed:
                 solvers[layer] = [solver.quadratic for solver in found]
             elif own and not own.whole and mine:
-                for ids, block in zip(log.shards, log.read(layer, every), strict=True):
+                for ids, block in zip(run.shards, run.read(layer, every), strict=True):
                     own.put(ids, [solver.quadratic(block.to(device).float()) for solver in found])
-            solved[layer] = run.sum_over_ranks(solved[layer], self.accelerator)
+            solved[layer] = processes.sum_over_ranks(solved[layer], self.accelerator)
         if own and not own.whole and self.kind == "raw":
             own.save(self.accelerator)
         return solved, solvers
 
     def _by_model(
-        self, queries: dict, projections: dict[str, Projection], own: dict[str, list[influence.Solver]]
-    ) -> Found:
+        self, queries: dict, projections: dict[str, Projection], own: dict[str, list[influence.QuadraticForm]]
+    ) -> ShardScores:
         """Run the model over the train examples again, for a run that stores no gradients."""
-        examples, rows = self.log.train(), len(next(iter(queries.values()))[0 if self.query_rank else slice(None)])
+        examples, rows = self.run.train(), len(next(iter(queries.values()))[0 if self.query_rank else slice(None)])
         with ScoreCapture(self.lm, projections, queries, own) as capture:
-            extractor = self.prepare(capture=capture)
+            extractor = self._make_extractor(capture)
             for shard in self.mine:
-                ids = self.log.shards[shard]
+                ids = self.run.shards[shard]
                 batch = examples[ids.start : ids.stop]
                 found, _ = extractor.gradients(batch["input_ids"], batch.get("counted"), ids.start).wait()
                 dots: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-FORMS = {"prompt": ("prompt", "response"), "messages": ("messages",)}
+ROW_COLUMNS = {"prompt": ("prompt", "response"), "messages": ("messages",)}
 Encoded = tuple[list[int], list[bool]]  # token ids, and whether each counts in the response's loss
 
 
@@ -24,7 +24,7 @@ def row_form(columns: Sequence[str], text_column: str, response: bool) -> str:
         ValueError: The columns are of none of the forms.
     """
     forms = {} if response else {"text": (text_column,)}
-    for form, needed in (forms | FORMS).items():
+    for form, needed in (forms | ROW_COLUMNS).items():
         if set(needed) <= set(columns):
             return form
     if response:
@@ -34,7 +34,7 @@ def row_form(columns: Sequence[str], text_column: str, response: bool) -> str:
     raise ValueError(f"expected {wanted}, got {', '.join(columns)}; {remedy}")
 
 
-def bad_value(form: str, row: tuple) -> str | None:
+def row_problem(form: str, row: tuple) -> str | None:
     """Say what is wrong with the values of a row's columns; None where they hold text."""
     if form == "messages":
         (turns,) = row
@@ -95,7 +95,7 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) ->
     return ids, counted
 
 
-def encoder(form: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[tuple]], list[Encoded]]:
+def make_encoder(form: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[tuple]], list[Encoded]]:
     """Return a function from rows (the values of the form's columns) to token ids and what counts in them."""
 
     def encode(rows: list[tuple]) -> list[Encoded]:

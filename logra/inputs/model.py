@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from accelerate.utils import align_module_device
 from torch import nn
@@ -25,14 +26,15 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file, logging
 
-from logra.disk import atomic, fits, parse_json
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
-from logra.run import DEFAULT_MODEL
+from logra.runtime import fsdp
+from logra.runtime.files import atomic, has_shape, parse_json
+from logra.runtime.settings import DEFAULT_MODEL, RunSettings
 
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
-PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
+TOKENIZER_PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
 logging.disable_progress_bar()
 
 
@@ -58,14 +60,14 @@ def _convert_default() -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
-def hub_options(settings: dict, trust: bool) -> dict[str, Any]:
-    """Return how to take a run's model from the Hub, for the functions here.
+def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Return how to take a model from the Hub, as the keyword arguments of the functions here.
 
     Args:
-        settings: Of the run.
-        trust: Run code that the model's folder holds. It comes from the command line alone, never from a run's file.
+        revision: Commit, tag or branch.
+        trust_remote_code: Run code that the model's folder holds. The command line alone says so, never a run's file.
     """
-    return {"revision": settings["revision"], "trust_remote_code": trust}
+    return {"revision": revision, "trust_remote_code": trust_remote_code}
 
 
 def _load(loader, name: str, what: str, trust_remote_code: bool = False, **options):
@@ -99,7 +101,7 @@ def _base_name(name: str, revision: str | None = None, **_) -> str:
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"expected the package peft, to load the adapter {name}, got none; run pip install peft")
     config = parse_json(Path(file).read_bytes())
-    if not fits(config, {"base_model_name_or_path": str}):
+    if not has_shape(config, {"base_model_name_or_path": str}):
         raise ValueError(f"expected the name of a base model in {file}, got none; restore it")
     return config["base_model_name_or_path"]
 
@@ -107,21 +109,6 @@ def _base_name(name: str, revision: str | None = None, **_) -> str:
 def context_length(config) -> int | None:
     """Return the most tokens that the model can read, or None where its configuration doesn't say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def complete(settings: dict, config, device: torch.device | str, say: Callable[[str], None]) -> None:
-    """Fill in the settings of a run that depend on its model and device: block_size (512, or the context) and dtype.
-
-    Raises:
-        ValueError: A block_size above the context.
-    """
-    context, asked = context_length(config) or 10**12, settings["block_size"]
-    if asked is None and context < 512:
-        say(f"--block_size is {context}, the model's context")
-    if asked is not None and asked > context:
-        raise ValueError(f"expected --block_size of at most {context}, the model's context, got {asked}; lower it")
-    settings["block_size"] = asked or min(512, context)
-    settings["dtype"] = settings["dtype"] or default_dtype(device)
 
 
 def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
@@ -134,7 +121,7 @@ def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the vocabulary and of the token ids of a text."""
-    known = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]]
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer(TOKENIZER_PROBE)["input_ids"]]
     return xxhash.xxh3_64_hexdigest(json.dumps(known).encode())
 
 
@@ -179,6 +166,24 @@ def load_model(
     return model
 
 
+def load_sharded_model(name: str, dtype: torch.dtype, device: torch.device, **hub) -> tuple[nn.Module, str]:
+    """Return the model, sharded over all ranks, and the fingerprint of the whole (see runtime.fsdp.shard).
+
+    Rank 0 loads the whole model into its main memory.
+
+    Raises:
+        ValueError: As load_model.
+    """
+    first = dist.get_rank() == 0
+    whole = load_model(name, dtype, **hub) if first else None
+    print_of_whole = [fingerprint(whole) if first else None]
+    dist.broadcast_object_list(print_of_whole, 0)
+    with torch.device("meta"):
+        trust = hub["trust_remote_code"]
+        empty = AutoModelForCausalLM.from_config(load_config(name, **hub), dtype=dtype, trust_remote_code=trust)
+    return fsdp.shard(whole, empty, blocks(empty), device), print_of_whole[0]
+
+
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's transformer blocks: the longest list of modules in it."""
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
@@ -191,11 +196,6 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
     """
     for block in blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Say whether an error means that the device's, or this machine's, memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def default_dtype(device: torch.device | str) -> str:
@@ -246,20 +246,20 @@ def describe(
     model: PreTrainedModel,
     print_of_model: str,
     tokenizer: PreTrainedTokenizerBase,
-    settings: dict,
+    settings: RunSettings,
     say: Callable[[str], object],
-) -> dict:
+) -> dict[str, Any]:
     """Return run.json's `model` (class, fingerprint), `tokenizer` and `layers` (name -> [d_out, d_in, r_out, r_in])."""
-    shapes = choose_layers(model, settings["mlp_only"], settings["layers"])
-    limit, dtype = settings["bytes_per_example"], settings["store_dtype"]
+    shapes = choose_layers(model, settings.mlp_only, settings.layers)
+    limit = settings.bytes_per_example
     if limit:
-        rank = rank_for_bytes(shapes, limit, lambda k: stored_bytes(k, dtype))
+        rank = rank_for_bytes(shapes, limit, lambda k: stored_bytes(k, settings.store_dtype))
         say(f"--bytes_per_example {limit}: rank {rank}")
         projected = projected_shapes(shapes, rank, rank)
     else:
-        projected = projected_shapes(shapes, settings["rank_in"], settings["rank_out"])
+        projected = projected_shapes(shapes, settings.rank_in, settings.rank_out)
     narrow = sum(r == d for layer in shapes for r, d in zip(projected[layer], shapes[layer], strict=True))
-    if narrow and settings["lora"] != "none":
+    if narrow and settings.lora != "none":
         say(f"{narrow} of {2 * len(shapes)} sides of layers are no wider than the rank and not projected: exact there")
     about = {"class": type(model).__name__, "fingerprint": print_of_model}
     about = {"model": about, "tokenizer": tokenizer_fingerprint(tokenizer)}

@@ -2,15 +2,15 @@
 
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterable
 from io import TextIOWrapper
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
+
+from logra.runtime.memory import peak_memory
 
 _CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # all but tab and newline
 
@@ -65,14 +65,6 @@ def _write() -> None:
 def bar(items: Iterable | None = None, **options) -> tqdm:
     """Return a tqdm bar that only rank 0 shows, and not with --quiet."""
     return tqdm(items, disable=_State.quiet or not _first(), **options)
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process had: of the GPU's memory where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ assistant's turns count), or also prompt_ids and response_ids, the exact tokens 
 import json
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,11 @@ from typing import NamedTuple
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from logra import data
-from logra.disk import read_lines, read_row, same_name, short_name
-from logra.rows import Encoded, bad_value, encode_messages, encode_prompt
+from logra.inputs.documents import load_documents
+from logra.inputs.examples import build_examples
+from logra.inputs.rows import Encoded, encode_messages, encode_prompt, row_problem
+from logra.runtime.files import read_lines, read_row, same_name, short_name
+from logra.runtime.settings import QuerySettings, RunSettings
 
 SPLITS = ("train", "validation", "test")
 
@@ -48,7 +51,7 @@ def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase, quer
         counted = [True] * len(ids)
     elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
         ids, counted = encode_prompt(tokenizer, row["prompt"], row["response"])
-    elif not bad_value("messages", (row.get("messages"),)):
+    elif not row_problem("messages", (row.get("messages"),)):
         ids, counted = encode_messages(tokenizer, row["messages"])
     else:
         raise ValueError("neither `text`, nor `prompt` and `response`, nor `messages` with an answer; add them")
@@ -56,7 +59,7 @@ def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase, quer
 
 
 def read_query_file(
-    path: Path, model_name: str, tokenizer: PreTrainedTokenizerBase, query_loss: str, max_queries: int | None
+    path: Path, model_name: str, tokenizer: PreTrainedTokenizerBase, wanted: QuerySettings
 ) -> list[Query]:
     """Read a .jsonl file of queries.
 
@@ -66,11 +69,11 @@ def read_query_file(
     if not path.is_file():
         raise ValueError(f"expected queries in {path}, got no such file; run generate.py or generate_llama3.py first")
     queries = []
-    for number, line in enumerate(read_lines(path)[:max_queries]):
+    for number, line in enumerate(read_lines(path)[: wanted.max_queries]):
         try:
             row = read_row(line)
             row = row if isinstance(row, dict) else {}
-            token_ids, counted = _encode(row, model_name, tokenizer, query_loss)
+            token_ids, counted = _encode(row, model_name, tokenizer, wanted.query_loss)
         except ValueError as error:
             raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
         shown = {key: value for key, value in row.items() if key not in ("id", "model", "prompt_ids", "response_ids")}
@@ -79,60 +82,53 @@ def read_query_file(
 
 
 def split_queries(
-    settings: dict,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    query_loss: str,
-    max_queries: int | None,
-    cache_dir: str | None,
+    settings: RunSettings, queries: QuerySettings, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None
 ) -> list[Query]:
     """Take a split of the run's data set as queries: each example of at most block_size tokens is one."""
-    documents = data.load_documents(settings["data_name"], settings["data_config"], split, cache_dir)
-    limits = {"max_examples": max_queries, "max_tokens": None, "shuffle_seed": None}
-    choice = data.choice(settings, pack=False, skip_bad_rows=True, **limits)
+    documents = load_documents(settings.data_name, settings.data_config, queries.split, cache_dir)
+    settings = replace(settings, pack=False, skip_bad_rows=True)
+    settings = replace(settings, max_examples=queries.max_queries, max_tokens=None, shuffle_seed=None)
     with tempfile.TemporaryDirectory() as work:
-        rows = data.build_examples(documents, tokenizer, choice, None, Path(work))[0].to_list()
-    queries = []
+        rows = build_examples(documents, tokenizer, settings, None, Path(work))[0].to_list()
+    found = []
     for row in rows:
         every = [True] * len(row["input_ids"])
-        counted = row.get("counted", every) if query_loss == "response" else every
+        counted = row.get("counted", every) if queries.query_loss == "response" else every
         name = f"{row['document_id']}-{row['block']}"
-        queries.append(Query(name, row["input_ids"], counted, {"text": row["text"]}))
-    return queries
+        found.append(Query(name, row["input_ids"], counted, {"text": row["text"]}))
+    return found
 
 
 def load_queries(
-    split: str,
-    settings: dict,
+    wanted: QuerySettings,
+    settings: RunSettings,
     tokenizer: PreTrainedTokenizerBase,
-    query_loss: str = "response",
-    max_queries: int | None = None,
-    limit: int | None = None,
+    context: int | None = None,
     cache_dir: str | None = None,
 ) -> tuple[str, list[Query]]:
     """Return (name of the query set, queries).
 
     Args:
-        split: `generated` (stage 1's file), train, validation or test (of the run's data set), or a .jsonl file.
+        wanted: Which queries. Its split is `generated` (stage 1's file), train, validation or test (of the run's data
+            set), or a .jsonl file.
         settings: Of the run.
         tokenizer: Of the run's model.
-        query_loss: response (its tokens only) or all.
-        max_queries: The first ones.
-        limit: The model's context in tokens.
+        context: The most tokens that the model can read.
         cache_dir: Where downloaded data sets are kept.
 
     Raises:
         ValueError: No queries, or one that is empty or too long.
     """
+    split = wanted.split
     if split in SPLITS:
-        name, queries = split, split_queries(settings, split, tokenizer, query_loss, max_queries, cache_dir)
+        name, queries = split, split_queries(settings, wanted, tokenizer, cache_dir)
     else:
         path = Path(split)
         if split == "generated":
-            path = Path("data/generated") / short_name(settings["model_name"]) / "queries.jsonl"
+            path = Path("data/generated") / short_name(settings.model_name) / "queries.jsonl"
         elif path.suffix != ".jsonl":
             raise ValueError(f"expected --split generated, {', '.join(SPLITS)} or a .jsonl file, got {split!r}")
-        name, queries = path.stem, read_query_file(path, settings["model_name"], tokenizer, query_loss, max_queries)
+        name, queries = path.stem, read_query_file(path, settings.model_name, tokenizer, wanted)
     if not queries:
         raise ValueError(f"expected queries in {split}, got none; check the file or the split")
     if double := [name for name, count in Counter(query.id for query in queries).items() if count > 1]:
@@ -140,10 +136,10 @@ def load_queries(
     for query in queries:
         if split not in SPLITS and not any(query.counted[1:]):
             raise ValueError(f"expected a token that counts in every query, got none in query {query.id}; remove it")
-        if limit is not None and len(query.token_ids) > limit:
+        if context is not None and len(query.token_ids) > context:
             raise ValueError(
-                f"expected queries of at most {limit} tokens, the model's context, got {len(query.token_ids)} in query "
-                f"{query.id}; shorten it"
+                f"expected queries of at most {context} tokens, the model's context, got {len(query.token_ids)} in "
+                f"query {query.id}; shorten it"
             )
     return name, queries
 

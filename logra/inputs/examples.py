@@ -1,16 +1,15 @@
-"""Data sets, tokenising, blocks with stable ids.
+"""Documents to train examples: token ids in blocks, with stable ids.
 
 An example is a block of at most block_size tokens of one document; with pack, documents are joined end to end into
 full blocks. Example ids are row numbers.
 """
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,104 +17,25 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logra import disk, progress
-from logra.rows import FORMS, bad_value, encoder, row_form
+from logra.inputs.rows import ROW_COLUMNS, make_encoder, row_form, row_problem
+from logra.runtime import files, progress
+from logra.runtime.settings import RunSettings
 
-HUB_NAMES = {
-    "openwebtext": ("Skylion007/openwebtext", None),
-    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-}
-LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
-SLICE = 10_000  # documents that are tokenised at a time
-SHORT_TOPIC = 12_000  # characters; pydoc's `short` configuration leaves out the longer topics
-datasets.disable_progress_bars()
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is said once, by the script
+SLICE_DOCUMENTS = 10_000  # documents that are tokenised at a time
 
 
-def _load_pydoc(config: str | None) -> Dataset:
-    from pydoc_data.topics import topics
-
-    if config not in (None, "all", "short"):
-        raise ValueError(f"expected --data_config all or short for pydoc, got {config!r}")
-    kept = {key: text for key, text in sorted(topics.items()) if config != "short" or len(text) < SHORT_TOPIC}
-    return Dataset.from_dict({"id": list(kept), "text": list(kept.values())})
+def _blank_rows_are_usual(data_name: str) -> bool:
+    """Say whether blank rows are dropped, and counted, without --skip_bad_rows: of wikitext and of text files."""
+    name = Path(data_name).name
+    return "wikitext" in name or name.endswith(".txt")
 
 
-def load_documents(name: str, config: str | None, split: str, cache_dir: str | None = None) -> Dataset:
-    """Load documents: a local file or folder, else pydoc, openwebtext, wikitext or a Hub id.
-
-    Raises:
-        ValueError: It can't be found or read, or has no such configuration or split.
-    """
-    path, options = Path(name), {"split": split, "cache_dir": cache_dir}
-    try:
-        if path.is_file():
-            if path.suffix not in LOADERS:
-                raise ValueError(f"its suffix is not one of {', '.join(LOADERS)}")
-            return datasets.load_dataset(LOADERS[path.suffix], data_files={"train": str(path)}, **options)
-        if path.is_dir() and any((path / mark).exists() for mark in ("dataset_info.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(path)
-            if isinstance(loaded, Dataset):
-                loaded = datasets.DatasetDict(train=loaded)
-            if split not in loaded:
-                raise ValueError(f"it has the splits {', '.join(loaded)}, not {split}")
-            return loaded[split]
-        if path.is_dir():
-            return datasets.load_dataset(str(path), config, **options)
-        if name == "pydoc":
-            if split != "train":
-                raise ValueError(f"it has the split train, not {split}")
-            return _load_pydoc(config)
-        hub, hub_config = HUB_NAMES.get(name, (name, None))
-        return datasets.load_dataset(hub, config or hub_config, **options)
-    except Exception as error:  # every loader has exceptions of its own
-        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        error = (generating and error.__cause__) or error
-        reason = str(error).strip().split("\n")[0] or "there is nothing in it"
-        raise ValueError(
-            f"expected the split {split} of a data set in a local file or folder or on the Hub, got {name!r}, which "
-            f"can't be loaded ({type(error).__name__}: {reason}); check the name, the file and the network"
-        ) from error
-
-
-def source_fingerprint(name: str) -> str | None:
-    """Return a hash of a local data set's files, names and contents; None for a Hub name."""
-    files = disk.file_sums(Path(name))
-    return xxhash.xxh3_64_hexdigest(json.dumps(files).encode()) if files else None
-
-
-class Choice(NamedTuple):
-    """Which documents, and how they become examples."""
-
-    text_column: str = "text"
-    block_size: int = 512
-    pack: bool = False
-    max_examples: int | None = None
-    max_tokens: int | None = None
-    shuffle_seed: int | None = None
-    skip_bad_rows: bool = False
-    response: bool = False  # the response's tokens only count in an example's loss
-    blank_is_usual: bool = False  # wikitext and text files: blank lines are dropped and counted anyway
-    first_row: int = 0  # number of the first row, which is the document's id where the data have none
-
-
-def choice(settings: dict, **changes: object) -> Choice:
-    """Return how documents become examples, from a run's settings; `changes` go before these."""
-    name = Path(settings["data_name"]).name
-    usual = "wikitext" in name or name.endswith(".txt")
-    flags = ("text_column", "block_size", "pack", "max_examples", "max_tokens", "shuffle_seed", "skip_bad_rows")
-    return Choice(
-        **{flag: settings[flag] for flag in flags}
-        | {"response": settings["train_loss"] == "response", "blank_is_usual": usual}
-        | changes
-    )
-
-
-def _good_rows(form: str, rows: list[tuple], ids: list[str], choice: Choice) -> list[int]:
+def _good_rows(form: str, rows: list[tuple], ids: list[str], settings: RunSettings) -> list[int]:
     """Return the rows that hold text; refuse bad ones unless they are to be skipped."""
-    bad = {i: problem for i, row in enumerate(rows) if (problem := bad_value(form, row))}
-    unusual = [i for i, problem in bad.items() if not (choice.blank_is_usual and problem == "empty")]
-    if unusual and not choice.skip_bad_rows:
+    bad = {i: problem for i, row in enumerate(rows) if (problem := row_problem(form, row))}
+    blank_is_usual = _blank_rows_are_usual(settings.data_name)
+    unusual = [i for i, problem in bad.items() if not (blank_is_usual and problem == "empty")]
+    if unusual and not settings.skip_bad_rows:
         raise ValueError(
             f"expected text in every row, got {len(unusual)} empty or other rows among {len(rows)}, the first ones: "
             f"{', '.join(f'{ids[i]} ({bad[i]})' for i in unusual[:5])}; mend them or give --skip_bad_rows"
@@ -162,11 +82,11 @@ def _pack(documents: Dataset, block_size: int):
         yield block | {"document_id": names[0], "document_ids": names, "document_starts": starts}
 
 
-def _cut(examples: Dataset, choice: Choice) -> Dataset:
+def _cut(examples: Dataset, settings: RunSettings) -> Dataset:
     """Keep the first examples, up to max_examples and max_tokens."""
     total = np.cumsum(token_counts(examples))
-    keep = int((total <= choice.max_tokens).sum()) if choice.max_tokens is not None else len(total)
-    keep = min(keep, choice.max_examples if choice.max_examples is not None else keep)
+    keep = int((total <= settings.max_tokens).sum()) if settings.max_tokens is not None else len(total)
+    keep = min(keep, settings.max_examples if settings.max_examples is not None else keep)
     if keep == 0:
         raise ValueError(
             f"expected at least one example within the limits, got none of {len(total)}; raise --max_tokens"
@@ -175,34 +95,40 @@ def _cut(examples: Dataset, choice: Choice) -> Dataset:
 
 
 def _tokenised(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, options: dict, work: Path
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RunSettings,
+    options: dict,
+    work: Path,
+    first_row: int,
 ) -> tuple[list[Dataset], int]:
     """Return (tokenised slices of the chosen documents, number of dropped rows)."""
     order = np.arange(len(documents))
-    if choice.shuffle_seed is not None:
-        order = np.random.default_rng(choice.shuffle_seed).permutation(order)
-    form = row_form(documents.column_names, choice.text_column, choice.response)
-    columns = FORMS.get(form, (choice.text_column,))
-    size = None if choice.pack else choice.block_size
-    function = _tokenise(encoder(form, tokenizer), columns, size, choice.response)
+    if settings.shuffle_seed is not None:
+        order = np.random.default_rng(settings.shuffle_seed).permutation(order)
+    response = settings.train_loss == "response"
+    form = row_form(documents.column_names, settings.text_column, response)
+    columns = ROW_COLUMNS.get(form, (settings.text_column,))
+    size = None if settings.pack else settings.block_size
+    function = _tokenise(make_encoder(form, tokenizer), columns, size, response)
     parts, tokens, examples, dropped = [], 0, 0, 0
-    limit = (choice.max_examples or np.inf) * (choice.block_size if choice.pack else 1)
-    with progress.bar(total=choice.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
-        for start in range(0, len(order), SLICE):
-            part, ids = _slice(documents, order[start : start + SLICE], choice.first_row)
+    limit = (settings.max_examples or np.inf) * (settings.block_size if settings.pack else 1)
+    with progress.bar(total=settings.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
+        for start in range(0, len(order), SLICE_DOCUMENTS):
+            part, ids = _slice(documents, order[start : start + SLICE_DOCUMENTS], first_row)
             rows = list(zip(*(part[column][:] for column in columns), strict=True))
-            good = _good_rows(form, rows, ids, choice)
+            good = _good_rows(form, rows, ids, settings)
             dropped += len(rows) - len(good)
             if not good:
                 continue
             table = {column: [rows[i][c] for i in good] for c, column in enumerate(columns)}
             part = Dataset.from_dict(table | {"document_id": [ids[i] for i in good]})
-            cache = str(work / f"part-{start // SLICE:06d}.arrow")
+            cache = str(work / f"part-{start // SLICE_DOCUMENTS:06d}.arrow")
             parts.append(part.map(function, remove_columns=part.column_names, cache_file_name=cache, **options))
             count = int(token_counts(parts[-1]).sum())
             tokens, examples = tokens + count, examples + len(parts[-1])
             bar.update(count)
-            if (tokens if choice.pack else examples) >= limit or tokens >= (choice.max_tokens or np.inf):
+            if (tokens if settings.pack else examples) >= limit or tokens >= (settings.max_tokens or np.inf):
                 break
     return parts, dropped
 
@@ -217,56 +143,67 @@ def _slice(documents: Dataset, numbers: np.ndarray, first_row: int) -> tuple[Dat
 
 
 def build_examples(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None, work: Path
-) -> tuple[Dataset, dict]:
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RunSettings,
+    num_proc: int | None,
+    work: Path,
+    first_row: int = 0,
+) -> tuple[Dataset, dict[str, int]]:
     """Tokenise documents into examples.
 
     Args:
         documents: Rows of text, of prompt and response, or of messages (see rows.row_form), and perhaps with `id`,
             which becomes the document id (else the row number).
         tokenizer: Adds the tokens that it adds itself, and no others.
-        choice: Which documents, and how they become examples.
+        settings: Which documents, and how they become examples.
         num_proc: Processes that tokenise.
         work: Folder for intermediate files.
+        first_row: Number of the first row: an extension continues the run's numbers.
 
     Returns:
-        Examples with columns input_ids, document_id, text, counted (with choice.response: which tokens count), and
-        block (its number in the document) or, packed, document_ids and document_starts; and counts, {"documents",
-        "dropped_rows", "rows"}.
+        Examples with columns input_ids, document_id, text, counted (with --train_loss response: which tokens count),
+        and block (its number in the document) or, packed, document_ids and document_starts; and counts,
+        {"documents", "dropped_rows", "rows"}.
 
     Raises:
         ValueError: No such column, bad rows, or nothing left.
     """
     options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
     try:
-        parts, dropped = _tokenised(documents, tokenizer, choice, options, work)
+        parts, dropped = _tokenised(documents, tokenizer, settings, options, work, first_row)
     except UnicodeDecodeError as error:  # Arrow's JSON reader lets it pass
         raise ValueError(f"expected UTF-8 in every row, got {error.object[:40]!r}; convert the file") from error
     if not parts:
         raise ValueError(f"expected rows with text, got {dropped} empty ones and no other; check --text_column")
     rows = datasets.concatenate_datasets(parts)
-    if choice.pack:
-        packed = {"documents": rows, "block_size": choice.block_size}
+    if settings.pack:
+        packed = {"documents": rows, "block_size": settings.block_size}
         rows = Dataset.from_generator(_pack, gen_kwargs=packed, cache_dir=str(work))
-    rows = _cut(rows, choice).map(
+    rows = _cut(rows, settings).map(
         lambda batch: {"text": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)},
         cache_file_name=str(work / "text.arrow"),
         **options,
     )
-    names = chain.from_iterable(rows["document_ids"][:]) if choice.pack else rows["document_id"][:]
+    names = chain.from_iterable(rows["document_ids"][:]) if settings.pack else rows["document_id"][:]
     return rows, {"documents": len(set(names)), "dropped_rows": dropped, "rows": len(documents)}
 
 
 def write_examples(
-    path: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, choice: Choice, num_proc: int | None
-) -> dict:
+    path: Path,
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RunSettings,
+    num_proc: int | None,
+    first_row: int = 0,
+) -> dict[str, Any]:
     """Build the examples (see build_examples) into the folder `path`; return their counts, fingerprint and files."""
     work = path.with_name("work.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        examples, counts = build_examples(documents, tokenizer, choice, num_proc, work)
-        with disk.atomic(path) as temporary:
+        examples, counts = build_examples(documents, tokenizer, settings, num_proc, work, first_row)
+        with files.atomic(path) as temporary:
             examples.save_to_disk(temporary)
         del examples
     except datasets.exceptions.DatasetGenerationError as error:
@@ -278,7 +215,7 @@ def write_examples(
         shutil.rmtree(work, ignore_errors=True)
     examples = datasets.load_from_disk(path)
     counts |= {"examples": len(examples), "tokens": int(token_counts(examples).sum())}
-    return counts | {"fingerprint": examples_fingerprint(examples), "files": disk.file_sums(path)}
+    return counts | {"fingerprint": examples_fingerprint(examples), "files": files.file_checksums(path)}
 
 
 def _lists(examples: Dataset, column: str) -> Iterator:

@@ -4,41 +4,21 @@ A row of queries.jsonl: id, prompt, response, prompt_ids, response_ids (the exac
 model, settings, seed.
 """
 
-import argparse
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from logra.disk import atomic, read_lines, read_row, short_name
-from logra.model import context_length, default_dtype, hub_options, load_model, load_tokenizer
-from logra.progress import bar
-from logra.run import RUN_FLAGS, add_common, non_negative, number, positive_int, seed_int
-from logra.store import DTYPES
+from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer
+from logra.quantise import FLOAT_DTYPES
+from logra.runtime.files import atomic, read_lines, read_row, short_name
+from logra.runtime.progress import bar
+from logra.runtime.settings import Sampling
 
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # ends of a turn, beside the EOS token
-
-
-def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: Path, **defaults: float) -> None:
-    """Add the flags that both generation scripts take."""
-    group = parser.add_argument_group("model and files")
-    group.add_argument("--model_name", default=model, help="local folder or Hub id (%(default)s)")
-    group.add_argument("--prompts", type=Path, default=prompts, help=".txt, a prompt a line; or .jsonl with id, prompt")
-    group.add_argument("--output", type=Path, help="(data/generated/<model>/queries.jsonl)")
-    group.add_argument("--dtype", choices=list(DTYPES), help="float32 on a CPU, bfloat16 on a GPU")
-    group.add_argument("--revision", help=RUN_FLAGS["revision"][1]["help"])
-    add_common(parser)
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--max_new_tokens", type=positive_int, default=defaults["max_new_tokens"], help="(%(default)s)")
-    group.add_argument(
-        "--temperature", type=non_negative, default=defaults["temperature"], help="0 is greedy (%(default)s)"
-    )
-    group.add_argument("--top_p", type=non_negative, default=defaults["top_p"], help="(%(default)s)")
-    few = number(int, 1, "a whole number from 1 to 1000", 1000)
-    group.add_argument("--num_return_sequences", type=few, default=1, help="responses a prompt (1)")
-    group.add_argument("--seed", type=seed_int, default=0, help="(0)")
-    group.add_argument("--batch_size", type=positive_int, default=8, help="prompts at a time (8)")
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
@@ -78,24 +58,21 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
 
 
 def generate(
-    model: PreTrainedModel, prompt_ids: list[list[int]], ends: list[int], args: argparse.Namespace
+    model: PreTrainedModel, prompt_ids: list[list[int]], ends: list[int], sampling: Sampling
 ) -> list[list[list[int]]]:
     """Return the response token ids of each prompt, [prompts][num_return_sequences], cut after the first end token.
 
     Prompts are batched with left padding; greedy output does not depend on the batch size.
     """
     limit, longest = context_length(model.config), max(map(len, prompt_ids))
-    if limit is not None and longest + args.max_new_tokens > limit:
+    if limit is not None and longest + sampling.max_new_tokens > limit:
         raise ValueError(
             f"expected prompt and response within the model's context of {limit} tokens, got {longest} + "
-            f"{args.max_new_tokens}; shorten the prompts or --max_new_tokens"
+            f"{sampling.max_new_tokens}; shorten the prompts or --max_new_tokens"
         )
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    options = (
-        sampling if args.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    )
-    if args.temperature == 0 and args.num_return_sequences > 1:
-        raise ValueError("expected --num_return_sequences 1 with --temperature 0, which has one response; raise either")
+    options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if sampling.temperature == 0:
+        options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     vocabulary, highest = model.get_input_embeddings().weight.shape[0], max(map(max, prompt_ids))
     if highest >= vocabulary:
         raise ValueError(
@@ -103,23 +80,25 @@ def generate(
             "use the model's own tokenizer"
         )
     pad, responses = ends[0] if ends else 0, []
-    set_seed(args.seed)
-    for start in bar(range(0, len(prompt_ids), args.batch_size), desc="generating", unit="batch"):
-        batch = prompt_ids[start : start + args.batch_size]
+    set_seed(sampling.seed)
+    for start in bar(range(0, len(prompt_ids), sampling.batch_size), desc="generating", unit="batch"):
+        batch = prompt_ids[start : start + sampling.batch_size]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         output = model.generate(
             ids,
             attention_mask=mask,
-            max_new_tokens=args.max_new_tokens,
-            num_return_sequences=args.num_return_sequences,
+            max_new_tokens=sampling.max_new_tokens,
+            num_return_sequences=sampling.num_return_sequences,
             eos_token_id=ends or None,
             pad_token_id=pad,
             **options,
         )
         rows = [_until_end(row, set(ends)) for row in output[:, width:].tolist()]
-        responses += [rows[i : i + args.num_return_sequences] for i in range(0, len(rows), args.num_return_sequences)]
+        responses += [
+            rows[i : i + sampling.num_return_sequences] for i in range(0, len(rows), sampling.num_return_sequences)
+        ]
     return responses
 
 
@@ -128,33 +107,39 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids[:stop]
 
 
-def run_generation(args: argparse.Namespace, encode) -> Path:
-    """Read prompts, generate, write queries.jsonl; return its path.
+def write_queries(
+    prompts_file: Path,
+    output: Path | None,
+    encode: Callable[[PreTrainedTokenizerBase, str], list[int]],
+    sampling: Sampling,
+    model_name: str,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Read prompts, generate responses, write queries.jsonl; return its path.
 
     Args:
-        args: The flags of add_generation_flags.
+        prompts_file: See read_prompts.
+        output: Where to; data/generated/<model>/queries.jsonl by default.
         encode: (tokenizer, prompt) -> token ids that the model reads.
+        sampling: How responses are generated.
+        model_name, revision, trust_remote_code: See inputs.model.load_model.
+        dtype: Of the model; float32 on a CPU and bfloat16 on a GPU by default.
     """
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"expected --top_p above 0 and at most 1, got {args.top_p}")
-    if 0 < args.temperature < 1e-3:
-        raise ValueError(f"expected --temperature 0 (greedy) or at least 0.001, got {args.temperature}; give 0")
-    output = args.output or Path("data/generated") / short_name(args.model_name) / "queries.jsonl"
+    output = output or Path("data/generated") / short_name(model_name) / "queries.jsonl"
     if output.is_dir():
         raise ValueError(f"expected a file for --output, got the folder {output}; add a file name")
-    hub = hub_options(vars(args), args.trust_remote_code)
-    prompts, tokenizer = read_prompts(args.prompts), load_tokenizer(args.model_name, **hub)
+    hub = hub_options(revision, trust_remote_code)
+    prompts, tokenizer = read_prompts(prompts_file), load_tokenizer(model_name, **hub)
     prompt_ids = [encode(tokenizer, prompt) for _, prompt in prompts]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = args.dtype or default_dtype(device)
-    model = load_model(args.model_name, DTYPES[dtype], device, **hub)
-    responses = generate(model, prompt_ids, end_token_ids(tokenizer, model), args)
-    names = ("max_new_tokens", "temperature", "top_p", "num_return_sequences", "batch_size")
-    common = {
-        "model": args.model_name,
-        "settings": {n: getattr(args, n) for n in names} | {"dtype": dtype} | hub,
-        "seed": args.seed,
-    }
+    dtype = dtype or default_dtype(device)
+    model = load_model(model_name, FLOAT_DTYPES[dtype], device, **hub)
+    responses = generate(model, prompt_ids, end_token_ids(tokenizer, model), sampling)
+    settings = asdict(sampling) | {"dtype": dtype} | hub
+    seed = settings.pop("seed")
+    common = {"model": model_name, "settings": settings, "seed": seed}
     with atomic(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for (name, prompt), ids, rows in zip(prompts, prompt_ids, responses, strict=True):
             for i, response in enumerate(rows):

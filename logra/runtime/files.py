@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 from filelock import SoftFileLease, Timeout
 
-LEASE = 60.0  # seconds; see locked
+LOCK_LEASE_SECONDS = 60.0  # seconds; see locked
 
 
 def sync(path: Path) -> None:
@@ -26,7 +26,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def temporary(path: Path, tag: str = "") -> Path:
+def temporary_path(path: Path, tag: str = "") -> Path:
     """Return where the content of `path` is written before it is whole."""
     return path.with_name(f"{path.name}{tag}.tmp")
 
@@ -38,7 +38,7 @@ def atomic(path: Path, tag: str = "") -> Iterator[Path]:
     Writers that may meet at one path give different tags.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    was_folder, made = path.is_dir(), temporary(path, tag)
+    was_folder, made = path.is_dir(), temporary_path(path, tag)
     remove(made)
     try:
         yield made
@@ -59,7 +59,7 @@ def atomic(path: Path, tag: str = "") -> Iterator[Path]:
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file inside the block. No lock of the kernel is used, so it holds on network file systems too.
 
-    A dead owner's lock is taken over: at once on this host, else after LEASE seconds without a sign of life.
+    A dead owner's lock is taken over: at once on this host, else after LOCK_LEASE_SECONDS seconds without a sign of life.
 
     Args:
         path: The lock file; it is removed in the end.
@@ -69,14 +69,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
         ValueError: A living process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = SoftFileLease(path, lease_duration=LEASE, timeout=1)
+    lock = SoftFileLease(path, lease_duration=LOCK_LEASE_SECONDS, timeout=1)
     try:
         try:
             lock.acquire()
         except Timeout:
             if path.exists() and f"host={socket.gethostname()}\n" in path.read_text():
                 raise
-            lock.acquire(timeout=2 * LEASE)
+            lock.acquire(timeout=2 * LOCK_LEASE_SECONDS)
     except Timeout:
         raise ValueError(
             f"expected {what} for this run alone, got another one at work there (see {path}); wait until it ends"
@@ -159,7 +159,7 @@ def read_row(line: str) -> Any:
     return row
 
 
-def fits(value: Any, shape: Any) -> bool:
+def has_shape(value: Any, shape: Any) -> bool:
     """Say whether parsed JSON has a shape.
 
     Args:
@@ -168,15 +168,22 @@ def fits(value: Any, shape: Any) -> bool:
             or [shape], that of all items of a list.
     """
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in shape.items())
+        return isinstance(value, dict) and all(
+            key in value and has_shape(value[key], part) for key, part in shape.items()
+        )
     if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
     return isinstance(value, shape) if isinstance(shape, type | UnionType) else shape(value)
 
 
 def is_count(value: Any) -> bool:
     """Say whether a value is a whole number of at least 0, and one that files can hold that many of."""
     return type(value) is int and 0 <= value < 2**48
+
+
+def is_positive(value: Any) -> bool:
+    """Say whether a value is a whole number of at least 1."""
+    return is_count(value) and value > 0
 
 
 def read_json(path: Path, remedy: str) -> dict:
@@ -192,7 +199,7 @@ def read_json(path: Path, remedy: str) -> dict:
     return content
 
 
-def file_sums(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+def file_checksums(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """Return the checksum (xxh3) of each file in a folder, or of those files; or of the file itself, as `.`."""
     found = {}
     for file in [path] if path.is_file() else sorted(path.rglob("*")):

@@ -1,0 +1,1 @@
+"""How a stage runs: settings and flags, processes, progress, files that are written whole."""

@@ -1,0 +1,190 @@
+"""The command line: parsers made from the settings, presets, and errors of one line."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from logra.hessian import KINDS
+from logra.quantise import FLOAT_DTYPES
+from logra.runtime.progress import begin, printable, say
+from logra.runtime.settings import (
+    CPU_BATCH_TOKENS,
+    DATA_FIELDS,
+    RUN_FIELDS,
+    DataSettings,
+    Execution,
+    RunSettings,
+    Sampling,
+    positive_int,
+)
+
+T = TypeVar("T")
+RANK_FLAGS = ("rank", "rank_in", "rank_out", "bytes_per_example")
+
+# --preset: the flags that it stands for. A flag that the user gives too takes precedence.
+PRESETS: dict[str, dict[str, object]] = {
+    "best": {
+        "lora": "random",
+        "rank": 136,
+        "hessian": "ekfac",
+        "mlp_only": True,
+        "store_dtype": "int1",
+        "calibration_examples": 2048,
+    },
+    "paper": {"lora": "random", "rank": 64, "hessian": "raw", "mlp_only": True, "store_dtype": "float32"},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and without abbreviated flags."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse the command line. Flags of a preset that the user did not give take its values, and are printed."""
+        parsed = super().parse_args(args, namespace)
+        begin(getattr(parsed, "quiet", False))
+        if preset := PRESETS.get(getattr(parsed, "preset", None)):
+            has_rank = any(vars(parsed)[flag] for flag in RANK_FLAGS) or parsed.lora == "none"
+            for flag, value in preset.items():
+                if vars(parsed)[flag] is None and not (flag == "rank" and has_rank):
+                    setattr(parsed, flag, value)
+            shown = [(f"--{flag}", vars(parsed)[flag]) for flag in preset if vars(parsed)[flag] is not None]
+            say(f"--preset {parsed.preset}: " + " ".join(f if v is True else f"{f} {v}" for f, v in shown))
+        return parsed
+
+    def error(self, message: str):
+        """Print one line and exit with status 2."""
+        if os.environ.get("RANK", "0") == "0":
+            print(printable(f"{self.prog}: error: {' '.join(message.split())}"), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_settings(group: Any, defaults: Any, optional: bool = False, skip: Collection[str] = ()) -> None:
+    """Add a flag for each field of a dataclass of settings.
+
+    Args:
+        group: A parser, or a group of one.
+        defaults: The settings where no flag is given (see settings.setting).
+        optional: A flag that is not given is None instead of its default.
+        skip: Fields without a flag here.
+    """
+    for part in fields(defaults):
+        if part.metadata and part.name not in skip:
+            options, default = dict(part.metadata), getattr(defaults, part.name)
+            options["help"] += "" if default is None or default is False else f" ({default})"
+            group.add_argument(f"--{part.name}", default=None if optional else default, **options)
+
+
+def read_settings(settings: Callable[..., T], args: argparse.Namespace) -> T:
+    """Return the settings that a command line holds."""
+    return settings(**{part.name: getattr(args, part.name) for part in fields(settings)})  # type: ignore[arg-type]
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what every script takes."""
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's folder holds")
+    parser.add_argument("--quiet", action="store_true", help="print errors only; log.txt in the run's folder has all")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of RunSettings, and --preset, --rank, --hessian, --log_dir and --cache_dir."""
+    group = parser.add_argument_group("the run (a flag that is not given is read from run.json where there is one)")
+    add_settings(group, RunSettings(), optional=True, skip=DATA_FIELDS)
+    group.add_argument(
+        "--preset", choices=list(PRESETS),
+        help="flags to begin with, which are printed; best: the best scores per byte; paper: arXiv 2405.13954's",
+    )  # fmt: skip
+    group.add_argument("--rank", type=positive_int, help="sets --rank_in and --rank_out where these are not given")
+    group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
+    group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
+    group = parser.add_argument_group("documents (they belong to the run too)")
+    add_settings(group, DataSettings(), optional=True)
+    group.add_argument("--cache_dir", help="where downloaded data sets are kept (the Hub's)")
+    add_common_flags(parser)
+
+
+def add_execution_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags of Execution, and return their group."""
+    group = parser.add_argument_group("execution (results depend on these by rounding only)")
+    add_settings(group, Execution())
+    return group
+
+
+def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: Path, sampling: Sampling) -> None:
+    """Add the flags of both generation scripts, with these defaults."""
+    group = parser.add_argument_group("model and files")
+    group.add_argument("--model_name", default=model, help="local folder or Hub id (%(default)s)")
+    group.add_argument("--revision", help="commit, tag or branch of the model on the Hub (the newest)")
+    group.add_argument("--dtype", choices=list(FLOAT_DTYPES), help="of the model: float32 on a CPU, bfloat16 on a GPU")
+    group.add_argument(
+        "--prompts", type=Path, default=prompts, help="a .txt with a prompt per line, or a .jsonl with id and prompt"
+    )
+    group.add_argument("--output", type=Path, help="where to (data/generated/<model>/queries.jsonl)")
+    add_common_flags(parser)
+    add_settings(parser.add_argument_group("sampling"), sampling)
+
+
+class RunFlags(NamedTuple):
+    """Which run a command line means: the flags of RunSettings that the user gave, and how to find the folder."""
+
+    user_flags: dict[str, Any]
+    hessian: str | None
+    log_dir: str | None
+    overwrite: bool
+    extend: bool
+
+    @property
+    def documents(self) -> DataSettings:
+        """The documents that the flags name, with the defaults of a new run."""
+        return DataSettings(**{name: value for name, value in self.user_flags.items() if name in DATA_FIELDS})
+
+
+def read_run_flags(args: argparse.Namespace) -> RunFlags:
+    """Return which run a command line means."""
+    user_flags = {name: getattr(args, name) for name in RUN_FIELDS if getattr(args, name) is not None}
+    if args.rank is not None:
+        user_flags = {"rank_in": args.rank, "rank_out": args.rank} | user_flags
+    overwrite, extend = (getattr(args, name, False) for name in ("overwrite", "extend"))
+    return RunFlags(user_flags, args.hessian, args.log_dir, overwrite, extend)
+
+
+def read_execution(args: argparse.Namespace) -> Execution:
+    """Return how the model is to be executed on this machine."""
+    tokens = args.batch_tokens or ("auto" if torch.cuda.is_available() else CPU_BATCH_TOKENS)
+    args = argparse.Namespace(**vars(args) | {"batch_tokens": None if tokens == "auto" else tokens})
+    return read_settings(Execution, args)
+
+
+def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Run main(args). A ValueError or OSError becomes one line on stderr and exit status 2.
+
+    Rank 0 prints for all. Another rank that is still alive after a while (the launcher ends all when one fails) had
+    an error of its own, and prints it.
+    """
+    args = parser.parse_args()
+    try:
+        main(args)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(5)
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = f"expected room for a batch on the GPU, got none ({reason}); lower --batch_tokens or --batch_size"
+        print(
+            f"{parser.prog}: error: {reason}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True
+        )
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

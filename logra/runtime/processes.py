@@ -1,0 +1,99 @@
+"""The processes that accelerate launched: connect them, share work among them, end them with their launcher.
+
+The only user of accelerate's processes. A rank is the number of a process.
+"""
+
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import psutil
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+def start() -> Accelerator:
+    """Connect the processes that accelerate launched; on a machine without a GPU they are CPU processes over gloo.
+
+    Raises:
+        ValueError: More processes than GPUs, or processes that do not find each other.
+    """
+    local, gpus = processes_here(), torch.cuda.device_count()
+    if 0 < gpus < local:
+        raise ValueError(
+            f"expected at most {gpus} processes on this machine, one a GPU, got {local}; lower --num_processes"
+        )
+    wait = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the others wait while rank 0 tokenises
+    if "RANK" in os.environ:
+        end_with_parent()
+        name_network_interface()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise ValueError(
+            f"expected {world} processes (WORLD_SIZE), got {accelerator.num_processes}; use accelerate launch"
+        )
+    return accelerator
+
+
+def processes_here() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def share(count: int, accelerator: Accelerator) -> range:
+    """Return which of `count` items, shards for instance, are this rank's."""
+    return range(accelerator.process_index, count, accelerator.num_processes)
+
+
+def gather_list(mine: list, accelerator: Accelerator) -> list:
+    """Return the items of all ranks, on every rank."""
+    return gather_object(mine) if accelerator.num_processes > 1 else mine
+
+
+def sum_over_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the sum of every rank's tensor, on the CPU of every rank."""
+    if accelerator.num_processes == 1:
+        return tensor.cpu()
+    return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+
+def end_with_parent() -> None:
+    """End this process, from a thread, as soon as the launcher that started it is gone.
+
+    Raises:
+        ValueError: It is gone already: nobody serves the launcher's port.
+    """
+    parent = os.getppid()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            raise ValueError(f"expected the launcher at {address[0]}:{address[1]}, got {error}; start again") from error
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def name_network_interface() -> None:
+    """Tell gloo which network interface reaches the first machine, unless GLOO_SOCKET_IFNAME does.
+
+    Without it, gloo takes the address of this machine's own name. That is often the loopback's, and machines wait for
+    each other for ever.
+    """
+    family, _, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        mine = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if mine in [address.address for address in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

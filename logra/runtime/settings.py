@@ -1,0 +1,317 @@
+"""Settings: which documents, what a run is, how the model is executed, which queries and scores.
+
+Each is a frozen dataclass that is complete before a stage starts. A field is a flag of the command line: its default,
+type, choices and help stand here alone. flags.py makes the parsers from the fields; run.json holds RunSettings.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+from logra.hessian import Damping, default_damping
+from logra.influence import MODES
+from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
+
+DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"  # see inputs.model.load_config
+CPU_BATCH_TOKENS = 1024  # larger batches were slower on a CPU
+
+
+def number(kind: type, low: float, what: str, high: float = math.inf) -> Callable[[str], Any]:
+    """Return an argparse type: a finite int or float from `low` to `high`; `what` names it in the error message."""
+
+    def parse(text: str):
+        try:
+            value = kind(float(text)) if kind is int and re.fullmatch(r"\d+(\.0*)?e\d+", text) else kind(text)
+            good = math.isfinite(value) and low <= value <= high
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1, "a whole number of at least 1")
+seed_int = number(int, 0, "a whole number of at least 0")
+non_negative = number(float, 0, "a number of at least 0")
+positive = number(float, sys.float_info.min, "a positive, finite number")
+
+
+def pattern(text: str) -> str:
+    """Return an argparse value that is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r} ({error})") from error
+    return text
+
+
+def batch_tokens(text: str) -> int | str:
+    """Return an argparse value that is a positive whole number or `auto`."""
+    return text if text == "auto" else positive_int(text)
+
+
+def setting(default: Any, help: str, type: Callable | None = None, **options: Any) -> Any:
+    """Return a dataclass field that is also a flag; `options` go to argparse's add_argument. A bool is a switch."""
+    if isinstance(default, bool):
+        options |= {"action": "store_const", "const": True}
+    elif type:
+        options["type"] = type
+    return field(default=default, metadata=options | {"help": help})
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which documents. Each extension of a run (--extend) has its own."""
+
+    data_name: str = setting("pydoc", "openwebtext, wikitext, pydoc, a Hub id, or a local file or folder")
+    data_config: str | None = setting(None, "the data set's configuration")
+    data_split: str = setting("train", "the data set's split")
+    text_column: str = setting("text", "the column that holds the text")
+    max_examples: int | None = setting(None, "use at most this many examples", positive_int)
+    max_tokens: int = setting(10**9, "use at most this many tokens", positive_int)
+    shuffle_seed: int | None = setting(None, "use a random sample of the documents instead of the first ones", seed_int)
+    skip_bad_rows: bool = setting(False, "drop rows without text, and count them")
+
+
+DATA_FIELDS = tuple(part.name for part in fields(DataSettings))
+
+
+@dataclass(frozen=True)
+class RunSettings(DataSettings):
+    """What a run is: two commands with the same RunSettings make the same run.
+
+    A flag that is not given is read from run.json, or else takes its default. One that is given must equal run.json's.
+    `basis`, `block_size` and `dtype` depend on other settings, on the model and on the device: None until then.
+    """
+
+    model_name: str = setting(DEFAULT_MODEL, "local folder or Hub id of a causal language model")
+    revision: str | None = setting(None, "commit, tag or branch of the model on the Hub (the newest)")
+    block_size: int = setting(None, "tokens in an example at most (512, or the model's context)", positive_int)
+    pack: bool = setting(False, "join documents into full blocks")
+    train_loss: str = setting(
+        "all", "tokens that count; response needs prompt and response, or messages", choices=["all", "response"]
+    )
+    lora: str = setting("random", "projection of the gradients", choices=["random", "pca", "none"])
+    rank_in: int | None = setting(64, "projected size of a layer's inputs", positive_int)
+    rank_out: int | None = setting(64, "projected size of a layer's output gradients", positive_int)
+    bytes_per_example: int | None = setting(
+        None,
+        "instead of a rank: the highest rank whose gradients take no more bytes, all layers together",
+        positive_int,
+    )
+    basis: str = setting(
+        None, "eigen: store gradients in the Hessian's eigenbasis (kfac, ekfac and integer store types: eigen)",
+        choices=["projected", "eigen"],
+    )  # fmt: skip
+    calibration_examples: int | None = setting(
+        None, "examples that the eigenbasis is computed from (a quarter of all, 64 to 2048)", positive_int
+    )
+    mlp_only: bool = setting(False, "track the MLP's layers only")
+    layers: str | None = setting(None, "track layers whose name matches this expression", pattern, metavar="PATTERN")
+    shard_examples: int | None = setting(
+        None, "examples per shard (chosen from their size); a crash loses at most the shard in progress", positive_int
+    )
+    dtype: str = setting(None, "of the model: float32 on a CPU, bfloat16 on a GPU", choices=list(FLOAT_DTYPES))
+    quantize: str | None = setting(
+        None, "load the model's weights in 8 or 4 bits (bitsandbytes, a GPU)", choices=["8bit", "4bit"]
+    )
+    store_dtype: str = setting(
+        "float32",
+        "of the stored gradients; int1 stores signs; none stores no gradients, and stage 3 runs the model on the train "
+        "examples again",
+        choices=[*FLOAT_DTYPES, *INTEGER_BITS],
+    )
+    seed: int = setting(0, "of the projections and the calibration sample", seed_int)
+
+    @classmethod
+    def from_user_flags(cls, user_flags: Mapping[str, Any], hessian: str) -> Self:
+        """Return the settings of a new run; what depends on the model and the device stays None (see `completed`).
+
+        Args:
+            user_flags: Name -> value of the flags that the user gave.
+            hessian: The Hessian that the run starts with, which decides the basis.
+
+        Raises:
+            ValueError: Flags that exclude one another.
+        """
+        settings = cls(**user_flags)
+        integer = settings.store_dtype in INTEGER_BITS
+        basis = settings.basis or ("eigen" if integer or hessian in ("kfac", "ekfac") else "projected")
+        if integer and settings.store_dtype != "none" and basis != "eigen":
+            raise ValueError(
+                f"expected --basis eigen with --store_dtype {settings.store_dtype}, got projected, where a few large "
+                "coordinates make the others round to nothing; leave --basis out"
+            )
+        if settings.lora == "none" and settings.bytes_per_example:
+            raise ValueError("expected --bytes_per_example with a projection, got --lora none; leave one out")
+        unranked = "--lora none, which projects nothing" if settings.lora == "none" else None
+        unranked = "--bytes_per_example, which chooses it" if settings.bytes_per_example else unranked
+        if unranked:
+            if "rank_in" in user_flags or "rank_out" in user_flags:
+                raise ValueError(f"expected no rank with {unranked}; leave --rank out")
+            settings = replace(settings, rank_in=None, rank_out=None)
+        return replace(settings, basis=basis)
+
+    def completed(self, context: int | None, default_dtype: str) -> Self:
+        """Return the settings with block_size (512, or the model's context of so many tokens) and dtype filled in.
+
+        Raises:
+            ValueError: A block_size above the context.
+        """
+        most = context or 10**12
+        if self.block_size is not None and self.block_size > most:
+            raise ValueError(
+                f"expected --block_size of at most {most}, the model's context, got {self.block_size}; lower it"
+            )
+        return replace(self, block_size=self.block_size or min(512, most), dtype=self.dtype or default_dtype)
+
+    def squares_only(self, first_hessian: str) -> bool:
+        """Say whether a run started with this Hessian stores no factors A and B: at full width they are most of it."""
+        return self.lora == "none" and self.basis == "eigen" and first_hessian == "ekfac"
+
+    def check_hessian(self, kind: str, first_hessian: str) -> None:
+        """Raise a ValueError where this Hessian can't be computed from what a run stores.
+
+        Args:
+            kind: raw, kfac, ekfac or none.
+            first_hessian: The one that the run was started with.
+        """
+        if kind == "raw" and self.store_dtype in INTEGER_BITS:
+            raise ValueError(
+                f"expected --hessian ekfac, kfac or none with --store_dtype {self.store_dtype}, got raw, whose C is a "
+                "sum over exact gradients; give --hessian ekfac, or store them in float32"
+            )
+        if kind == "ekfac" and self.store_dtype == "none" and self.basis != "eigen":
+            raise ValueError(
+                "expected --basis eigen with --store_dtype none and ekfac, got projected; leave --basis out"
+            )
+        if kind == "kfac" and self.squares_only(first_hessian):
+            raise ValueError(
+                "expected --hessian ekfac, got kfac, whose factors this run doesn't hold; extract with --hessian kfac"
+            )
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a stored coordinate of an integer store type, 0 of `none`; None of a floating-point type."""
+        return INTEGER_BITS.get(self.store_dtype)
+
+    @property
+    def data(self) -> DataSettings:
+        """The settings that name the documents."""
+        return DataSettings(**{name: getattr(self, name) for name in DATA_FIELDS})
+
+    def with_data(self, data: DataSettings) -> Self:
+        """Return the settings with other documents."""
+        return replace(self, **asdict(data))
+
+
+RUN_FIELDS = tuple(part.name for part in fields(RunSettings))
+NOT_NONE = ("block_size", "dtype", "basis")  # in run.json; on the command line they may be missing
+
+
+def is_setting(part: Any, value: Any) -> bool:
+    """Say whether run.json may hold this value for a field of RunSettings: what its flag accepts."""
+    options = part.metadata
+    if value is None:
+        return part.name in ("rank_in", "rank_out") or (part.default is None and part.name not in NOT_NONE)
+    if "action" in options:
+        return isinstance(value, bool)
+    try:
+        return value in options.get("choices", [value]) and options.get("type", str)(str(value)) == value
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the model is executed. Results depend on these settings by rounding only.
+
+    `batch_tokens` is None where the largest batch that fits is to be found by trying.
+    """
+
+    batch_tokens: int | None = setting(
+        None, "tokens in a batch, with padding; auto: what fits (1024; GPU: auto)", batch_tokens
+    )
+    batch_size: int | None = setting(None, "examples in a batch at most (no limit)", positive_int)
+    gradient_checkpointing: bool = setting(False, "keep each block's input only: less memory, a third slower")
+    fsdp: bool = setting(False, "shard the model over the processes (FSDP2)")
+    device_map: str | None = setting(None, "spread the model over GPUs, main memory and disk", choices=["auto"])
+    trust_remote_code: bool = False  # never read from a file: each command that loads the model needs the flag
+
+
+@dataclass(frozen=True)
+class QuerySettings:
+    """Which queries, and which of their tokens count."""
+
+    split: str = setting("generated", "generated, train, validation, test or a .jsonl file")
+    query_loss: str = setting("response", "tokens that count", choices=["response", "all"])
+    max_queries: int | None = setting(None, "use the first ones only", positive_int)
+    group_by: str | None = setting(
+        None, "rows with the same value in this column are one query: their mean gradient", metavar="COLUMN"
+    )
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Which scores."""
+
+    mode: str = setting("dot", "score: the influence, or scaled by the example's self-influence", choices=MODES)
+    damping: Sequence[float] | None = setting(
+        None, "in units of the mean eigenvalue; several are scored in one pass (0.1 for raw, 0.2 for int1, else 0.01)",
+        positive, nargs="+",
+    )  # fmt: skip
+    damping_absolute: Sequence[float] | None = setting(
+        None, "added to the eigenvalues as it is, instead of --damping", positive, nargs="+"
+    )
+    score_layers: str | None = setting(None, "scores from matching layers only", pattern, metavar="PATTERN")
+    layerwise: bool = setting(False, "also write the dots of each transformer block")
+    self_influence: bool = setting(False, "also write self_influence.npy [N]")
+    top_k_only: int | None = setting(
+        None, "keep the K highest and lowest scores of each query, not all", positive_int, metavar="K"
+    )
+    query_rank: int | None = setting(
+        None, "with --store_dtype none: keep the R largest singular values of each query in a layer (all)",
+        positive_int, metavar="R",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.damping and self.damping_absolute:
+            raise ValueError("expected --damping or --damping_absolute, got both; leave one out")
+        if self.layerwise and self.top_k_only:
+            raise ValueError("expected --layerwise without --top_k_only, which keeps no matrix; leave one out")
+
+    def dampings(self, hessian: str, store_dtype: str) -> list[Damping]:
+        """Return the dampings to score with: those of the flags, or the default of the Hessian."""
+        if self.damping_absolute:
+            return [Damping(None, value) for value in self.damping_absolute]
+        return [Damping(value, None) for value in self.damping or [default_damping(hessian, store_dtype)]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How stage 1 generates responses."""
+
+    max_new_tokens: int = setting(128, "tokens of a response at most", positive_int)
+    temperature: float = setting(0.8, "0 is greedy", non_negative)
+    top_p: float = setting(0.95, "sample from the most likely tokens that together have this probability", non_negative)
+    num_return_sequences: int = setting(
+        1, "responses per prompt", number(int, 1, "a whole number from 1 to 1000", 1000)
+    )
+    seed: int = setting(0, "of the sampling", seed_int)
+    batch_size: int = setting(8, "prompts in a batch", positive_int)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"expected --top_p above 0 and at most 1, got {self.top_p}")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"expected --temperature 0 (greedy) or at least 0.001, got {self.temperature}; give 0")
+        if self.temperature == 0 and self.num_return_sequences > 1:
+            raise ValueError(
+                "expected --num_return_sequences 1 with --temperature 0, which has one response; raise either"
+            )

@@ -1,0 +1,1 @@
+"""What the five scripts call, stage by stage."""

@@ -1,0 +1,1 @@
+"""What looks at a run: estimates, checks, diagnosis, token shares, the report."""
