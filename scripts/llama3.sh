@@ -2,8 +2,8 @@
 # Reproduces: the paper's run of Llama-3-8B-Instruct: LoGra, rank 64, raw Hessian, 1e9 tokens of OpenWebText
 #             (arXiv 2405.13954), data parallel, stages 1 to 4
 # Needs:      8 GPUs of 80 GB, 1.6 TB of disk: 1e9 tokens / 1024 = 977,000 examples
-#             x 32 layers x 3 matrices x 64 x 64 x 4 bytes = 1.57 MB each (STORE_DTYPE=bfloat16: half); 128 GB of memory;
-#             access to the model on the Hub
+#             x 32 layers x 3 matrices x 64 x 64 x 4 bytes = 1.57 MB each (STORE_DTYPE=bfloat16: half);
+#             128 GB of memory; access to the model on the Hub
 # Takes:      computed, not measured: 2.8 hours on 8 H100. Forward pass and activation-only backward pass:
 #             4 x 8e9 x 1e9 = 3.2e19 FLOP, 22 GPU hours at 40% of 990 TFLOP/s.
 #             Tokenising before that, on one machine, takes longer; --num_proc 32 speeds it up
