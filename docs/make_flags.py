@@ -13,8 +13,8 @@ HEAD = """# All flags
 `python docs/make_flags.py` writes this page from the five scripts; `--help` of a script prints the same texts.
 
 - Stages: 1 `generate_llama3.py` and `generate.py`, 2 `extract_log.py`, 3 `compute_influence.py`, 4 `analysis.py`.
-- The flags of the group "the run" are kept in `run.json`. A later command reads from there what you leave out. What you
-  give must be equal to it; if not, the command stops and names both values.
+- The flags of the groups "the run" and "documents" are kept in `run.json`. A later command reads from there what you
+  leave out. What you give must be equal to it; if not, the command stops and names both values.
 - A preset sets several flags and prints them ([list](results.md#the-two-presets)). A flag that you give overrides it.
 - Whole numbers may be written as `1e9`. Flags cannot be abbreviated.
 """

@@ -246,8 +246,8 @@ def test_no_placeholder_is_left():
 
 def test_every_flag_is_read():
     """Each flag of each script is used by name somewhere else than in its definition."""
-    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "logra").glob("*.py")])
+    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "logra").rglob("*.py")])
     for name in SCRIPTS:
         for action in importlib.import_module(name).build_parser()._actions:
-            forms = rf"args\.{action.dest}\b|settings\[\"{action.dest}\"\]|\"{action.dest}\"[,)\]]"
+            forms = rf"\w\.{action.dest}\b(?!\()|\"{action.dest}\"[,)\]]"
             assert action.dest == "help" or re.search(forms, sources), action.dest
