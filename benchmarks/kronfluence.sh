@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Reproduces: uncompressed EK-FAC, ours and kronfluence 1.0.1's: agreement of the scores, and the time of both
-# Needs:      as scripts/quickstart.sh, 1.3 GB of disk for one more environment
-# Takes:      not measured on idle cores (on busy ones 4 minutes with the flags below, 3 of them for the environment)
-# Expect:     seconds of both by pass and their ratio, the scores' relative difference (an error above 1e-3; 2e-5 seen),
-#             what was not equal, and one JSON line
-# Checked:    2026-11-24, 2 CPU cores that others used, Python 3.11: from no environment, with --threads 1
-#             --num_texts 100 --num_queries 8 --repeats 1; python benchmarks/kronfluence_compare.py with --repeats 2
+# Reproduces: uncompressed EK-FAC by this program and by kronfluence 1.0.1: agreement of the scores, time of both
+# Needs:      as scripts/quickstart.sh, and 1.3 GB of disk for one more environment
+# Takes:      4 minutes on busy cores with the flags below, 3 of them for the environment; idle cores: not measured
+# Expect:     seconds of each pass for both and their ratio, relative difference of the scores (measured: 2e-5; above
+#             1e-3 it is an error), what was not equal, and one JSON line
+# Checked:    2026-11-24, 2 busy CPU cores, Python 3.11: from no environment, with --threads 1 --num_texts 100
+#             --num_queries 8 --repeats 1; python benchmarks/kronfluence_compare.py with --repeats 2
 #
 # Usage: bash benchmarks/kronfluence.sh [--num_texts 500] [more flags of benchmarks/kronfluence_compare.py]
 set -euo pipefail
@@ -28,8 +28,8 @@ if [ -n "${DRY_RUN:-}" ] || ! { echo "$KRONFLUENCE"; cat requirements.txt; } | c
     run "$PYTHON" -m venv --clear "$PEER"
     run "$PEER/bin/python" -m pip install "$TORCH"
     run "$PEER/bin/python" -m pip install -c requirements.txt "$KRONFLUENCE" transformers numpy safetensors
-    # see benchmarks/peers.sh: PyPI's torchvision breaks transformers beside a CPU build of torch; kronfluence asks for
-    # it, and never imports it
+    # kronfluence requires torchvision but never imports it; PyPI's torchvision breaks transformers with a CPU build of
+    # torch (see benchmarks/peers.sh)
     run "$PEER/bin/python" -m pip uninstall --yes torchvision
     [ -n "${DRY_RUN:-}" ] || { echo "$KRONFLUENCE"; cat requirements.txt; } >"$PEER/installed"
 fi

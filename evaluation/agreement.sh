@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Reproduces: agreement with uncompressed EK-FAC on SmolLM2-135M, all MLP layers: Spearman, overlap of the top 10, bytes
+# Reproduces: agreement of scores with those of uncompressed EK-FAC on SmolLM2-135M, all MLP layers
 # Needs:      as scripts/quickstart.sh, 12 GB of memory
-# Takes:      about 50 minutes on 2 CPU cores, half of it the reference; EXAMPLES=60: half of that
-# Expect:     a row a run: Spearman's correlation, overlap of the top 10, stored bytes an example
-# Checked:    2026-11-24, 2 CPU cores, Python 3.11, without the last run
+# Takes:      about 50 minutes on 2 CPU cores, half of it for the reference; with EXAMPLES=60 half of that
+# Expect:     a row for each run: Spearman's correlation, overlap of the top 10, stored bytes per example
+# Checked:    2026-11-24, 2 CPU cores, Python 3.11; the last run (rank 256) was left out
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${DRY_RUN:-}" ] || source scripts/venv.sh

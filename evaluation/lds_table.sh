@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Reproduces: evaluation/results' table of LDS: every method on small GPT-2 and Llama models, and its two plots
+# Reproduces: the table of LDS in evaluation/results, and its two plots: every method on a small GPT-2 and a small Llama
 # Needs:      as scripts/test.sh, 8 GB of disk, 8 GB of memory
-# Takes:      about 80 minutes on 2 CPU cores, 55 of it training the models of half of the texts; REDUCED=1: 3 minutes
-# Expect:     a table a model: method, bytes an example and layer, LDS with its interval, ratio to raw's
-# Checked:    2026-11-24, 2 CPU cores, Python 3.11: in parts; raw at dampings 1 and 3 for rank 64 only
+# Takes:      about 80 minutes on 2 CPU cores, 55 of them to train on the halves of the texts; REDUCED=1: 3 minutes
+# Expect:     a table for each model: method, bytes per example and layer, LDS with its interval, ratio to raw's LDS
+# Checked:    2026-11-24, 2 CPU cores, Python 3.11, in parts; raw at dampings 1 and 3 only for rank 64
 #
-# Usage: bash evaluation/lds_table.sh [gpt2|llama ...]      REDUCED=1: two tiny testbeds, to see that it works
+# Usage: bash evaluation/lds_table.sh [gpt2|llama ...]      REDUCED=1: two tiny testbeds, to check that it works
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REQUIREMENTS=tests/requirements.txt
@@ -17,7 +17,7 @@ TESTBEDS=${TESTBEDS:-testbeds}
 RESULTS=${RESULTS:-$TESTBEDS/results}
 DAMPINGS=(0.001 0.01 0.1 0.2 0.3)
 SUBSETS=${SUBSETS:-60}
-METHODS=${METHODS:-all} # few: raw, the preset, uncompressed; targets: those whose numbers have targets, too; all
+METHODS=${METHODS:-all} # few: raw, the preset, uncompressed; targets: also those with a target; all
 SIZE=(--num_texts 2000 --num_queries 100 --num_subsets "$SUBSETS")
 if [ -n "${REDUCED:-}" ]; then
     METHODS=few

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reproduces: recall of planted facts by raw and ekfac, both of rank 64, beside BM25, embeddings and a random order
+# Reproduces: recall of planted facts by raw and ekfac of rank 64, compared with BM25, embeddings and a random order
 # Needs:      as scripts/test.sh
 # Takes:      7 minutes on 2 busy CPU cores
 # Expect:     the share of facts that the model has learned, and a table: scores, recall@3, recall@10, MRR

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Reproduces: the README's table of topic recall: 24 questions about Python, whose right topic in the manual is known
-# Needs:      as scripts/quickstart.sh, whose run is used where it is there
+# Reproduces: the table of topic recall in docs/results.md: 24 questions about Python, each with a known topic
+# Needs:      as scripts/quickstart.sh; uses the quickstart's run if it exists
 # Takes:      10 minutes on 2 CPU cores after scripts/quickstart.sh, 15 without
-# Expect:     a table: scores, share of questions with their topic in the top 10, first, mean of 1 / rank
-# Checked:    2026-11-24, 2 CPU cores, Python 3.11: the README's table
+# Expect:     a table: scores, share of questions with the topic in the top 10 and in first place, mean of 1 / rank
+# Checked:    2026-11-24, 2 CPU cores, Python 3.11: the table in docs/results.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${DRY_RUN:-}" ] || source scripts/venv.sh

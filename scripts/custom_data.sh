@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Reproduces: your model, your texts: which of them mattered for what the model says?
-# Needs:      as scripts/quickstart.sh; disk and memory as extract_log.py --dry_run says, which is asked first
-# Takes:      what --trial says; SmolLM2-135M and 10,000 tokens: 2 minutes on 2 CPU cores
-# Expect:     {LOG_DIR}/scores/queries-*/report.html, and the first documents of each query
+# Reproduces: all four stages on your model, your texts and your prompts
+# Needs:      as scripts/quickstart.sh; disk and memory as extract_log.py --dry_run prints, which runs first
+# Takes:      as extract_log.py --trial predicts; SmolLM2-135M and 10,000 tokens: 2 minutes on 2 CPU cores
+# Expect:     {LOG_DIR}/scores/queries-*/report.html, and a printed table of the first documents of each query
 # Checked:    2026-11-24, 2 CPU cores, Python 3.11, with a tiny model
 #
 # Usage: bash scripts/custom_data.sh MODEL TEXTS.jsonl [PROMPTS.txt] [more flags of extract_log.py]
-#   MODEL      a local folder or a Hub id; with a chat template it is asked, else it goes on
-#   TEXTS      .jsonl (rows with `text`, and perhaps `id`), .json, .txt, .parquet, a folder of these, or a Hub id
-#   PROMPTS    a prompt a line (default: a few about Python)
+#   MODEL      a local folder or a Hub id; with a chat template it answers the prompts, without one it continues them
+#   TEXTS      .jsonl (rows with `text`, and optionally `id`), .json, .txt, .parquet, a folder of these, or a Hub id
+#   PROMPTS    a file with one prompt per line (default: four questions about Python)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

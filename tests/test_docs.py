@@ -1,6 +1,7 @@
-"""Every command that the README and scripts/ show is one that the scripts take."""
+"""README.md and docs/: their commands, links, messages and Python are right, and so are the commands of scripts/."""
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from test_pipeline import extract, influence
 from test_processes import COMMANDS
 
 SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def check(command: str) -> str | None:
@@ -41,19 +43,44 @@ def shown_commands(path: Path) -> list[str]:
     return [line for line in lines if line.split(" ")[0] in ("python", "accelerate", "bash")]
 
 
-def test_readme_commands():
-    """The README's commands parse, and its scripts exist; the paper's stand there word for word."""
-    commands = shown_commands(ROOT / "README.md")
+def test_commands_of_the_pages():
+    """The commands of README.md and docs/ parse, and their scripts exist; the paper's stand there word for word."""
+    commands = [command for page in PAGES for command in shown_commands(page)]
     assert {check(c) for c in commands if not c.startswith("bash")} >= {f"{name}.py" for name in SCRIPTS}
-    assert COMMANDS in (ROOT / "README.md").read_text()
     for command in commands:
         if command.startswith("bash"):
             assert (ROOT / command.split()[1]).exists(), command
+    assert COMMANDS in (ROOT / "docs/paper.md").read_text()
+    assert "docs/paper.md" in (ROOT / "README.md").read_text()
 
 
-def test_readme_python(cli, tiny, workspace):
-    """The README's Python runs as it stands, and its scores are those of the scripts."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+def anchors(page: Path) -> set[str]:
+    """Return the names that GitHub gives to a Markdown file's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_size_and_links_of_the_pages():
+    """README.md has at most 200 lines, a page fewer; README's last section links to each page; no link is broken."""
+    readme, *others = PAGES
+    assert len(readme.read_text().splitlines()) <= 200
+    assert all(len(page.read_text().splitlines()) < 200 for page in others)
+    assert len(list((ROOT / "docs").glob("*.*"))) <= 9
+    last = readme.read_text().rpartition("\n## ")[2]
+    assert {f"docs/{page.name}" for page in others} <= set(re.findall(r"\]\(([^)#]+)\)", last))
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "evaluation/README.md", ROOT / "benchmarks/README.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not target.startswith("https://"):
+                path, _, name = target.partition("#")
+                linked = page.parent / path if path else page
+                assert linked.exists(), f"{page.name}: {target}"
+                assert not name or name in anchors(linked), f"{page.name}: {target}"
+
+
+def test_python_of_the_pages(cli, tiny, workspace):
+    """The Python of docs/method.md runs as it stands, and its scores are those of the scripts."""
+    (code,) = (block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     texts, asked = ([json.loads(line)["text"] for line in [*open(f"{name}.jsonl")][:2]] for name in ("docs", "queries"))
     write_jsonl(Path("two.jsonl"), [{"text": text} for text in texts])
     given = {"name, asked = ": f"{(str(tiny / 'llama'), asked)}", "texts = ": f"{texts}"}
@@ -144,13 +171,25 @@ def test_recipes_run_through_on_stand_ins(tmp_path, recipe, architecture):
     assert list((tmp_path / "log/scores").glob("queries-*/report.html"))
 
 
-def test_readme_flags():
-    """The README's table has each flag of the scripts, and no other."""
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
+def test_flags_page():
+    """docs/flags.md is what its generator makes of the parsers; it has each flag of the scripts, and no other."""
+    spec = importlib.util.spec_from_file_location("make_flags", ROOT / "docs/make_flags.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    page = (ROOT / "docs/flags.md").read_text()
+    assert page == maker.render(), "run: python docs/make_flags.py"
     actions = [action for name in SCRIPTS for action in importlib.import_module(name).build_parser()._actions]
     known = {option for action in actions for option in action.option_strings}
-    named = {flag for row in rows for flag in re.findall(r"--\w+", row.split("|")[1])}
-    assert named == known - {"-h", "--help"}, named ^ known
+    assert set(re.findall(r"^\| `(--\w+)`", page, re.MULTILINE)) == known - {"-h", "--help"}
+
+
+def test_messages_of_the_faq():
+    """Each message that docs/faq.md explains is raised by the file that it names."""
+    rows = re.findall(r"^\| `(.+?)` \|.*\| `(\S+\.py)` \|$", (ROOT / "docs/faq.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 20
+    for message, file in rows:
+        source = re.sub(r'"\s+f?"', "", (ROOT / file).read_text())  # a message of several lines is one
+        assert message in source, f"{file}: {message}"
 
 
 def test_prompts():
@@ -201,14 +240,14 @@ def test_quickstart(tmp_path):
 
 def test_no_placeholder_is_left():
     """What was to be filled in has been."""
-    for path in (ROOT / "README.md", *SHELL):
+    for path in (*PAGES, *SHELL):
         assert not re.findall(r"\b[A-Z]+_(?:NOTE|OUTPUT|TABLE|TIME|CHECKED|TEXT)\b", path.read_text()), path
 
 
 def test_every_flag_is_read():
     """Each flag of each script is used by name somewhere else than in its definition."""
-    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "logra").glob("*.py")])
+    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "logra").rglob("*.py")])
     for name in SCRIPTS:
         for action in importlib.import_module(name).build_parser()._actions:
-            forms = rf"args\.{action.dest}\b|settings\[\"{action.dest}\"\]|\"{action.dest}\"[,)\]]"
+            forms = rf"\w\.{action.dest}\b(?!\()|\"{action.dest}\"[,)\]]"
             assert action.dest == "help" or re.search(forms, sources), action.dest
