@@ -27,7 +27,7 @@ class _FusedLoss(torch.autograd.Function):
                 logits = softcap * torch.tanh(logits / softcap)
                 slope = 1 - (logits / softcap) ** 2
             peak, target_logit = logits.amax(dim=1, keepdim=True), logits.gather(1, target)
-            exp = logits.sub_(peak).exp_()
+            exp = logits.sub_(peak).exp_()  # exp and d_logits reuse the memory of the logits
             normalizer = exp.sum(dim=1, keepdim=True)
             losses.index_add_(0, rows // targets.shape[1], (peak + normalizer.log() - target_logit).squeeze(1))
             d_logits = exp.div_(normalizer).scatter_add_(1, target, -torch.ones_like(normalizer))
@@ -57,7 +57,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-    """Return the last hidden states [B, T, d] which the model's head takes."""
+    """Return the last hidden states [B, T, d], the input of the model's head."""
     return model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
 
 
