@@ -12,6 +12,7 @@ which makes it B (x) A.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -82,16 +83,19 @@ def _cholesky(matrix: Tensor, shift: float) -> Tensor:
     return factor
 
 
-class IdentityPreconditioner:
-    """No Hessian: C + lambda I is replaced by the identity."""
+class ScaledIdentity:
+    """scale * I instead of (C + lambda I)^-1: scale 1 without a Hessian, 0 for a layer of zero gradients."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return g, [n, k], unchanged."""
-        return g
+        """Return scale * g, [n, k]."""
+        return g * self.scale
 
     def quadratic(self, g: Tensor) -> Tensor:
-        """Return g^T g for each row of g, [n]."""
-        return g.square().sum(dim=1)
+        """Return scale * g^T g for each row of g, [n]."""
+        return g.square().sum(dim=1) * self.scale
 
 
 class EigenPreconditioner:
@@ -102,8 +106,7 @@ class EigenPreconditioner:
 
         The bases are None where the gradients are stored in the eigenbasis.
         """
-        inverse = 1 / (values.double() + damping)
-        self.inverse = torch.where(inverse.isfinite(), inverse, 0).float()  # a layer of zero gradients adds nothing
+        self.inverse = (1 / (values.double() + damping)).float()
         self.bases = None if basis_in is None or basis_out is None else (basis_in.float(), basis_out.float())
 
     def solve(self, g: Tensor) -> Tensor:
@@ -131,18 +134,15 @@ class DensePreconditioner:
     """For raw: C [k, k], solved by Cholesky in float64."""
 
     def __init__(self, cov: Tensor, damping: float):
-        """Take C [k, k] and lambda > 0. lambda = 0 is allowed for C = 0 alone, and then every score is 0."""
-        self.zero = damping == 0
-        self.factor = cov if self.zero else _cholesky(cov, damping)
+        """Take C [k, k] and lambda > 0."""
+        self.factor = _cholesky(cov, damping)
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
-        return torch.zeros_like(g) if self.zero else torch.cholesky_solve(g.double().T, self.factor).T.float()
+        """Return (C + lambda I)^-1 g for each row of g, [n, k] float32."""
+        return torch.cholesky_solve(g.double().T, self.factor).T.float()
 
     def quadratic(self, g: Tensor) -> Tensor:
         """Return g^T (C + lambda I)^-1 g for each row of g, [n]."""
-        if self.zero:
-            return g.new_zeros(len(g))
         return torch.linalg.solve_triangular(self.factor, g.double().T, upper=False).square().sum(dim=0).float()
 
 
@@ -153,14 +153,12 @@ class DualPreconditioner:
     """
 
     def __init__(self, grads: Tensor, gram: Tensor, damping: float):
-        """Take G [N, k], its Gram matrix [N, N] and lambda > 0. lambda = 0 is allowed for G = 0 alone."""
+        """Take G [N, k], its Gram matrix [N, N] and lambda > 0."""
         self.grads, self.damping = grads.double(), damping
-        self.factor = _cholesky(gram, max(len(gram) * damping, 1e-300))
+        self.factor = _cholesky(gram, len(gram) * damping)
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
-        if self.damping == 0:
-            return torch.zeros_like(g)
+        """Return (C + lambda I)^-1 g for each row of g, [n, k] float32."""
         g = g.double()
         inner = torch.cholesky_solve(self.grads @ g.T, self.factor)  # [N, n]
         return ((g - inner.T @ self.grads) / self.damping).float()
@@ -170,7 +168,7 @@ class DualPreconditioner:
         return (g.double() * self.solve(g).double()).sum(dim=1).float()
 
 
-Preconditioner = IdentityPreconditioner | EigenPreconditioner | DensePreconditioner | DualPreconditioner
+Preconditioner = ScaledIdentity | EigenPreconditioner | DensePreconditioner | DualPreconditioner
 
 
 def covariance_sum(blocks: Iterable[Tensor], k: int) -> Tensor:
@@ -239,18 +237,19 @@ def preconditioner(
         ValueError: See damping_lambda; or C + lambda I is not positive definite in float64.
     """
     if kind == "none":
-        return IdentityPreconditioner()
+        return ScaledIdentity(1)
     count = stats["examples"].item()
     if kind == "raw" and grads is not None:
-        k, trace = grads.shape[1], stats["gram"].trace().item() / count
-        return DualPreconditioner(grads, stats["gram"], damping_lambda(trace, k, damping, absolute))
-    if kind == "raw":
+        trace, k = stats["gram"].trace().item() / count, grads.shape[1]
+        build: Callable[[float], Preconditioner] = partial(DualPreconditioner, grads, stats["gram"])
+    elif kind == "raw":
         cov = stats["cov"].double() / count
-        return DensePreconditioner(cov, damping_lambda(cov.trace().item(), len(cov), damping, absolute))
-    values, basis_in, basis_out = eigen(kind, stats)
-    return EigenPreconditioner(
-        values, basis_in, basis_out, damping_lambda(values.sum().item(), values.numel(), damping, absolute)
-    )
+        trace, k, build = cov.trace().item(), len(cov), partial(DensePreconditioner, cov)
+    else:
+        values, *bases = eigen(kind, stats)
+        trace, k, build = values.sum().item(), values.numel(), partial(EigenPreconditioner, values, *bases)
+    lam = damping_lambda(trace, k, damping, absolute)
+    return build(lam) if lam > 0 else ScaledIdentity(0)
 
 
 def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:

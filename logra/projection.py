@@ -57,9 +57,7 @@ def rank_for_bytes(shapes: Shapes, limit: int, packed_bytes: Callable[[int], int
     widest = max(map(max, shapes.values()))
     rank = bisect_right(range(1, widest + 1), limit, key=bytes_at)
     if rank == 0:
-        raise ValueError(
-            f"expected --bytes_per_example of at least {bytes_at(1)} for {len(shapes)} layers, got {limit}; raise it"
-        )
+        raise ValueError(f"expected --bytes_per_example of at least {bytes_at(1)}, got {limit}; raise it")
     return rank
 
 

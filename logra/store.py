@@ -203,12 +203,12 @@ def projection_layout(shapes: Shapes, projected: Shapes, rotated: bool) -> Layou
 
 def projection_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
     """Return the content of projections.safetensors: <layer>.in, .out and so on, without those that are None."""
-    tensors = {
+    return {
         f"{name}.{part}": tensor
         for name, projection in projections.items()
         for part, tensor in zip(PROJECTION_PARTS, projection, strict=True)
+        if tensor is not None
     }
-    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
 
 def projections_of_tensors(tensors: dict[str, Tensor], layers: Iterable[str]) -> dict[str, Projection]:

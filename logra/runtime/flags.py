@@ -95,9 +95,7 @@ def read_settings(settings: Callable[..., T], args: argparse.Namespace) -> T:
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script."""
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code in the model's folder")
-    parser.add_argument(
-        "--quiet", action="store_true", help="print errors only; log.txt in the run's folder has everything"
-    )
+    parser.add_argument("--quiet", action="store_true", help="print errors only; the run's log.txt has everything")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What a script tells its user: lines, progress bars, a summary, and log.txt in the run's folder. Only rank 0 prints."""
+"""A script's output: lines, progress bars, a summary, and log.txt in the run's folder. Only rank 0 prints."""
 
 import os
 import re
