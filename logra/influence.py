@@ -57,14 +57,13 @@ def _score_layer(
     quadratic_forms: list[QuadraticForm],
     bits: int | None,
     buffer: Tensor,
-    k: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return (dots [n, rows], self-influences, S times [n]) of one layer of a shard. The buffer takes the stored rows.
 
     Packed rows are unpacked a block at a time, which bounds the memory.
     """
     stored = file.read(layer, buffer)
-    scale = None if bits is None else file.read(f"{layer}.scale")
+    scale, k = None if bits is None else file.read(f"{layer}.scale"), query.shape[1]
     if isinstance(query, BitQueries):
         dots = query.score(stored, scale)
         blocks = _unpacked_blocks(stored, scale, bits, k, "cpu") if quadratic_forms else ()
@@ -117,8 +116,7 @@ def score_shards(
         size, forms = file.size(layer), quadratic_forms[layer]
         if len(getattr(thread, "buffer", ())) < size:
             thread.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=gpu)
-        k = queries[layer].shape[1]
-        return shard, file, layer, *_score_layer(file, layer, fast_queries[layer], forms, bits, thread.buffer, k)
+        return shard, file, layer, *_score_layer(file, layer, fast_queries[layer], forms, bits, thread.buffer)
 
     calls = ((score, shard, file, layer) for shard in shards for file in [open_shard(shard)] for layer in layers)
     with ThreadPoolExecutor(workers, None, torch.set_num_threads, (max(1, threads // workers),)) as pool:

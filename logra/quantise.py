@@ -153,7 +153,7 @@ class BitQueries:
 
     def __init__(self, queries: Tensor):
         """Take queries [Q, k] float32 on the CPU."""
-        self.count, k = queries.shape
+        self.shape, k = queries.shape, queries.shape[1]
         largest_step = queries.abs().amax(dim=1, keepdim=True).clamp_min(1e-38) / 127
         steps = torch.cat([largest_step, largest_step / 2, largest_step / 4], dim=1)
         levels = (queries[:, None] / steps[..., None]).round_().clamp_(-128, 127)  # [Q, 3, k]
@@ -168,7 +168,7 @@ class BitQueries:
 
     def score(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return scores [n, Q] float32 of rows of one bit, packed [n, packed_bytes] and scale [n]."""
-        signs, sums = packed.numpy().view(np.uint64), np.empty((len(packed), self.count), dtype=np.int64)
+        signs, sums = packed.numpy().view(np.uint64), np.empty((len(packed), self.shape[0]), dtype=np.int64)
         _sum_bit_planes(signs, self.planes, sums)
         # a sign is 2 * bit - 1
         return (2 * torch.from_numpy(sums) - self.level_sum).mul_(self.step).mul_(scale[:, None])

@@ -60,10 +60,6 @@ class TrainPart:
         return cls(**content | {"settings": DataSettings(**content["settings"])})
 
 
-def _settings_json(settings: type[DataSettings]) -> dict[str, Any]:
-    return {field.name: partial(is_setting, field) for field in fields(settings)}
-
-
 def _is_layer(sizes: Any) -> bool:
     """Return whether the value is [d_out, d_in, r_out, r_in]."""
     return has_shape(sizes, [is_positive]) and len(sizes) == 4 and sizes[2] <= sizes[0] and sizes[3] <= sizes[1]
@@ -71,7 +67,7 @@ def _is_layer(sizes: Any) -> bool:
 
 # The shapes of run.json and its parts (see files.has_shape). The file may come from anyone, so nothing is assumed.
 PART_JSON = {field.name: is_count for field in fields(TrainPart)} | {
-    "settings": _settings_json(DataSettings),
+    "settings": {field.name: partial(is_setting, field) for field in fields(DataSettings)},
     "source": str | None,
     "fingerprint": str,
     "files": dict,
@@ -79,7 +75,7 @@ PART_JSON = {field.name: is_count for field in fields(TrainPart)} | {
     "shard_examples": is_positive,
 }
 RUN_JSON = {
-    "settings": _settings_json(RunSettings),
+    "settings": {field.name: partial(is_setting, field) for field in fields(RunSettings)},
     "arguments": {"hessian": lambda kind: kind in (None, *hessian.KINDS)},
     "versions": dict,
     "model": {"class": str, "fingerprint": str},
@@ -122,11 +118,7 @@ class RunRecord:
         parts = content.pop("parts")
         if self.projections is None:
             del content["projections"]
-        if parts:
-            content["data"] = parts[0]
-        if parts[1:]:
-            content["extensions"] = parts[1:]
-        return content
+        return content | ({"data": parts[0]} if parts else {}) | ({"extensions": parts[1:]} if parts[1:] else {})
 
 
 class RunDir:
@@ -343,11 +335,8 @@ class RunDir:
         file, layout = self._hessian_file(kind), self.hessian_layout(kind)
         counts = {"examples": torch.tensor(self.examples), "tokens": file.read("tokens")}
 
-        def statistics_of(layer: str) -> dict[str, Tensor]:
-            names = [name for name in layout if name.rpartition(".")[0] == layer]
-            return counts | {name.rpartition(".")[2]: file.read(name) for name in names}
-
-        return statistics_of
+        names = [name.rpartition(".") for name in layout]
+        return lambda layer: counts | {key: file.read(f"{layer}.{key}") for owner, _, key in names if owner == layer}
 
     def shard(self, index: int) -> store.Shard:
         """Return one of the run's shards."""
