@@ -1,6 +1,6 @@
 """LoGra: training data attribution for language models (arXiv 2405.13954).
 
-Nothing is reported to anyone. The Hub's packages read these variables when they are imported, which is after this one.
+The package sends no usage data. It sets these variables here because the Hub's packages read them at import.
 """
 
 import os

@@ -1,15 +1,18 @@
-"""The Hessian (empirical Fisher) of each layer: statistics, damping, and (C + lambda I)^-1.
+"""The Hessian (empirical Fisher) of each layer: statistics, damping, and (C + lambda I)^-1 (arXiv 2405.13954, sec. 2).
 
-Notation: N train examples, r_in/r_out projected sizes, k = r_in * r_out, g [N, k] projected gradients, C [k, k].
+Notation: N train examples, r_in/r_out projected sizes, k = r_in * r_out, g [N, k] projected gradients, C [k, k],
+x~ and d~ projected inputs and output gradients of a token, (x) the Kronecker product.
     raw    C = mean g g^T, solved by Cholesky, or in the N x N dual where N < k
     kfac   C ~ (tokens per example) * B (x) A with A = sum x~ x~^T / tokens, B = sum d~ d~^T / tokens
-    ekfac  kfac's eigenvectors (or the basis that the projection already has), eigenvalues mean (U_B G~ U_A^T)^2
+    ekfac  eigenvectors of kfac (or the basis of a rotated projection), eigenvalues mean (U_B G~ U_A^T)^2
     none   the identity, without damping
-Statistics are stored undamped, as sums beside counts. Eigenvectors are rows. vec(G~) is row-major, so (x) is B (x) A.
+Statistics are stored undamped, as sums beside counts. U_A and U_B hold eigenvectors as rows. vec(G~) is row-major,
+which makes it B (x) A.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,11 +21,11 @@ from torch import Tensor
 from logra.projection import Shapes, eigenbasis
 
 KINDS = ("raw", "kfac", "ekfac", "none")
-MAX_LAMBDA = 1e36  # lambda; solutions are in float32
+MAX_LAMBDA = 1e36  # float32 holds at most 3e38
 
 
 class GradientSource(Protocol):
-    """Where gradients come from; see run_dir.RunDir."""
+    """What statistics() reads; run_dir.RunDir is one."""
 
     projected: Shapes
 
@@ -34,45 +37,45 @@ class GradientSource(Protocol):
 
 
 class Damping(NamedTuple):
-    """A damping: relative to the mean eigenvalue, or absolute. The other one is None."""
+    """The damping, either relative to the mean eigenvalue or absolute; the other field is None."""
 
     relative: float | None
     absolute: float | None
 
     @property
     def label(self) -> str:
-        """Its name in the names of files and folders."""
+        """The damping's part of file and folder names."""
         value = str(self.absolute if self.relative is None else self.relative).removesuffix(".0")
         return f"abs{value}" if self.relative is None else value
 
 
 def damping_lambda(trace: float, k: int, damping: float | None, absolute: float | None) -> float:
-    """Return lambda = damping * trace(C) / k, or `absolute` where that is given.
+    """Return lambda = damping * trace(C) / k, or `absolute` if that is given.
 
     Raises:
-        ValueError: The one that is used is not positive and finite, or lambda is too large for float32.
+        ValueError: The damping is not positive and finite, or lambda is too large for float32.
     """
     value = damping if absolute is None else absolute
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected a positive, finite damping, got {value}; use --damping 0.1, say")
-    found = damping * trace / k if absolute is None else absolute
-    if not found <= MAX_LAMBDA:
+    lam = damping * trace / k if absolute is None else absolute
+    if not lam <= MAX_LAMBDA:
         raise ValueError(
-            f"expected lambda of at most {MAX_LAMBDA:.0e}, which float32 holds, got {found:.3g} (mean eigenvalue "
-            f"{trace / k:.3g}); lower the damping, or leave out the examples with the largest gradients"
+            f"expected lambda of at most {MAX_LAMBDA:.0e}, for float32, got {lam:.3g} (mean eigenvalue "
+            f"{trace / k:.3g}); lower the damping, or remove the examples with the largest gradients"
         )
-    return found
+    return lam
 
 
 def default_damping(kind: str, store_dtype: str) -> float:
-    """Return the relative damping with the best scores on small models (evaluation/results)."""
+    """Return the relative damping that gave the best scores on small models (evaluation/results)."""
     if kind in ("kfac", "ekfac"):
         return 0.2 if store_dtype == "int1" else 0.01
     return 0.1
 
 
 def _cholesky(matrix: Tensor, shift: float) -> Tensor:
-    """Return the Cholesky factor of matrix + shift I, in float64."""
+    """Return the lower Cholesky factor of matrix + shift I, float64."""
     eye = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix.double() + shift * eye)
     if failed:
@@ -80,75 +83,82 @@ def _cholesky(matrix: Tensor, shift: float) -> Tensor:
     return factor
 
 
-class IdentityPreconditioner:
-    """No Hessian: C + lambda I is replaced by the identity."""
+class ScaledIdentity:
+    """scale * I instead of (C + lambda I)^-1: scale 1 without a Hessian, 0 for a layer of zero gradients."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return g, [n, k]."""
-        return g
+        """Return scale * g, [n, k]."""
+        return g * self.scale
 
     def quadratic(self, g: Tensor) -> Tensor:
-        """Return g^T g for each row of g, [n]."""
-        return g.square().sum(dim=1)
+        """Return scale * g^T g for each row of g, [n]."""
+        return g.square().sum(dim=1) * self.scale
 
 
 class EigenPreconditioner:
-    """C = U diag(eigenvalues) U^T with U = U_B (x) U_A: kfac and ekfac."""
+    """For kfac and ekfac: C = U^T diag(eigenvalues) U with U = U_B (x) U_A."""
 
     def __init__(self, values: Tensor, basis_in: Tensor | None, basis_out: Tensor | None, damping: float):
-        """Take eigenvalues [r_out, r_in]; basis rows [r_in, r_in], [r_out, r_out], or None for the stored basis."""
-        inverse = 1 / (values.double() + damping)
-        self.inverse = torch.where(inverse.isfinite(), inverse, 0).float()  # a layer of zero gradients adds nothing
-        self.basis_in = None if basis_in is None else basis_in.float()
-        self.basis_out = None if basis_out is None else basis_out.float()
+        """Take eigenvalues [r_out, r_in], U_A [r_in, r_in], U_B [r_out, r_out] and lambda.
+
+        The bases are None where the gradients are stored in the eigenbasis.
+        """
+        self.inverse = (1 / (values.double() + damping)).float()
+        self.bases = None if basis_in is None or basis_out is None else (basis_in.float(), basis_out.float())
 
     def solve(self, g: Tensor) -> Tensor:
         """Return (C + lambda I)^-1 g for each row of g, [n, k] float32."""
-        return self._rotate(self._rotate(g, False).mul_(self.inverse.to(g.device)).flatten(1), True).flatten(1)
+        solved = self._in_eigenbasis(g) * self.inverse.to(g.device)
+        if self.bases:
+            u_a, u_b = (basis.to(g.device) for basis in self.bases)
+            solved = u_b.T @ solved @ u_a
+        return solved.flatten(1)
 
     def quadratic(self, g: Tensor) -> Tensor:
         """Return g^T (C + lambda I)^-1 g for each row of g, [n]."""
-        return self._rotate(g, False).square().mul_(self.inverse.to(g.device)).sum(dim=(1, 2))
+        return self._in_eigenbasis(g).square().mul_(self.inverse.to(g.device)).sum(dim=(1, 2))
 
-    def _rotate(self, g: Tensor, back: bool) -> Tensor:
-        g = g.view(-1, *self.inverse.shape).clone()
-        if self.basis_in is not None and self.basis_out is not None:
-            u_in, u_out = self.basis_in.to(g.device), self.basis_out.to(g.device)
-            g = u_out.T @ g @ u_in if back else u_out @ g @ u_in.T
+    def _in_eigenbasis(self, g: Tensor) -> Tensor:
+        """Return U_B G~ U_A^T of each row of g, [n, r_out, r_in]."""
+        g = g.view(-1, *self.inverse.shape)
+        if self.bases:
+            u_a, u_b = (basis.to(g.device) for basis in self.bases)
+            g = u_b @ g @ u_a.T
         return g
 
 
 class DensePreconditioner:
-    """C [k, k] itself, by Cholesky in float64."""
+    """For raw: C [k, k], solved by Cholesky in float64."""
 
     def __init__(self, cov: Tensor, damping: float):
-        """Take C [k, k] and lambda > 0 (0 only for C = 0, which adds nothing to any score)."""
-        self.zero = damping == 0
-        self.factor = cov if self.zero else _cholesky(cov, damping)
+        """Take C [k, k] and lambda > 0."""
+        self.factor = _cholesky(cov, damping)
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
-        return torch.zeros_like(g) if self.zero else torch.cholesky_solve(g.double().T, self.factor).T.float()
+        """Return (C + lambda I)^-1 g for each row of g, [n, k] float32."""
+        return torch.cholesky_solve(g.double().T, self.factor).T.float()
 
     def quadratic(self, g: Tensor) -> Tensor:
         """Return g^T (C + lambda I)^-1 g for each row of g, [n]."""
-        if self.zero:
-            return g.new_zeros(len(g))
         return torch.linalg.solve_triangular(self.factor, g.double().T, upper=False).square().sum(dim=0).float()
 
 
 class DualPreconditioner:
-    """C = grads^T grads / N through the N x N Gram matrix: (C + lI)^-1 g = (g - G^T (G G^T + NlI)^-1 G g) / l."""
+    """For raw with N < k: C = G^T G / N with G [N, k], solved through the Gram matrix G G^T [N, N].
+
+    (C + lambda I)^-1 g = (g - G^T (G G^T + N lambda I)^-1 G g) / lambda.
+    """
 
     def __init__(self, grads: Tensor, gram: Tensor, damping: float):
-        """Take G [N, k], its Gram matrix [N, N], and lambda > 0 (0 only for G = 0)."""
+        """Take G [N, k], its Gram matrix [N, N] and lambda > 0."""
         self.grads, self.damping = grads.double(), damping
-        self.factor = _cholesky(gram, max(len(gram) * damping, 1e-300))
+        self.factor = _cholesky(gram, len(gram) * damping)
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return (C + lambda I)^-1 g for each row of g, [n, k]."""
-        if self.damping == 0:
-            return torch.zeros_like(g)
+        """Return (C + lambda I)^-1 g for each row of g, [n, k] float32."""
         g = g.double()
         inner = torch.cholesky_solve(self.grads @ g.T, self.factor)  # [N, n]
         return ((g - inner.T @ self.grads) / self.damping).float()
@@ -158,21 +168,21 @@ class DualPreconditioner:
         return (g.double() * self.solve(g).double()).sum(dim=1).float()
 
 
-Preconditioner = IdentityPreconditioner | EigenPreconditioner | DensePreconditioner | DualPreconditioner
+Preconditioner = ScaledIdentity | EigenPreconditioner | DensePreconditioner | DualPreconditioner
 
 
 def covariance_sum(blocks: Iterable[Tensor], k: int) -> Tensor:
     """Return sum g g^T over blocks of gradients [n, k], as [k, k] float32."""
-    total = torch.zeros(k, k)
+    cov = torch.zeros(k, k)
     for block in blocks:
-        total = total.to(block.device).addmm_(block.T, block)
-    return total
+        cov = cov.to(block.device).addmm_(block.T, block)
+    return cov
 
 
 def gram_rows(blocks: Iterable[Tensor], rows: list[range]) -> Tensor:
-    """Return the Gram matrix G G^T of all blocks' gradients, [N, N] float64, with only the given rows filled in.
+    """Return the Gram matrix G G^T of all blocks together, [N, N] float64; rows outside `rows` stay 0.
 
-    In float64, because the dual subtracts almost all of it again: N lambda is a small part of its largest eigenvalue.
+    float64 is needed because the dual subtracts nearly equal terms: N lambda is far below the largest eigenvalue.
     """
     grads = torch.cat(list(blocks))
     gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=grads.device)
@@ -184,17 +194,20 @@ def gram_rows(blocks: Iterable[Tensor], rows: list[range]) -> Tensor:
 
 
 def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tensor) -> Tensor:
-    """Return sum (U_B G~ U_A^T)^2 over blocks [n, r_out * r_in], as [r_out * r_in] float64."""
-    total = torch.zeros(len(basis_out) * len(basis_in), dtype=torch.float64)
+    """Return sum (U_B G~ U_A^T)^2 over blocks of gradients [n, k], as [k] float64."""
+    squares = torch.zeros(len(basis_out) * len(basis_in), dtype=torch.float64)
     for block in blocks:
         g = block.view(-1, len(basis_out), len(basis_in))
         rotated = basis_out.to(g) @ g @ basis_in.to(g).T
-        total += rotated.square().sum(dim=0).flatten().double().cpu()
-    return total
+        squares += rotated.square().sum(dim=0).flatten().double().cpu()
+    return squares
 
 
 def eigen(kind: str, stats: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return kfac's or ekfac's eigenvalues [r_out, r_in] float64, and the bases unless gradients are stored in them."""
+    """Return the eigenvalues [r_out, r_in] float64 of kfac or ekfac, U_A [r_in, r_in] and U_B [r_out, r_out].
+
+    The bases are None where the gradients are stored in the eigenbasis. `stats` is as for preconditioner.
+    """
     count = stats["examples"].item()
     if kind == "ekfac":
         return stats["square"].double() / count, stats.get("basis_in"), stats.get("basis_out")
@@ -215,28 +228,32 @@ def preconditioner(
     Args:
         kind: raw, kfac, ekfac or none.
         stats: raw: cov [k, k] or gram [N, N]. kfac: A, B, tokens. ekfac: square [r_out, r_in] and, unless the
-            gradients are stored in that basis, basis_in, basis_out. All sums, with `examples`, the count.
+            gradients are stored in the eigenbasis, basis_in and basis_out. All are sums; `examples` is the count.
         damping: Relative to the mean eigenvalue.
         absolute: lambda itself, instead of damping.
-        grads: All gradients [N, k] of the layer, for raw with a gram.
+        grads: All gradients [N, k] of the layer; for raw with a gram only.
+
+    Raises:
+        ValueError: See damping_lambda; or C + lambda I is not positive definite in float64.
     """
     if kind == "none":
-        return IdentityPreconditioner()
+        return ScaledIdentity(1)
     count = stats["examples"].item()
     if kind == "raw" and grads is not None:
-        k, trace = grads.shape[1], stats["gram"].trace().item() / count
-        return DualPreconditioner(grads, stats["gram"], damping_lambda(trace, k, damping, absolute))
-    if kind == "raw":
+        trace, k = stats["gram"].trace().item() / count, grads.shape[1]
+        build: Callable[[float], Preconditioner] = partial(DualPreconditioner, grads, stats["gram"])
+    elif kind == "raw":
         cov = stats["cov"].double() / count
-        return DensePreconditioner(cov, damping_lambda(cov.trace().item(), len(cov), damping, absolute))
-    values, basis_in, basis_out = eigen(kind, stats)
-    return EigenPreconditioner(
-        values, basis_in, basis_out, damping_lambda(values.sum().item(), values.numel(), damping, absolute)
-    )
+        trace, k, build = cov.trace().item(), len(cov), partial(DensePreconditioner, cov)
+    else:
+        values, *bases = eigen(kind, stats)
+        trace, k, build = values.sum().item(), values.numel(), partial(EigenPreconditioner, values, *bases)
+    lam = damping_lambda(trace, k, damping, absolute)
+    return build(lam) if lam > 0 else ScaledIdentity(0)
 
 
 def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:
-    """Return an upper bound of the memory that the widest layer's statistics and their solution take."""
+    """Return an upper bound of the bytes that the statistics of the widest layer and their solution take."""
     k = max(r_out * r_in for r_out, r_in in projected.values())
     if kind == "raw":
         return 24 * k * k if k <= examples else 24 * examples * examples + 20 * examples * k
@@ -245,48 +262,50 @@ def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:
 
 def statistics(
     kind: str,
-    log: GradientSource,
+    source: GradientSource,
     shards: range,
-    total: Callable[[Tensor], Tensor],
+    sum_over_ranks: Callable[[Tensor], Tensor],
     rotated: bool,
     device: torch.device | str,
 ) -> Iterator[Tensor]:
-    """Yield the tensors of `layout`, in its order, each a sum over all ranks.
+    """Yield the tensors of store.hessian_layout, in its order, each summed over all ranks.
 
-    Sums over shards and ranks are in float64, except for raw's C (float32, relative rounding of about 1e-6).
+    Sums over shards and ranks are in float64, except for raw's C (float32, relative rounding error of about 1e-6).
 
     Args:
         kind: raw, kfac or ekfac.
-        log: Yields gradients and factor sums by shard; see run_dir.RunDir.
-        shards: This rank's: range(rank, shards, ranks). A layer's eigenvectors are one rank's work.
-        total: Sums a tensor over ranks; every rank calls it as often.
-        rotated: As for layout.
+        source: Yields gradients and factor sums shard by shard.
+        shards: This rank's shards, range(rank, shards, ranks). Each layer's eigenvectors are computed by one rank.
+        sum_over_ranks: Sums a tensor over ranks. All ranks make the same calls.
+        rotated: The gradients are stored in the eigenbasis.
         device: Where raw's C and ekfac's second pass are computed.
     """
 
     def blocks(layer: str, indices: range) -> Iterator[Tensor]:
-        return (block.to(device).float() for block in log.read(layer, indices))
+        return (block.to(device).float() for block in source.read(layer, indices))
 
     def factor(key: str, shape: list[int]) -> Tensor:
-        parts = (part.double() for part in log.read(key, shards, "factors"))
-        return total(sum(parts, torch.zeros(shape, dtype=torch.float64)))
+        sums = (tensor.double() for tensor in source.read(key, shards, "factors"))
+        return sum_over_ranks(sum(sums, torch.zeros(shape, dtype=torch.float64)))
 
-    for number, (name, (r_out, r_in)) in enumerate(log.projected.items()):
-        if kind == "raw" and r_out * r_in <= log.examples:
-            yield total(covariance_sum(blocks(name, shards), r_out * r_in).cpu())
-        elif kind == "raw":  # every rank needs all the gradients, and computes its shards' rows
-            yield total(gram_rows(blocks(name, range(len(log.shards))), [log.shards[i] for i in shards]))
+    for number, (name, (r_out, r_in)) in enumerate(source.projected.items()):
+        if kind == "raw" and r_out * r_in <= source.examples:
+            yield sum_over_ranks(covariance_sum(blocks(name, shards), r_out * r_in).cpu())
+        elif kind == "raw":  # every rank reads all gradients and computes the rows of its shards
+            every = range(len(source.shards))
+            yield sum_over_ranks(gram_rows(blocks(name, every), [source.shards[i] for i in shards]))
         elif kind == "kfac":
             yield factor(f"{name}.A", [r_in, r_in])
             yield factor(f"{name}.B", [r_out, r_out])
         elif rotated:
             yield factor(f"{name}.square", [r_out * r_in]).view(r_out, r_in)
         else:
+            mine = number % shards.step == shards.start
             basis_in, basis_out = (
-                total(eigenbasis(cov)[1] if number % shards.step == shards.start else torch.zeros_like(cov))
+                sum_over_ranks(eigenbasis(cov)[1] if mine else torch.zeros_like(cov))
                 for cov in (factor(f"{name}.A", [r_in, r_in]), factor(f"{name}.B", [r_out, r_out]))
             )
-            yield total(rotated_squares(blocks(name, shards), basis_in, basis_out)).view(r_out, r_in)
+            yield sum_over_ranks(rotated_squares(blocks(name, shards), basis_in, basis_out)).view(r_out, r_in)
             yield basis_in
             yield basis_out
     yield factor("examples", []).long()

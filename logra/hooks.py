@@ -1,6 +1,8 @@
-"""Projected per-example gradients through hooks, with no weight gradient and no frozen part of the graph.
+"""Projected per-example gradients from hooks, without forming any weight gradient (arXiv 2405.13954, sec. 3).
 
-Notation: B batch, T tokens, x_t layer inputs, d_t output gradients, G~ = sum_t (P_out d_t)(P_in x_t)^T.
+Notation: B batch, T tokens, x_t [d_in] layer inputs, d_t [d_out] output gradients, x~_t = P_in x_t, d~_t = P_out d_t.
+The projected gradient of one example is G~ = sum_t d~_t x~_t^T, [r_out, r_in], stored row by row as k = r_out * r_in
+coordinates. The parameters are frozen, so the autograd graph starts at the first tracked layer.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,10 @@ from logra.projection import Projection
 
 
 class _Tap(torch.autograd.Function):
-    """Pass a layer's output through; in the backward pass hand its gradient to `sink`. The anchor starts the graph."""
+    """The identity on a layer's output; its backward pass calls sink(x, d) with the output's gradient d.
+
+    The anchor requires a gradient, which starts the graph here: no parameter does.
+    """
 
     @staticmethod
     def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]):
@@ -27,35 +32,35 @@ class _Tap(torch.autograd.Function):
         return d, None, None, None
 
 
-class _Side:
-    """One side's projection of a layer, in the dtype and on the device of what it is applied to."""
+class _SideProjection:
+    """Projects one side of a layer; returns float32 or wider."""
 
     def __init__(self, p: Tensor | None):
         self.p = p
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.p is not None:
-            self.p = self.p.to(x)  # at the first call
+            self.p = self.p.to(x)  # copies at the first call only
             x = x @ self.p.T
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GradientCapture:
-    """Context manager that yields projected per-example gradients (arXiv 2405.13954, sec. 3) and factor sums.
+    """Context manager that computes projected per-example gradients (arXiv 2405.13954, sec. 3) and factor sums.
 
         with GradientCapture(model, projections) as capture:
             losses = example_losses(model, input_ids, targets)
             grads = capture.backward(losses, positions)     # {layer: [B, r_out * r_in]}
 
-    Inside, the model is in eval mode with its parameters frozen; on leaving, all is as before. A layer that runs
-    several times in one forward pass gets the sum over its calls.
+    Inside the block the model is in eval mode and its parameters are frozen. On exit both are restored.
+    A layer that runs several times in one forward pass gets the sum over its calls.
 
     Args:
         model: Module that holds the layers (nn.Linear, or GPT-2's Conv1D).
-        projections: Layer name -> Projection; just these layers are tracked.
-        grads: Form G~.
-        factors: Add up A = sum x~ x~^T, B = sum d~ d~^T and, with grads, the squares of G~ (see take_factors).
-        squares_only: Of the factors, leave out A and B.
+        projections: Layer name -> Projection. Only these layers are tracked.
+        grads: Compute G~.
+        factors: Sum A = sum x~ x~^T, B = sum d~ d~^T and, with grads, the squares of G~ (see take_factors).
+        squares_only: Leave A and B out of the factor sums.
     """
 
     def __init__(
@@ -69,8 +74,8 @@ class GradientCapture:
         self.model, self.projections = model, projections
         self.want_grads, self.want_factors, self.squares_only = grads, factors, squares_only
         self._grads: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._last: dict[str, Tensor] = {}  # sums of the last batch, until they are committed
+        self._factor_sums: dict[str, Tensor] = {}
+        self._batch_sums: dict[str, Tensor] = {}  # of the last batch, not committed yet
 
     def __enter__(self) -> Self:
         self._training = {m: m.training for m in self.model.modules()}
@@ -78,7 +83,7 @@ class GradientCapture:
         self.model.eval().requires_grad_(False)
         self._handles = []
         for name, projection in self.projections.items():
-            hook = self._hook(name, _Side(projection.p_in), _Side(projection.p_out))
+            hook = self._hook(name, _SideProjection(projection.p_in), _SideProjection(projection.p_out))
             self._handles.append(self.model.get_submodule(name).register_forward_hook(hook))
         return self
 
@@ -89,34 +94,33 @@ class GradientCapture:
             module.training = training
         for parameter, trainable in self._trainable.items():
             parameter.requires_grad_(trainable)
-        self._grads, self._sums, self._last = {}, {}, {}
+        self._grads, self._factor_sums, self._batch_sums = {}, {}, {}
 
-    def _hook(self, name: str, p_in: _Side, p_out: _Side):
+    def _hook(self, name: str, p_in: _SideProjection, p_out: _SideProjection):
         def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             anchor = torch.empty(0, device=output.device, requires_grad=True)
-            x = p_in(args[0].detach())
-            return _Tap.apply(output, x, anchor, lambda x, d: self._sink(name, x, p_out(d)))
+            return _Tap.apply(output, p_in(args[0].detach()), anchor, lambda x, d: self._collect(name, x, p_out(d)))
 
         return hook
 
-    def _sink(self, name: str, x: Tensor, d: Tensor) -> None:
-        """Take x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...], of one call of one layer."""
+    def _collect(self, name: str, x: Tensor, d: Tensor) -> None:
+        """Add one call of one layer: x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...]."""
         if x.shape[:-1].numel() != self._positions.numel():
             raise ValueError(
-                f"expected an input for each of {list(self._positions.shape)} tokens in layer {name}, got "
-                f"{list(x.shape[:-1])}, as in a mixture of experts; leave it out with --layers"
+                f"expected one input per token, {list(self._positions.shape)}, in layer {name}, got "
+                f"{list(x.shape[:-1])}, as in a mixture of experts; leave the layer out with --layers"
             )
-        x, d = (t.reshape(*self._positions.shape, -1) for t in (x, d))
+        x, d = (tensor.reshape(*self._positions.shape, -1) for tensor in (x, d))
         if self.want_grads:
             grad = self._reduce(name, x, d)
             self._grads[name] = self._grads[name] + grad if name in self._grads else grad
         if self.want_factors and not self.squares_only:
-            real = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
-            x, d = (x * real).flatten(0, 1), d.flatten(0, 1)
-            self._add(self._last, {f"{name}.A": x.T @ x, f"{name}.B": d.T @ d})
+            mask = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
+            x, d = (x * mask).flatten(0, 1), d.flatten(0, 1)
+            self._add(self._batch_sums, {f"{name}.A": x.T @ x, f"{name}.B": d.T @ d})
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
-        """Return what is kept of x~ [B, T, r_in] and d~ [B, T, r_out]: the gradients [B, r_out * r_in]."""
+        """Return the per-example gradients [B, r_out * r_in] of x~ [B, T, r_in] and d~ [B, T, r_out]."""
         return torch.bmm(d.mT, x).flatten(1)
 
     def _add(self, sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -127,8 +131,11 @@ class GradientCapture:
         """Run the backward pass of losses [B] and return {layer: [B, r_out * r_in]}, float32 or wider.
 
         Args:
-            losses: One loss an example, not yet summed.
+            losses: One loss per example.
             positions: [B, T] bool, the positions that can carry a gradient: real tokens before the last counted one.
+
+        Raises:
+            ValueError: A tracked layer does not take part in the loss, or does not see every token.
         """
         self.commit()
         self._positions, self._grads = positions, {}
@@ -142,39 +149,39 @@ class GradientCapture:
             )
         if self.want_factors:
             counts = {"examples": torch.tensor(len(losses)), "tokens": positions.sum()}
-            self._last |= {f"{name}.square": grad.square().sum(dim=0) for name, grad in grads.items()} | counts
+            self._batch_sums |= {f"{name}.square": grad.square().sum(dim=0) for name, grad in grads.items()} | counts
         return grads
 
     def commit(self) -> None:
-        """Count the last batch in the factor sums for good; the next one, and take_factors, do so too."""
-        self._add(self._sums, self._last)
-        self._last = {}
+        """Add the last batch to the factor sums. The next backward and take_factors do so too."""
+        self._add(self._factor_sums, self._batch_sums)
+        self._batch_sums = {}
 
     def rollback(self) -> None:
-        """Leave the batch since the last commit, finished or not, out of the factor sums."""
-        self._last, self._grads = {}, {}
+        """Discard the batch since the last commit, finished or not."""
+        self._batch_sums, self._grads = {}, {}
 
     def take_factors(self) -> dict[str, Tensor]:
-        """Return the sums since the last call, on the device, and start anew.
+        """Return the factor sums since the last call, on the device, and reset them.
 
         <layer>.A [r_in, r_in], <layer>.B [r_out, r_out], <layer>.square [r_out * r_in] (with grads), and the counts
         `examples` and `tokens` (int64).
         """
         self.commit()
-        factors, self._sums = self._sums, {}
+        factors, self._factor_sums = self._factor_sums, {}
         return factors
 
 
 class ScoreCapture(GradientCapture):
-    """Scores of examples against queries, layer by layer in the backward pass, which keeps no gradient.
+    """Scores examples against queries in the backward pass, layer by layer, and keeps no gradient.
 
-    backward returns {layer: [B, rows + S]}: the dots with each row of the queries, and S self-influences.
+    backward returns {layer: [B, rows + S]}: the dot with each row of the queries, then S self-influences.
 
     Args:
-        model, projections: As for GradientCapture.
-        queries: Layer -> preconditioned queries [rows, r_out * r_in], or their factors (left [rows, R, r_out], right
-            [rows, R, r_in]) of which a query is the sum of R outer products.
-        own: Layer -> S functions z [B, k] -> z^T (C + lambda I)^-1 z, [B].
+        model, projections: See GradientCapture.
+        queries: Layer -> preconditioned queries [rows, r_out * r_in]; or their low-rank factors (left [rows, R, r_out],
+            right [rows, R, r_in]), where a query is the sum of R outer products.
+        quadratic_forms: Layer -> S functions z [B, k] -> z^T (C + lambda I)^-1 z, [B].
     """
 
     def __init__(
@@ -182,30 +189,30 @@ class ScoreCapture(GradientCapture):
         model: nn.Module,
         projections: dict[str, Projection],
         queries: dict[str, Tensor | tuple[Tensor, Tensor]],
-        own: dict[str, list[Callable[[Tensor], Tensor]]],
+        quadratic_forms: dict[str, list[Callable[[Tensor], Tensor]]],
     ):
         super().__init__(model, projections)
-        self.queries, self.own = queries, own
+        self.queries, self.quadratic_forms = queries, quadratic_forms
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
-        if self.own[name] and name in self._grads:
-            raise ValueError(f"expected layers that run once, got {name} twice; use --mode dot, or store the gradients")
-        query, dots, grads = self.queries[name], None, None
+        query, forms = self.queries[name], self.quadratic_forms[name]
+        if forms and name in self._grads:
+            raise ValueError(
+                f"expected each layer to run once, got two runs of {name}; use --mode dot, or store the gradients"
+            )
+        grads = super()._reduce(name, x, d) if forms or not isinstance(query, tuple) else None
         if isinstance(query, tuple):
-            left, right = (side.flatten(0, 1).to(x) for side in query)  # [rows * R, r]
+            left, right = (factor.flatten(0, 1).to(x) for factor in query)  # [rows * R, r]
             dots = ((d @ left.T) * (x @ right.T)).sum(dim=1).view(len(x), *query[0].shape[:2]).sum(dim=2)
-            if self.own[name]:
-                grads = super()._reduce(name, x, d)
         else:
-            grads = super()._reduce(name, x, d)
             dots = grads @ query.to(grads).T
-        return torch.cat([dots, *(solver(grads)[:, None] for solver in self.own[name])], dim=1)
+        return torch.cat([dots, *(form(grads)[:, None] for form in forms)], dim=1)
 
 
 class TokenCapture(GradientCapture):
-    """Splits the dots of examples with some matrices by token: d~_t^T M x~_t, in the backward pass.
+    """Splits the dots of examples with matrices M by token: d~_t^T M x~_t, in the backward pass.
 
-    `matrices` is layer -> [P, r_out, r_in], of preconditioned queries; backward returns {layer: [B, P, T]}.
+    `matrices` is layer -> M [P, r_out, r_in], preconditioned queries. backward returns {layer: [B, P, T]}.
     """
 
     matrices: dict[str, Tensor]

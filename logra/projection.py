@@ -1,7 +1,7 @@
-"""Projections P_in and P_out of each tracked layer: draw, rotate, to and from tensors.
+"""The projections P_in and P_out of each tracked layer: random, or in an eigenbasis (arXiv 2405.13954, sec. 3).
 
-Notation: d_in/d_out layer sizes, r_in/r_out projected sizes. G~ = P_out G P_in^T, [r_out, r_in].
-A side that is None is not projected (the identity).
+Notation: d_in/d_out layer sizes, r_in/r_out projected sizes, G a layer's gradient [d_out, d_in].
+The projected gradient is G~ = P_out G P_in^T, [r_out, r_in]. None stands for the identity: no projection on that side.
 """
 
 from bisect import bisect_right
@@ -12,13 +12,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-Shapes = dict[str, tuple[int, int]]  # layer name -> (d_out, d_in)
+Shapes = dict[str, tuple[int, int]]  # layer name -> (d_out, d_in), or (r_out, r_in) after projection
 
 
 class Projection(NamedTuple):
-    """The two sides of one layer: p_in [r_in, d_in] or None, p_out [r_out, d_out] or None.
+    """One layer's projection matrices: p_in [r_in, d_in] or None, p_out [r_out, d_out] or None, float32.
 
-    In the eigenbasis also the calibration sample's eigenvalues, values_in [r_in] and values_out [r_out], in any unit.
+    A rotated projection also has the eigenvalues of the calibration sample's covariances, values_in [r_in] and
+    values_out [r_out]. Their scale is arbitrary.
     """
 
     p_in: Tensor | None
@@ -28,38 +29,42 @@ class Projection(NamedTuple):
 
 
 def projected_shapes(shapes: Shapes, rank_in: int | None, rank_out: int | None) -> Shapes:
-    """Return layer -> (r_out, r_in). A rank of None, or one at or above the width, keeps the width."""
+    """Return layer -> (r_out, r_in). A rank of None, or one at or above the layer's width, keeps the width.
+
+    Raises:
+        ValueError: A rank is below 1.
+    """
     if min(rank_in or 1, rank_out or 1) < 1:
-        raise ValueError(f"expected ranks of at least 1, got {rank_in} and {rank_out}; give --rank 64, say")
+        raise ValueError(f"expected ranks of at least 1, got {rank_in} and {rank_out}; use --rank 64, say")
     return {name: (min(rank_out or d_out, d_out), min(rank_in or d_in, d_in)) for name, (d_out, d_in) in shapes.items()}
 
 
 def rank_for_bytes(shapes: Shapes, limit: int, packed_bytes: Callable[[int], int]) -> int:
-    """Return the highest rank, of both sides, whose gradients take at most `limit` bytes an example.
+    """Return the highest rank, the same for both sides, whose gradients take at most `limit` bytes per example.
 
     Args:
         shapes: Layer -> (d_out, d_in).
-        limit: Bytes of all layers.
-        packed_bytes: Bytes of a layer's row of k coordinates.
+        limit: Bytes per example, summed over layers.
+        packed_bytes: k -> bytes of one layer's k coordinates.
 
     Raises:
-        ValueError: Even rank 1 takes more.
+        ValueError: Rank 1 already takes more.
     """
 
-    def size(rank: int) -> int:
+    def bytes_at(rank: int) -> int:
         return sum(packed_bytes(r_out * r_in) for r_out, r_in in projected_shapes(shapes, rank, rank).values())
 
     widest = max(map(max, shapes.values()))
-    rank = bisect_right(range(1, widest + 1), limit, key=size)
+    rank = bisect_right(range(1, widest + 1), limit, key=bytes_at)
     if rank == 0:
-        raise ValueError(f"expected --bytes_per_example of at least {size(1)} for {len(shapes)} layers, got {limit}")
+        raise ValueError(f"expected --bytes_per_example of at least {bytes_at(1)}, got {limit}; raise it")
     return rank
 
 
 def random_side(seed: int, layer: str, side: str, rank: int, width: int) -> Tensor | None:
     """Return P ~ N(0, 1/rank), [rank, width] float32, or None where rank >= width (arXiv 2405.13954, sec. 3).
 
-    Drawn on the CPU from a hash of (seed, layer, side): the same on every device and for every choice of layers.
+    The CPU draws P from a hash of (seed, layer, side), so P is the same on every device and for every choice of layers.
     """
     if rank >= width:
         return None
@@ -69,7 +74,13 @@ def random_side(seed: int, layer: str, side: str, rank: int, width: int) -> Tens
 
 
 def draw(shapes: Shapes, projected: Shapes, seed: int) -> dict[str, Projection]:
-    """Draw the random projections of all layers, from their sizes before and after."""
+    """Draw the random projections of all layers.
+
+    Args:
+        shapes: Layer -> (d_out, d_in).
+        projected: Layer -> (r_out, r_in).
+        seed: See random_side.
+    """
     return {
         name: Projection(
             random_side(seed, name, "in", projected[name][1], d_in),
@@ -80,14 +91,14 @@ def draw(shapes: Shapes, projected: Shapes, seed: int) -> dict[str, Projection]:
 
 
 def identity(shapes: Shapes) -> dict[str, Projection]:
-    """Return no projection at all, for every layer."""
+    """Return the projections that leave every layer unprojected."""
     return {name: Projection(None, None) for name in shapes}
 
 
 def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues [r], largest first, and eigenvectors as rows [r, r] of a symmetric cov, in float64.
+    """Return the eigenvalues [r], largest first, and the eigenvectors as rows [r, r] of a symmetric cov, float64.
 
-    Each vector's largest entry is positive, so that the basis doesn't depend on the solver's choice of sign.
+    The largest entry of each eigenvector is positive, so the basis does not depend on the solver's signs.
     """
     values, vectors = torch.linalg.eigh(cov.double())
     vectors = vectors.T.flip(0)
@@ -96,18 +107,19 @@ def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(projection: Projection, cov_in: Tensor, cov_out: Tensor, shape: tuple[int, int]) -> Projection:
-    """Merge the eigenvectors of the projected covariances into the projection: P <- (U^T P)[:r].
+    """Merge the eigenvectors U of the projected covariances into the projection: P <- (U^T P)[:r].
 
     Args:
-        projection: What cov_in and cov_out were measured with.
-        cov_in, cov_out: Covariances (any scale) of projected inputs and output gradients.
-        shape: (r_out, r_in) to keep; below the covariances' size this is PCA (arXiv 2405.13954, app. C).
+        projection: The projection under which cov_in and cov_out were measured.
+        cov_in: Covariance of the projected inputs, at any scale.
+        cov_out: Covariance of the projected output gradients, at any scale.
+        shape: (r_out, r_in) to keep. A size below the covariance's is PCA (arXiv 2405.13954, app. C).
     """
 
-    def side(p: Tensor | None, cov: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        values, rows = (part[:rank] for part in eigenbasis(cov))
-        return (rows if p is None else rows @ p.double()).float().contiguous(), values.float().contiguous()
+    def rotate_side(p: Tensor | None, cov: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        values, vectors = (tensor[:rank] for tensor in eigenbasis(cov))
+        return (vectors if p is None else vectors @ p.double()).float().contiguous(), values.float().contiguous()
 
-    p_in, values_in = side(projection.p_in, cov_in, shape[1])
-    p_out, values_out = side(projection.p_out, cov_out, shape[0])
+    p_in, values_in = rotate_side(projection.p_in, cov_in, shape[1])
+    p_out, values_out = rotate_side(projection.p_out, cov_out, shape[0])
     return Projection(p_in, p_out, values_in, values_out)

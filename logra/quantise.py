@@ -1,13 +1,14 @@
-"""Gradients in few bits: a scale for each example and layer, and whole numbers packed into bytes.
+"""Gradients in 8, 4 or 1 bits per coordinate: packing, unpacking, and scores straight from the bits.
 
-Notation: n examples, k = r_out * r_in coordinates of a layer, Q queries. An example's row is stored as `packed`
-[bytes] uint8 and `scale`, and stands for scale * level[i], i in 0 .. 2^bits - 1:
-    int8  level i - 128, scale 0.05 root mean squares; the few coordinates beyond 127 of these are cut off
-    int4  level i - 8, scale 0.3 root mean squares; so are those beyond 7
-    int1  level -1 or 1, scale mean |z|
-    none  nothing but the scale, mean |z|: stage 3 runs the model again
-Coordinate j of a row is in byte j * bits // 8, lower bits first; rows end with zero bits up to 8 bytes. In the
-eigenbasis a sign is enough (README, "More truth per byte"); in others, a few large directions drown the rest.
+Notation: n examples, k = r_out * r_in coordinates of a layer, Q queries. A row is one example's gradient in one layer.
+It is stored as `packed` [bytes] uint8 and `scale` float32. Coordinate i is scale * level[i]:
+    int8  levels -127 to 127, scale = 0.05 * root mean square of the row; larger coordinates are clamped
+    int4  levels -7 to 7, scale = 0.3 * root mean square of the row; larger coordinates are clamped
+    int1  levels -1 and 1, scale = mean |z|
+    none  the scale alone, mean |z|: stage 3 runs the model again
+`packed` holds the codes level + 128, level + 8, or 0 and 1. Coordinate i is in byte i * bits // 8, lower bits first. A
+row is padded with zero bits to a multiple of 8 bytes. Signs are enough in the eigenbasis (docs/method.md). In another
+basis a few large directions dominate the rounded scores.
 """
 
 from functools import cache
@@ -20,27 +21,27 @@ from torch import Tensor
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGER_BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}
-STEPS_IN_RMS = {8: 0.05, 4: 0.3}  # bits -> scale in root mean squares (evaluation/results/variants_*)
-MAX_BIT_COUNT_QUERIES = (
-    512  # queries up to which a CPU counts bits: 100 are 4 times as fast as a matrix product, with vpopcntq
-)
+STEPS_IN_RMS = {8: 0.05, 4: 0.3}  # bits -> scale / root mean square (evaluation/results/variants_*)
+# A CPU counts bits for up to this many queries: for 100, 4 times as fast as a matrix product (with vpopcntq).
+MAX_BIT_COUNT_QUERIES = 512
 
 
 def packed_bytes(k: int, bits: int) -> int:
-    """Return the bytes of a row of k coordinates: a multiple of 8."""
+    """Return the bytes of a packed row of k coordinates, a multiple of 8."""
     return -(-k * bits // 64) * 8
 
 
 def stored_bytes(k: int, store_dtype: str) -> int:
-    """Return the bytes that an example's k coordinates of a layer take in a shard, its scale included."""
+    """Return the bytes that one example's k coordinates of a layer take in a shard, with the scale."""
     bits = INTEGER_BITS.get(store_dtype)
     return k * FLOAT_DTYPES[store_dtype].itemsize if bits is None else packed_bytes(k, bits) + 4
 
 
 def stored_tensors(layer: str, grads: Tensor, store_dtype: str) -> dict[str, Tensor]:
-    """Return a shard's tensors of a layer's gradients [n, k]: <layer>, and of whole numbers <layer>.scale.
+    """Return the tensors that a shard stores of a layer's gradients [n, k].
 
-    Of `none` there is <layer>.scale alone, the mean of |z|.
+    A floating-point type has <layer> [n, k]. An integer type has <layer> [n, bytes] and <layer>.scale [n]; `none` has
+    the scale alone.
     """
     if store_dtype not in INTEGER_BITS:
         return {layer: grads.to(FLOAT_DTYPES[store_dtype])}
@@ -55,57 +56,58 @@ def pack(grads: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if not bits:
         return torch.empty(n, 0, dtype=torch.uint8, device=grads.device), grads.abs().mean(dim=1)
     if bits == 1:
-        scale, whole = grads.abs().mean(dim=1), (grads > 0).to(torch.uint8)
+        scale, codes = grads.abs().mean(dim=1), (grads > 0).to(torch.uint8)
     else:
-        half = 2 ** (bits - 1)
+        zero = 2 ** (bits - 1)  # the code of level 0
         scale = STEPS_IN_RMS[bits] * grads.square().mean(dim=1).sqrt()
-        whole = (grads / scale.clamp_min(1e-38)[:, None]).round_().clamp_(1 - half, half - 1).add_(half).to(torch.uint8)
-    whole = torch.nn.functional.pad(whole, (0, packed_bytes(k, bits) * 8 // bits - k)).view(n, -1, 8 // bits)
+        codes = (grads / scale.clamp_min(1e-38)[:, None]).round_().clamp_(1 - zero, zero - 1).add_(zero).to(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, packed_bytes(k, bits) * 8 // bits - k)).view(n, -1, 8 // bits)
     shifts = torch.arange(0, 8, bits, device=grads.device, dtype=torch.uint8)
-    return (whole << shifts).sum(dim=2, dtype=torch.uint8), scale
+    return (codes << shifts).sum(dim=2, dtype=torch.uint8), scale
 
 
 @cache
-def _levels(bits: int, device: torch.device) -> Tensor:
-    """Return the levels that a byte stands for, [256, 8 // bits] float32."""
+def _levels_of_bytes(bits: int, device: torch.device) -> Tensor:
+    """Return the levels that each byte holds, [256, 8 // bits] float32."""
     shifts = torch.arange(0, 8, bits, device=device)
-    whole = (torch.arange(256, device=device)[:, None] >> shifts) & (2**bits - 1)
-    return (2.0 * whole - 1) if bits == 1 else (whole - 2.0 ** (bits - 1))
+    codes = (torch.arange(256, device=device)[:, None] >> shifts) & (2**bits - 1)
+    return (2.0 * codes - 1) if bits == 1 else (codes - 2.0 ** (bits - 1))
 
 
 def unpack(packed: Tensor, scale: Tensor, bits: int, k: int) -> Tensor:
-    """Return the gradients [n, k] float32 that packed [n, packed_bytes] and scale [n] stand for."""
+    """Return the rounded gradients [n, k] float32 of packed [n, packed_bytes] and scale [n]."""
     if bits == 8:
         return (packed[:, :k].float() - 128) * scale[:, None]
-    levels = torch.nn.functional.embedding(packed.int(), _levels(bits, packed.device))
+    levels = torch.nn.functional.embedding(packed.int(), _levels_of_bytes(bits, packed.device))
     return levels.flatten(1)[:, :k] * scale[:, None]
 
 
 class ScoreErrorEstimate:
-    """The relative error that rounding makes in the scores between some examples, summed over layers.
+    """Estimates the relative error of scores that comes from rounding the gradients.
 
-    Scores are those of K-FAC with the calibration sample's eigenvalues; an example's with itself is left out.
+    It compares the scores of a few examples with each other, before and after rounding, summed over layers. An
+    example's score with itself is left out. The preconditioner is K-FAC with the calibration sample's eigenvalues.
     """
 
     def __init__(self, eigenvalues: dict[str, tuple[Tensor, Tensor]], store_dtype: str, damping: float):
-        """Take layer -> the calibration sample's eigenvalues (inputs [r_in], output gradients [r_out])."""
+        """Take layer -> eigenvalues (of inputs [r_in], of output gradients [r_out]), and the relative damping."""
         self.eigenvalues, self.store_dtype, self.damping = eigenvalues, store_dtype, damping
         self.scores: Tensor | None = None
 
     def add(self, layer: str, grads: Tensor) -> None:
-        """Take a layer's gradients [n, k], of the same n examples for each layer."""
+        """Add a layer's gradients [n, k]; the n examples are the same for every layer."""
         values_in, values_out = self.eigenvalues[layer]
         values = torch.outer(values_out, values_in).flatten().to(grads.device)
-        whitened = grads.float() / (values + self.damping * values.mean()).clamp_min(1e-38)
+        preconditioned = grads.float() / (values + self.damping * values.mean()).clamp_min(1e-38)
         packed, scale = pack(grads, INTEGER_BITS[self.store_dtype])
         rounded = unpack(packed, scale, INTEGER_BITS[self.store_dtype], grads.shape[1])
-        scores = torch.stack([whitened @ grads.float().T, whitened @ rounded.T])  # [2, n, n]
+        scores = torch.stack([preconditioned @ grads.float().T, preconditioned @ rounded.T])  # [2, n, n]
         self.scores = scores if self.scores is None else self.scores + scores
 
     def result(self) -> float:
-        """Return |c rounded - exact| / |exact| with the best factor c, from 0 to 1 (0 of a single example).
+        """Return min over c of |c rounded - exact| / |exact|, from 0 to 1; 0 for a single example.
 
-        A common factor changes no order, and a sign's scores are larger than those of the gradient.
+        The factor c is free because it changes no ranking: signs give scores larger than the gradient's.
         """
         if self.scores is None:
             return 0.0
@@ -115,8 +117,8 @@ class ScoreErrorEstimate:
 
 
 @intrinsic
-def _ones(_context, _word):
-    """Count the ones of a 64-bit word: LLVM's ctpop."""
+def _popcount(_context, _word):
+    """Count the ones of a 64-bit word, with LLVM's ctpop."""
 
     def generate(_context, builder, _signature, arguments):
         return builder.ctpop(arguments[0])
@@ -125,47 +127,48 @@ def _ones(_context, _word):
 
 
 @numba.njit(nogil=True, cache=True)
-def _count(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> None:
-    """Set sums [n, Q] to the sum over planes b of 2^b (-2^7 for the last) times the ones in signs [n, W] and planes.
+def _sum_bit_planes(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> None:
+    """Set sums [n, Q] to sum_b w_b * popcount(signs & plane b), with w_b = 2^b and -2^7 for the last plane.
 
-    planes [Q, 8, W] are the bits of the queries' values, in two's complement.
+    signs [n, W] uint64. planes [Q, 8, W] uint64 are the bits of the queries' values in two's complement.
     """
     for first in range(0, len(signs), 16):  # these rows stay in the cache for all queries
         for query in range(len(planes)):
             for row in range(first, min(first + 16, len(signs))):
-                total = np.int64(0)
+                row_sum = np.int64(0)
                 for word in range(signs.shape[1]):
                     bits = signs[row, word]
                     for plane in range(7):
-                        total += np.int64(_ones(bits & planes[query, plane, word])) << plane
-                    total -= np.int64(_ones(bits & planes[query, 7, word])) << 7
-                sums[row, query] = total
+                        row_sum += np.int64(_popcount(bits & planes[query, plane, word])) << plane
+                    row_sum -= np.int64(_popcount(bits & planes[query, 7, word])) << 7
+                sums[row, query] = row_sum
 
 
 class BitQueries:
-    """Queries in 8 bits, for rows of one bit: scores by AND and counting ones, bit plane by bit plane.
+    """Queries in 8 bits, scored against rows of one bit with AND and popcount, bit plane by bit plane.
 
-    Query values are rounded to whole multiples, -128 to 127, of a step a query: of max |q| / 127, and a half and a
-    quarter of it, whichever leaves the smallest squared error.
+    A query is rounded to step * (-128 .. 127). The step is max |q| / 127, or a half or a quarter of it, whichever gives
+    the smallest squared error.
     """
 
     def __init__(self, queries: Tensor):
         """Take queries [Q, k] float32 on the CPU."""
-        self.count, k = queries.shape
-        peak = queries.abs().amax(dim=1, keepdim=True).clamp_min(1e-38) / 127
-        steps = torch.cat([peak, peak / 2, peak / 4], dim=1)
-        whole = (queries[:, None] / steps[..., None]).round_().clamp_(-128, 127)  # [Q, 3, k]
-        error = (whole * steps[..., None] - queries[:, None]).square().sum(dim=2)
+        self.shape, k = queries.shape, queries.shape[1]
+        largest_step = queries.abs().amax(dim=1, keepdim=True).clamp_min(1e-38) / 127
+        steps = torch.cat([largest_step, largest_step / 2, largest_step / 4], dim=1)
+        levels = (queries[:, None] / steps[..., None]).round_().clamp_(-128, 127)  # [Q, 3, k]
+        error = (levels * steps[..., None] - queries[:, None]).square().sum(dim=2)
         best = error.argmin(dim=1, keepdim=True)
         self.step = steps.gather(1, best)[:, 0]
-        whole = whole.gather(1, best[..., None].expand(-1, 1, k))[:, 0]
-        self.total = whole.sum(dim=1)
-        values = np.pad(whole.char().numpy().view(np.uint8), ((0, 0), (0, packed_bytes(k, 1) * 8 - k)))
+        levels = levels.gather(1, best[..., None].expand(-1, 1, k))[:, 0]
+        self.level_sum = levels.sum(dim=1)
+        values = np.pad(levels.char().numpy().view(np.uint8), ((0, 0), (0, packed_bytes(k, 1) * 8 - k)))
         planes = [np.packbits(values & (1 << plane), axis=1, bitorder="little") for plane in range(8)]
         self.planes = np.stack(planes, axis=1).view(np.uint64)
 
     def score(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return scores [n, Q] float32 of rows of one bit, packed [n, packed_bytes] and scale [n]."""
-        signs, sums = packed.numpy().view(np.uint64), np.empty((len(packed), self.count), dtype=np.int64)
-        _count(signs, self.planes, sums)
-        return (2 * torch.from_numpy(sums) - self.total).mul_(self.step).mul_(scale[:, None])
+        signs, sums = packed.numpy().view(np.uint64), np.empty((len(packed), self.shape[0]), dtype=np.int64)
+        _sum_bit_planes(signs, self.planes, sums)
+        # a sign is 2 * bit - 1
+        return (2 * torch.from_numpy(sums) - self.level_sum).mul_(self.step).mul_(scale[:, None])

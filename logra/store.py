@@ -1,13 +1,14 @@
-"""Files of tensors, and the gradient shards that are made of them, with manifests and checksums.
+"""Tensor files with checksums, the gradient shards made of them, and the layout of every tensor file of a run.
 
-gradients/00000.safetensors          a tensor <layer> [n, r_out * r_in] for each layer; of whole numbers, <layer>
-                                     [n, bytes] and <layer>.scale [n] (see quantise)
+gradients/00000.safetensors          <layer> [n, r_out * r_in] for each layer; of an integer type <layer> [n, bytes] and
+                                     <layer>.scale [n] (see quantise)
 gradients/00000.factors.safetensors  factor sums of the same examples (hooks.GradientCapture.take_factors)
-gradients/00000.json                 manifest, written last: first id, count, checksums (xxh3) of the tensors, and of
-                                     whole numbers the relative error of a sample's scores
+gradients/00000.json                 manifest, written last: first id, count, checksums (xxh3) of the tensors; of an
+                                     integer type also the estimated relative error of scores
 
-Which tensors a file has to hold, and where, follows from the run's settings (its layout), so its header is compared
-and never trusted. Each tensor has a checksum of its own: whoever reads one checks just that one.
+The run's settings determine a file's layout: the names, dtypes and shapes of its tensors. A reader compares the file's
+header with the layout and never trusts it. Each tensor has its own checksum, so a reader checks only what it reads.
+Notation: n examples of a shard, r_in/r_out projected sizes, k = r_out * r_in.
 """
 
 import json
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from logra.projection import Projection, Shapes
 from logra.quantise import stored_tensors
-from logra.runtime.files import atomic, has_shape, read_json, write_json
+from logra.runtime.files import atomic, read_json, write_json
 
-_CODES = {
+_DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -33,28 +34,29 @@ _CODES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
-Layout = dict[str, tuple[torch.dtype, list[int]]]  # a tensor's name -> its dtype and shape, in the file's order
+Layout = dict[str, tuple[torch.dtype, list[int]]]  # tensor name -> (dtype, shape), in the file's order
+COUNTS_LAYOUT: Layout = {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
 
 
-def _places(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Return where each tensor begins and ends, in bytes after the header."""
-    found, begin = {}, 0
+def _offsets(layout: Layout) -> dict[str, tuple[int, int]]:
+    """Return the first and last + 1 byte of each tensor, counted after the header."""
+    offsets, begin = {}, 0
     for name, (dtype, shape) in layout.items():
-        found[name] = begin, begin + math.prod(shape) * dtype.itemsize
-        begin = found[name][1]
-    return found
+        end = begin + math.prod(shape) * dtype.itemsize
+        offsets[name], begin = (begin, end), end
+    return offsets
 
 
 def layout_bytes(layout: Layout) -> int:
     """Return the bytes of all tensors together."""
-    return max((end for _, end in _places(layout).values()), default=0)
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
 
 def _header(layout: Layout) -> bytes:
-    """Return what a file with these tensors begins with, in the safetensors format."""
+    """Return the header of a file with these tensors, in the safetensors format."""
     entries = {
-        name: {"dtype": _CODES[layout[name][0]], "shape": list(layout[name][1]), "data_offsets": place}
-        for name, place in _places(layout).items()
+        name: {"dtype": _DTYPE_NAMES[layout[name][0]], "shape": list(layout[name][1]), "data_offsets": offsets}
+        for name, offsets in _offsets(layout).items()
     }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
@@ -62,9 +64,15 @@ def _header(layout: Layout) -> bytes:
 
 
 def write_tensors(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> dict[str, str]:
-    """Write tensors, one at a time in the layout's order, to `path` in the safetensors format; return their checksums.
+    """Write tensors to `path` in the safetensors format, one at a time in the layout's order.
 
-    safetensors' own save needs all tensors in memory at once and gives no checksum.
+    safetensors' own save holds all tensors in memory at once and gives no checksums.
+
+    Returns:
+        Tensor name -> checksum (xxh3).
+
+    Raises:
+        ValueError: A tensor does not fit the layout.
     """
     checksums = {}
     with open(path, "wb") as file:
@@ -79,38 +87,42 @@ def write_tensors(path: Path, layout: Layout, tensors: Iterable[Tensor]) -> dict
 
 
 def save_tensors(path: Path, layout: Layout, tensors: dict[str, Tensor], tag: str = "") -> dict[str, str]:
-    """Write a dict of tensors atomically (see disk.atomic for `tag`); return their checksums."""
+    """Write tensors atomically (see files.atomic for `tag`) and return their checksums.
+
+    Raises:
+        ValueError: The tensors do not fit the layout.
+    """
     if tensors.keys() != layout.keys():
         raise ValueError(f"expected the tensors {', '.join(layout)} for {path}, got {', '.join(tensors)}")
-    with atomic(path, tag) as made:
-        return write_tensors(made, layout, (tensors[name] for name in layout))
+    with atomic(path, tag) as temporary_path:
+        return write_tensors(temporary_path, layout, (tensors[name] for name in layout))
 
 
 class TensorFile:
-    """A file of write_tensors, open for reading.
+    """A file of write_tensors, open for reading. Neither the file nor the checksums are trusted.
 
     Args:
-        path: The file, which may come from anyone.
-        checksums: What write_tensors returned, or what someone else put in its place.
-        layout: The tensors that it has to hold.
+        path: The file.
+        checksums: What write_tensors returned, as read from JSON.
+        layout: The tensors that the file must hold.
 
     Raises:
-        ValueError: The file is missing or was altered; so does `read`. The message names the file.
+        ValueError: The file is missing or was altered. `read` raises this too. The message names the file.
     """
 
     def __init__(self, path: Path, checksums: Any, layout: Layout):
-        self.path, self.layout = path, layout
-        self.checksums = checksums if has_shape(checksums, dict) else {}
+        self.path, self.layout, self.offsets = path, layout, _offsets(layout)
+        self.checksums = checksums if isinstance(checksums, dict) else {}
         try:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
-        header, self.places = _header(layout), _places(layout)
-        self.start = len(header)
-        if os.fstat(self.file.fileno()).st_size != self.start + layout_bytes(layout):
+        header = _header(layout)
+        self.header_bytes = len(header)
+        if os.fstat(self.file.fileno()).st_size != self.header_bytes + layout_bytes(layout):
             self._altered("its size differs")
-        if self.file.read(self.start) != header:
-            self._altered("it holds other tensors than the run's settings say")
+        if self.file.read(self.header_bytes) != header:
+            self._altered("its tensors are not those of the run's settings")
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -128,22 +140,22 @@ class TensorFile:
 
     def size(self, name: str) -> int:
         """Return the bytes of a tensor."""
-        begin, end = self.places[name]
+        begin, end = self.offsets[name]
         return end - begin
 
     def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
-        """Return a tensor, in `buffer` (uint8, large enough) or in memory of its own."""
+        """Read a tensor into the start of `buffer` (uint8, large enough), or into new memory, and check it."""
         size, (dtype, shape) = self.size(name), self.layout[name]
         data = (torch.empty(size, dtype=torch.uint8) if buffer is None else buffer)[:size]
-        view, first, done = memoryview(data.numpy()), self.start + self.places[name][0], 0
-        while done < size and (got := os.preadv(self.file.fileno(), [view[done:]], first + done)):
-            done += got
+        view, begin, done = memoryview(data.numpy()), self.header_bytes + self.offsets[name][0], 0
+        while done < size and (count := os.preadv(self.file.fileno(), [view[done:]], begin + done)):
+            done += count
         if done < size or xxhash.xxh3_64_hexdigest(view) != self.checksums.get(name):
             self._altered(f"the checksum of {name} differs")
         return data.view(dtype).view(shape)
 
     def check(self) -> None:
-        """Read the file through, a tensor at a time, and close it."""
+        """Read every tensor once, which checks it, and close the file."""
         with self:
             for name in self.layout:
                 self.read(name)
@@ -155,82 +167,100 @@ def load_tensors(path: Path, checksums: Any, layout: Layout) -> dict[str, Tensor
         return {name: file.read(name) for name in layout}
 
 
-PROJECTION_PARTS = ("in", "out", "in.values", "out.values")  # tensors of a layer's Projection in its file
+def read_manifest(path: Path) -> dict:
+    """Return the JSON beside a tensor file.
+
+    Raises:
+        ValueError: It is missing or was altered. The message names the file.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    try:
+        return read_json(path, "")
+    except ValueError:
+        raise ValueError(f"{path} was altered") from None
+
+
+PROJECTION_PARTS = ("in", "out", "in.values", "out.values")  # names in the file of the fields of a Projection
 
 
 def projection_layout(shapes: Shapes, projected: Shapes, rotated: bool) -> Layout:
-    """Return name -> (dtype, shape) of the tensors of projections.safetensors.
+    """Return the layout of projections.safetensors.
 
     Args:
-        shapes, projected: Layer -> sizes before, and after.
-        rotated: The projections are made of eigenvectors, of sides that keep their width too.
+        shapes: Layer -> (d_out, d_in).
+        projected: Layer -> (r_out, r_in).
+        rotated: The projections hold eigenvectors, also on sides that keep their width.
     """
-    found: Layout = {}
+    layout: Layout = {}
     for name, (d_out, d_in) in shapes.items():
         r_out, r_in = projected[name]
         sizes = ([r_in, d_in], [r_out, d_out], [r_in], [r_out])
-        kept = (rotated or r_in < d_in, rotated or r_out < d_out, rotated, rotated)
-        found |= {f"{name}.{PROJECTION_PARTS[i]}": (torch.float32, size) for i, size in enumerate(sizes) if kept[i]}
-    return found
+        stored = (rotated or r_in < d_in, rotated or r_out < d_out, rotated, rotated)
+        layout |= {f"{name}.{PROJECTION_PARTS[i]}": (torch.float32, size) for i, size in enumerate(sizes) if stored[i]}
+    return layout
 
 
 def projection_tensors(projections: dict[str, Projection]) -> dict[str, Tensor]:
-    """Return the content of projections.safetensors: <layer>.in, .out and so on, where they are there."""
-    parts = (
-        (f"{name}.{key}", part)
-        for name, p in projections.items()
-        for key, part in zip(PROJECTION_PARTS, p, strict=True)
-    )
-    return {key: part for key, part in parts if part is not None}
+    """Return the content of projections.safetensors: <layer>.in, .out and so on, without those that are None."""
+    return {
+        f"{name}.{part}": tensor
+        for name, projection in projections.items()
+        for part, tensor in zip(PROJECTION_PARTS, projection, strict=True)
+        if tensor is not None
+    }
 
 
 def projections_of_tensors(tensors: dict[str, Tensor], layers: Iterable[str]) -> dict[str, Projection]:
-    """Return the layers' projections that the content of projections.safetensors holds."""
-    return {name: Projection(*(tensors.get(f"{name}.{key}") for key in PROJECTION_PARTS)) for name in layers}
+    """Return the projections of the layers from the content of projections.safetensors."""
+    return {name: Projection(*(tensors.get(f"{name}.{part}") for part in PROJECTION_PARTS)) for name in layers}
 
 
 def gradient_layout(projected: Shapes, n: int, store_dtype: str) -> Layout:
-    """Return name -> (dtype, shape) of the tensors of a shard's gradients of n examples (see stored)."""
-    found = {}
+    """Return the layout of a shard's gradients of n examples (see quantise.stored_tensors)."""
+    tensors = {}
     for layer, (r_out, r_in) in projected.items():
-        found |= stored_tensors(layer, torch.empty(n, r_out * r_in, device="meta"), store_dtype)
-    return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in found.items()}
+        tensors |= stored_tensors(layer, torch.empty(n, r_out * r_in, device="meta"), store_dtype)
+    return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def factor_layout(projected: Shapes, squares_only: bool) -> Layout:
-    """Return name -> (dtype, shape) of a shard's factor sums (see hooks.GradientCapture.take_factors)."""
-    found = {}
+    """Return the layout of a shard's factor sums (see hooks.GradientCapture.take_factors)."""
+    layout: Layout = {}
     for name, (r_out, r_in) in projected.items():
-        sums = {} if squares_only else {"A": [r_in, r_in], "B": [r_out, r_out]}
-        found |= {f"{name}.{key}": (torch.float32, size) for key, size in (sums | {"square": [r_out * r_in]}).items()}
-    return found | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+        sizes = {} if squares_only else {"A": [r_in, r_in], "B": [r_out, r_out]}
+        sizes["square"] = [r_out * r_in]
+        layout |= {f"{name}.{key}": (torch.float32, size) for key, size in sizes.items()}
+    return layout | COUNTS_LAYOUT
 
 
 def hessian_layout(kind: str, projected: Shapes, examples: int, rotated: bool) -> Layout:
-    """Return name -> (dtype, shape) of a Hessian file's tensors, in order; all are sums.
+    """Return the layout of a Hessian file; all tensors are sums (see hessian.statistics).
 
     Args:
         kind: raw, kfac or ekfac.
         projected: Layer -> (r_out, r_in).
-        examples: N. raw keeps the N x N Gram matrix of a layer where N < k.
-        rotated: The gradients are stored in ekfac's basis already.
+        examples: N. raw stores the Gram matrix [N, N] of a layer where N < k.
+        rotated: The gradients are stored in the eigenbasis.
     """
-    entries: Layout = {}
+    layout: Layout = {}
     for name, (r_out, r_in) in projected.items():
-        if kind == "raw":
-            size, key = min((r_out * r_in, "cov"), (examples, "gram"))
-            entries[f"{name}.{key}"] = (torch.float64 if key == "gram" else torch.float32, [size, size])
-            continue
-        square = {"square": [r_out, r_in]} | (
-            {} if rotated else {"basis_in": [r_in, r_in], "basis_out": [r_out, r_out]}
-        )
-        sums = {"A": [r_in, r_in], "B": [r_out, r_out]} if kind == "kfac" else square
-        entries |= {f"{name}.{key}": (torch.float64, shape) for key, shape in sums.items()}
-    return entries | {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
+        k, dtype = r_out * r_in, torch.float64
+        if kind == "raw" and k <= examples:
+            sizes, dtype = {"cov": [k, k]}, torch.float32
+        elif kind == "raw":
+            sizes = {"gram": [examples, examples]}
+        elif kind == "kfac":
+            sizes = {"A": [r_in, r_in], "B": [r_out, r_out]}
+        else:
+            sizes = {"square": [r_out, r_in]}
+            sizes |= {} if rotated else {"basis_in": [r_in, r_in], "basis_out": [r_out, r_out]}
+        layout |= {f"{name}.{key}": (dtype, size) for key, size in sizes.items()}
+    return layout | COUNTS_LAYOUT
 
 
 class Shard(NamedTuple):
-    """The gradients of the examples `ids`, their factor sums, and a manifest, in a folder."""
+    """One shard's files in a folder: the gradients of the examples `ids`, their factor sums, and the manifest."""
 
     folder: Path
     number: int
@@ -238,13 +268,13 @@ class Shard(NamedTuple):
     layouts: dict[str, Layout]  # of "gradients" and "factors"
 
     def path(self, kind: str) -> Path:
-        """Return the file of gradients, factors or manifest."""
-        ends = {"gradients": ".safetensors", "factors": ".factors.safetensors", "manifest": ".json"}
-        return self.folder / f"{self.number:05d}{ends[kind]}"
+        """Return the file of the gradients, the factors or the manifest."""
+        suffixes = {"gradients": ".safetensors", "factors": ".factors.safetensors", "manifest": ".json"}
+        return self.folder / f"{self.number:05d}{suffixes[kind]}"
 
-    def write(self, grads: dict[str, Tensor], factors: dict[str, Tensor], **about: Any) -> int:
-        """Write the shard, its manifest, with what else there is to say `about` it, last; return the bytes."""
-        manifest: dict = {"first_example": self.ids.start, "examples": len(self.ids)} | about
+    def write(self, grads: dict[str, Tensor], factors: dict[str, Tensor], **entries: Any) -> int:
+        """Write the shard, last the manifest with these further entries; return the bytes of all three files."""
+        manifest: dict = {"first_example": self.ids.start, "examples": len(self.ids)} | entries
         for kind, tensors in (("gradients", grads), ("factors", factors)):
             manifest[kind] = save_tensors(self.path(kind), self.layouts[kind], tensors)
         write_json(self.path("manifest"), manifest)
@@ -254,21 +284,16 @@ class Shard(NamedTuple):
         """Open the shard's gradients or factors.
 
         Raises:
-            ValueError: The shard is missing, of other examples, or altered.
+            ValueError: The shard is missing, was altered, or holds other examples.
         """
         path = self.path("manifest")
-        if not path.exists():
-            raise ValueError(f"{path} is missing")
-        try:
-            manifest = read_json(path, "")
-        except ValueError:
-            raise ValueError(f"{path} was altered") from None
+        manifest = read_manifest(path)
         if (manifest.get("first_example"), manifest.get("examples")) != (self.ids.start, len(self.ids)):
             raise ValueError(f"{path} is not of examples {self.ids.start} to {self.ids.stop - 1}")
         return TensorFile(self.path(kind), manifest.get(kind), self.layouts[kind])
 
     def problem(self) -> str | None:
-        """Say what is wrong with the shard: missing, of other examples, or altered; None where it is whole."""
+        """Return what is wrong with the shard (missing, altered, other examples), or None if it is intact."""
         try:
             for kind in self.layouts:
                 self.open(kind).check()

@@ -1,1 +1,1 @@
-"""How a stage runs: settings and flags, processes, progress, files that are written whole."""
+"""How a stage runs: settings and flags, processes, memory, progress, and atomic files."""

@@ -1,5 +1,9 @@
-"""Files that are whole or absent, JSON with a checksum, locks; and what may come from someone else, read with care."""
+"""Atomic writes, JSON with a checksum, locks, and checks of files that may come from anyone.
 
+A file or folder is written under a temporary name and then renamed. So a reader finds it complete, or not at all.
+"""
+
+import hashlib
 import json
 import os
 import re
@@ -14,7 +18,7 @@ from typing import Any
 import xxhash
 from filelock import SoftFileLease, Timeout
 
-LOCK_LEASE_SECONDS = 60.0  # seconds; see locked
+LOCK_LEASE_SECONDS = 60.0  # see locked
 
 
 def sync(path: Path) -> None:
@@ -27,46 +31,53 @@ def sync(path: Path) -> None:
 
 
 def temporary_path(path: Path, tag: str = "") -> Path:
-    """Return where the content of `path` is written before it is whole."""
+    """Return the name under which `path` is written until it is complete."""
     return path.with_name(f"{path.name}{tag}.tmp")
 
 
 @contextmanager
 def atomic(path: Path, tag: str = "") -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well, flush it and rename it to `path` (a file or a folder).
+    """Yield a temporary path. If the block succeeds, flush it to the disk and rename it to `path`, else delete it.
 
-    Writers that may meet at one path give different tags.
+    Args:
+        path: A file, or a folder.
+        tag: Part of the temporary name. Processes that write to the same path at once give different tags.
+
+    Raises:
+        ValueError: A folder would replace a file, or a file a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    was_folder, made = path.is_dir(), temporary_path(path, tag)
-    remove(made)
+    replaces_folder, temporary = path.is_dir(), temporary_path(path, tag)
+    remove(temporary)
     try:
-        yield made
-        for part in [*made.rglob("*"), made]:
-            sync(part)
-        if was_folder != made.is_dir() and path.exists():
-            raise ValueError(f"expected to replace {path} by one of its kind, got a folder there; choose another name")
-        if was_folder:  # a folder is not replaced in one step
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            sync(written)
+        if replaces_folder != temporary.is_dir() and path.exists():
+            kind = "folder" if replaces_folder else "file"
+            raise ValueError(f"expected no {kind} at {path}, got one; choose another name, or delete it")
+        if replaces_folder:  # a rename does not replace a folder
             remove(path)
-        made.replace(path)
+        temporary.replace(path)
         sync(path.parent)
     except BaseException:
-        remove(made)
+        remove(temporary)
         raise
 
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file inside the block. No lock of the kernel is used, so it holds on network file systems too.
+    """Hold a lock file inside the block. It works on network file systems too, as it uses no lock of the kernel.
 
-    A dead owner's lock is taken over: at once on this host, else after LOCK_LEASE_SECONDS seconds without a sign of life.
+    The lock of a process that died is taken over: at once if it ran on this host, else when it has not been renewed for
+    LOCK_LEASE_SECONDS.
 
     Args:
-        path: The lock file; it is removed in the end.
-        what: What it stands for, for the message.
+        path: The lock file, deleted at the end.
+        what: What the lock protects, for the message.
 
     Raises:
-        ValueError: A living process holds it.
+        ValueError: A living process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = SoftFileLease(path, lease_duration=LOCK_LEASE_SECONDS, timeout=1)
@@ -88,29 +99,28 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there; a folder in one step, as seen from outside."""
+    """Delete a file or a folder if it exists. A folder is renamed first, so nobody sees a part of it."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    doomed = path.with_name(f"{path.name}.deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    renamed = path.with_name(f"{path.name}.deleted.tmp")
+    shutil.rmtree(renamed, ignore_errors=True)
+    path.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def short_name(name: str) -> str:
-    """Return the last part of a model's or data set's name or path, fit for a file name."""
+    """Return the last part of a model's or data set's name or path, usable as a file name."""
     return re.sub(r"[^\w.+-]", "_", Path(name).name or "root").lstrip(".")
 
 
 def same_name(one: str, two: str) -> bool:
-    """Say whether two names of a model or data set are equal, or paths of the same place."""
-    paths = Path(one), Path(two)
-    return one == two or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+    """Return whether two names of a model or data set are equal, or paths of the same file or folder."""
+    return one == two or (Path(one).exists() and Path(two).exists() and Path(one).samefile(two))
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank. Only a newline ends a line, as in JSON Lines.
+    """Return the non-blank lines of a text file. Only a newline ends a line, as in JSON Lines.
 
     Raises:
         ValueError: The file is not UTF-8.
@@ -126,15 +136,19 @@ def _checksum(content: dict) -> str:
 
 
 def write_json(path: Path, content: dict, tag: str = "") -> None:
-    """Write JSON atomically, with a checksum of its content."""
-    with atomic(path, tag) as made:
+    """Write JSON atomically, with a checksum of its content. For `tag` see atomic."""
+    with atomic(path, tag) as temporary:
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False)
-        made.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder with anything but files and folders in it: a link may lead out of it, a pipe makes us wait."""
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:  # other processes rename and delete
+    """Check that a folder holds nothing but files and folders. A link may lead out of it; reading a pipe may block.
+
+    Raises:
+        ValueError: It holds a link, a pipe or a device.
+    """
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:  # other processes may rename and delete
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 check_folder(Path(entry))
@@ -145,7 +159,11 @@ def check_folder(folder: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the content of JSON text, or raise a ValueError, also where it is nested too deeply for Python."""
+    """Return the content of JSON text.
+
+    Raises:
+        ValueError: The text is no JSON, or nested too deeply for Python.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -153,23 +171,27 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_row(line: str) -> Any:
-    """Return the value of a line of JSON Lines, or raise a ValueError that says what is wrong with it."""
+    """Return the value of one line of JSON Lines.
+
+    Raises:
+        ValueError: The line is no JSON, or holds half of a surrogate pair, which UTF-8 can't encode.
+    """
     row = parse_json(line)
-    json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair, which is no text, is a ValueError here
+    json.dumps(row, ensure_ascii=False).encode()  # finds half surrogate pairs
     return row
 
 
 def has_shape(value: Any, shape: Any) -> bool:
-    """Say whether parsed JSON has a shape.
+    """Return whether parsed JSON has a shape.
 
     Args:
-        value: What may hold anything.
-        shape: A type or a union of types; a function that says yes or no; {key: shape} of the least keys of an object;
-            or [shape], that of all items of a list.
+        value: Any parsed JSON.
+        shape: A type or a union of types; a function value -> bool; {key: shape} for an object with at least these
+            keys; or [shape] for a list whose items all have that shape.
     """
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(
-            key in value and has_shape(value[key], part) for key, part in shape.items()
+            key in value and has_shape(value[key], entry_shape) for key, entry_shape in shape.items()
         )
     if isinstance(shape, list):
         return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
@@ -177,17 +199,21 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Say whether a value is a whole number of at least 0, and one that files can hold that many of."""
+    """Return whether a value is an integer from 0 to 2^48 - 1, more than any file can count."""
     return type(value) is int and 0 <= value < 2**48
 
 
 def is_positive(value: Any) -> bool:
-    """Say whether a value is a whole number of at least 1."""
+    """Return whether a value is a count of at least 1."""
     return is_count(value) and value > 0
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """Read what write_json wrote, or raise a ValueError that ends with `remedy`."""
+    """Read a file of write_json.
+
+    Raises:
+        ValueError: It is missing, is no JSON, or its checksum differs. The message ends with `remedy`.
+    """
     if not path.is_file():
         raise ValueError(f"expected a JSON file {path}, got none; {remedy}")
     try:
@@ -200,14 +226,16 @@ def read_json(path: Path, remedy: str) -> dict:
 
 
 def file_checksums(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the checksum (xxh3) of each file in a folder, or of those files; or of the file itself, as `.`."""
-    found = {}
+    """Return the checksums (xxh3) of files by name.
+
+    Args:
+        path: A folder, of which all files count, or one file, whose name is then `.`.
+        names: Only these files of the folder.
+    """
+    checksums = {}
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         name = str(file.relative_to(path))
         if file.is_file() and (names is None or name in names):
-            checksum = xxhash.xxh3_64()
             with open(file, "rb") as content:
-                while chunk := content.read(2**24):
-                    checksum.update(chunk)
-            found[name] = checksum.hexdigest()
-    return found
+                checksums[name] = hashlib.file_digest(content, xxhash.xxh3_64).hexdigest()
+    return checksums

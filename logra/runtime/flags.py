@@ -1,4 +1,4 @@
-"""The command line: parsers made from the settings, presets, and errors of one line."""
+"""The command line: parsers made from the fields of the settings, presets, and errors reported in one line."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ from logra.runtime.settings import (
 T = TypeVar("T")
 RANK_FLAGS = ("rank", "rank_in", "rank_out", "bytes_per_example")
 
-# --preset: the flags that it stands for. A flag that the user gives too takes precedence.
+# --preset -> its flags. A flag that the user gives takes precedence.
 PRESETS: dict[str, dict[str, object]] = {
     "best": {
         "lora": "random",
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and without abbreviated flags."""
+    """argparse with one-line errors and without abbreviated flags."""
 
     def __init__(self, description: str | None):
         super().__init__(
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):
-        """Parse the command line. Flags of a preset that the user did not give take its values, and are printed."""
+        """Parse the command line, fill in the flags of a preset, and print them."""
         parsed = super().parse_args(args, namespace)
         begin(getattr(parsed, "quiet", False))
         if preset := PRESETS.get(getattr(parsed, "preset", None)):
@@ -59,8 +59,9 @@ class Parser(argparse.ArgumentParser):
             for flag, value in preset.items():
                 if vars(parsed)[flag] is None and not (flag == "rank" and has_rank):
                     setattr(parsed, flag, value)
-            shown = [(f"--{flag}", vars(parsed)[flag]) for flag in preset if vars(parsed)[flag] is not None]
-            say(f"--preset {parsed.preset}: " + " ".join(f if v is True else f"{f} {v}" for f, v in shown))
+            chosen = {flag: vars(parsed)[flag] for flag in preset if vars(parsed)[flag] is not None}
+            words = (f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in chosen.items())
+            say(f"--preset {parsed.preset}: {' '.join(words)}")
         return parsed
 
     def error(self, message: str):
@@ -75,26 +76,26 @@ def add_settings(group: Any, defaults: Any, optional: bool = False, skip: Collec
 
     Args:
         group: A parser, or a group of one.
-        defaults: The settings where no flag is given (see settings.setting).
-        optional: A flag that is not given is None instead of its default.
-        skip: Fields without a flag here.
+        defaults: Settings with the default of each flag (see settings.setting).
+        optional: The value of a flag that is not given is None instead of its default.
+        skip: Fields that get no flag.
     """
-    for part in fields(defaults):
-        if part.metadata and part.name not in skip:
-            options, default = dict(part.metadata), getattr(defaults, part.name)
+    for field in fields(defaults):
+        if field.metadata and field.name not in skip:
+            options, default = dict(field.metadata), getattr(defaults, field.name)
             options["help"] += "" if default is None or default is False else f" ({default})"
-            group.add_argument(f"--{part.name}", default=None if optional else default, **options)
+            group.add_argument(f"--{field.name}", default=None if optional else default, **options)
 
 
 def read_settings(settings: Callable[..., T], args: argparse.Namespace) -> T:
-    """Return the settings that a command line holds."""
-    return settings(**{part.name: getattr(args, part.name) for part in fields(settings)})  # type: ignore[arg-type]
+    """Return the settings of a parsed command line."""
+    return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what every script takes."""
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's folder holds")
-    parser.add_argument("--quiet", action="store_true", help="print errors only; log.txt in the run's folder has all")
+    """Add the flags of every script."""
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code in the model's folder")
+    parser.add_argument("--quiet", action="store_true", help="print errors only; the run's log.txt has everything")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,26 +104,26 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_settings(group, RunSettings(), optional=True, skip=DATA_FIELDS)
     group.add_argument(
         "--preset", choices=list(PRESETS),
-        help="flags to begin with, which are printed; best: the best scores per byte; paper: arXiv 2405.13954's",
+        help="set several flags, and print them; best: the best scores per byte; paper: as in arXiv 2405.13954",
     )  # fmt: skip
-    group.add_argument("--rank", type=positive_int, help="sets --rank_in and --rank_out where these are not given")
-    group.add_argument("--hessian", choices=KINDS, help="Hessian of the run (raw)")
-    group.add_argument("--log_dir", help="the run's folder (logs/ and a name made from the flags above)")
-    group = parser.add_argument_group("documents (they belong to the run too)")
+    group.add_argument("--rank", type=positive_int, help="--rank_in and --rank_out, where these are not given")
+    group.add_argument("--hessian", choices=KINDS, help="kind of Hessian (raw)")
+    group.add_argument("--log_dir", help="the run's folder (logs/<name made from the flags above>)")
+    group = parser.add_argument_group("documents (part of the run)")
     add_settings(group, DataSettings(), optional=True)
-    group.add_argument("--cache_dir", help="where downloaded data sets are kept (the Hub's)")
+    group.add_argument("--cache_dir", help="folder of downloaded data sets (the Hub's cache)")
     add_common_flags(parser)
 
 
 def add_execution_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags of Execution, and return their group."""
-    group = parser.add_argument_group("execution (results depend on these by rounding only)")
+    group = parser.add_argument_group("execution (these change results by rounding errors only)")
     add_settings(group, Execution())
     return group
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: Path, sampling: Sampling) -> None:
-    """Add the flags of both generation scripts, with these defaults."""
+    """Add the flags of the generation scripts, with these defaults."""
     group = parser.add_argument_group("model and files")
     group.add_argument("--model_name", default=model, help="local folder or Hub id (%(default)s)")
     group.add_argument("--revision", help="commit, tag or branch of the model on the Hub (the newest)")
@@ -130,13 +131,13 @@ def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: P
     group.add_argument(
         "--prompts", type=Path, default=prompts, help="a .txt with a prompt per line, or a .jsonl with id and prompt"
     )
-    group.add_argument("--output", type=Path, help="where to (data/generated/<model>/queries.jsonl)")
+    group.add_argument("--output", type=Path, help="output file (data/generated/<model>/queries.jsonl)")
     add_common_flags(parser)
     add_settings(parser.add_argument_group("sampling"), sampling)
 
 
 class RunFlags(NamedTuple):
-    """Which run a command line means: the flags of RunSettings that the user gave, and how to find the folder."""
+    """The flags that select a run: those of RunSettings that the user gave, and those that locate its folder."""
 
     user_flags: dict[str, Any]
     hessian: str | None
@@ -146,12 +147,12 @@ class RunFlags(NamedTuple):
 
     @property
     def documents(self) -> DataSettings:
-        """The documents that the flags name, with the defaults of a new run."""
+        """The documents of the flags, with the defaults of a new run."""
         return DataSettings(**{name: value for name, value in self.user_flags.items() if name in DATA_FIELDS})
 
 
 def read_run_flags(args: argparse.Namespace) -> RunFlags:
-    """Return which run a command line means."""
+    """Return the flags of a parsed command line that select a run."""
     user_flags = {name: getattr(args, name) for name in RUN_FIELDS if getattr(args, name) is not None}
     if args.rank is not None:
         user_flags = {"rank_in": args.rank, "rank_out": args.rank} | user_flags
@@ -160,7 +161,7 @@ def read_run_flags(args: argparse.Namespace) -> RunFlags:
 
 
 def read_execution(args: argparse.Namespace) -> Execution:
-    """Return how the model is to be executed on this machine."""
+    """Return the settings of execution, with the default batch size of this machine."""
     tokens = args.batch_tokens or ("auto" if torch.cuda.is_available() else CPU_BATCH_TOKENS)
     args = argparse.Namespace(**vars(args) | {"batch_tokens": None if tokens == "auto" else tokens})
     return read_settings(Execution, args)
@@ -169,8 +170,8 @@ def read_execution(args: argparse.Namespace) -> Execution:
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Run main(args). A ValueError or OSError becomes one line on stderr and exit status 2.
 
-    Rank 0 prints for all. Another rank that is still alive after a while (the launcher ends all when one fails) had
-    an error of its own, and prints it.
+    Rank 0 prints its error at once. The launcher ends all ranks when one fails. So a rank that is still alive after
+    five seconds failed by itself, and prints its error too.
     """
     args = parser.parse_args()
     try:
@@ -181,10 +182,9 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
             time.sleep(5)
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
-            reason = f"expected room for a batch on the GPU, got none ({reason}); lower --batch_tokens or --batch_size"
-        print(
-            f"{parser.prog}: error: {reason}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True
-        )
+            reason = f"expected GPU memory for a batch, got none ({reason}); lower --batch_tokens or --batch_size"
+        suffix = f" (rank {rank})" if rank != "0" else ""
+        print(f"{parser.prog}: error: {reason}{suffix}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,7 +1,7 @@
-"""A model sharded over the processes with FSDP2: loading, and steps that all ranks take together.
+"""A model sharded over the processes with FSDP2, and steps that all ranks take together.
 
-Every rank works on examples of its own, but each layer's weights are gathered from all ranks when it runs. So each
-rank has to make the same all-gathers in the same order, whatever happens to its batch.
+Each rank runs its own examples, but every layer gathers its weights from all ranks when it runs. So all ranks must make
+the same all-gathers in the same order, even when one of them runs out of memory.
 """
 
 import warnings
@@ -19,17 +19,17 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from logra.runtime.memory import is_out_of_memory
 
 T = TypeVar("T")
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done in place to it here
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we never write to the view
 
 
 def shard(whole: nn.Module | None, empty: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.Module:
-    """Return a model whose blocks are sharded over all ranks; embedding, norms and head are on every rank.
+    """Return a model whose blocks are sharded over all ranks. Embedding, norms and head are on every rank.
 
     Args:
         whole: The model in rank 0's main memory, which sends the shards; None on the other ranks.
         empty: The same model on the meta device.
         blocks: The transformer blocks of `empty`.
-        device: Where the shards go.
+        device: The device of this rank's shards.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     sharded = {parameter for block in blocks for parameter in block.parameters()}
@@ -40,7 +40,7 @@ def shard(whole: nn.Module | None, empty: nn.Module, blocks: nn.ModuleList, devi
     empty.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(empty, {} if whole is None else whole.state_dict(), options=options)
-    for key, buffer in empty.named_buffers():  # rotary frequencies are in no state dict
+    for key, buffer in empty.named_buffers():  # the state dict lacks rotary frequencies
         if whole is not None:
             buffer.copy_(whole.get_buffer(key))
         dist.broadcast(buffer, 0)
@@ -48,7 +48,7 @@ def shard(whole: nn.Module | None, empty: nn.Module, blocks: nn.ModuleList, devi
 
 
 class _RecordedAllGather(AllGather):
-    """All-gather that keeps a list of its calls, so that the rest of a step can be made without the model."""
+    """All-gather that records its calls, so that the rest of a step can be repeated without the model."""
 
     def __init__(self):
         self.calls: list[tuple[int, torch.dtype, torch.device, dist.ProcessGroup]] = []
@@ -62,26 +62,26 @@ class _RecordedAllGather(AllGather):
 
 
 class Lockstep:
-    """Steps of all ranks together: none waits for ever for one that ran out of memory or of examples.
+    """Steps that all ranks take together, so that none waits for a rank without memory or without examples.
 
     Args:
         lm: A model of `shard`.
-        empty: Runs a batch without a loss, which makes all the all-gathers of any batch.
+        run_empty_batch: Runs a batch without a loss. It makes the all-gathers of any batch.
     """
 
-    def __init__(self, lm: nn.Module, empty: Callable[[], object]):
+    def __init__(self, lm: nn.Module, run_empty_batch: Callable[[], object]):
         self.lm, self.gather = lm, _RecordedAllGather()
         for module in lm.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(self.gather)
-        empty()
-        self.plan = self.gather.calls
+        run_empty_batch()
+        self.calls_of_a_step = self.gather.calls
 
     def step(self, batch: Callable[[], T]) -> T | None:
-        """Run `batch` while every other rank runs one; return its result, or None if one rank's memory ran out.
+        """Run `batch` while every other rank runs one. Return its result, or None if any rank ran out of memory.
 
-        That rank makes the all-gathers that are left of its step with empty buffers; what the others compute from
-        them is thrown away.
+        A rank without memory makes the remaining all-gathers of its step with empty buffers. The results that the other
+        ranks compute from them are discarded.
         """
         self.gather.calls, result = [], None
         try:
@@ -91,17 +91,17 @@ class Lockstep:
                 raise
         if result is None:
             self.lm.base_model.reset_iter_state()
-            for size, dtype, device, group in self.plan[len(self.gather.calls) :]:
+            for size, dtype, device, group in self.calls_of_a_step[len(self.gather.calls) :]:
                 output = torch.zeros(size, dtype=dtype, device=device)
                 dist.all_gather_single(output, output.chunk(group.size())[0].clone(), group=group)
         return None if self.any(result is None) else result
 
-    def any(self, mine: bool) -> bool:
-        """Say whether it is so on any rank."""
-        return self.largest(float(mine)) > 0
+    def any(self, value: bool) -> bool:
+        """Return whether the value is true on any rank."""
+        return self.largest(float(value)) > 0
 
-    def largest(self, mine: float) -> float:
-        """Return the largest of all ranks' numbers."""
-        value = torch.tensor(mine, dtype=torch.float64, device=self.lm.get_input_embeddings().weight.device)
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return value.item()
+    def largest(self, value: float) -> float:
+        """Return the largest value of all ranks."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.lm.get_input_embeddings().weight.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()

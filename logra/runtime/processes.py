@@ -1,6 +1,6 @@
-"""The processes that accelerate launched: connect them, share work among them, end them with their launcher.
+"""The processes that accelerate launched: connect them, divide work among them, end them with their launcher.
 
-The only user of accelerate's processes. A rank is the number of a process.
+Only this module uses accelerate's processes. A rank is the number of a process.
 """
 
 import os
@@ -17,21 +17,21 @@ from torch import Tensor
 
 
 def start() -> Accelerator:
-    """Connect the processes that accelerate launched; on a machine without a GPU they are CPU processes over gloo.
+    """Connect the processes that accelerate launched. Without a GPU they run on the CPU and use gloo.
 
     Raises:
-        ValueError: More processes than GPUs, or processes that do not find each other.
+        ValueError: There are more processes than GPUs, or the processes do not find each other.
     """
     local, gpus = processes_here(), torch.cuda.device_count()
     if 0 < gpus < local:
         raise ValueError(
             f"expected at most {gpus} processes on this machine, one a GPU, got {local}; lower --num_processes"
         )
-    wait = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the others wait while rank 0 tokenises
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the other ranks wait while rank 0 tokenises
     if "RANK" in os.environ:
         end_with_parent()
         name_network_interface()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise ValueError(
@@ -46,12 +46,12 @@ def processes_here() -> int:
 
 
 def share(count: int, accelerator: Accelerator) -> range:
-    """Return which of `count` items, shards for instance, are this rank's."""
+    """Return the indices of this rank's share of `count` items, such as shards."""
     return range(accelerator.process_index, count, accelerator.num_processes)
 
 
 def gather_list(mine: list, accelerator: Accelerator) -> list:
-    """Return the items of all ranks, on every rank."""
+    """Return the items of all ranks, in order of rank, on every rank."""
     return gather_object(mine) if accelerator.num_processes > 1 else mine
 
 
@@ -63,10 +63,10 @@ def sum_over_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def end_with_parent() -> None:
-    """End this process, from a thread, as soon as the launcher that started it is gone.
+    """Start a thread that ends this process as soon as the launcher that started it is gone.
 
     Raises:
-        ValueError: It is gone already: nobody serves the launcher's port.
+        ValueError: The launcher is gone already: nothing answers at its port.
     """
     parent = os.getppid()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -85,15 +85,15 @@ def end_with_parent() -> None:
 
 
 def name_network_interface() -> None:
-    """Tell gloo which network interface reaches the first machine, unless GLOO_SOCKET_IFNAME does.
+    """Set GLOO_SOCKET_IFNAME, unless it is set, to the network interface that reaches the first machine.
 
-    Without it, gloo takes the address of this machine's own name. That is often the loopback's, and machines wait for
-    each other for ever.
+    By default gloo uses the address of this machine's host name. That is often the loopback address, and then the
+    machines wait for each other without end.
     """
     family, _, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
-        mine = probe.getsockname()[0]
+        own_address = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
-        if mine in [address.address for address in addresses]:
+        if own_address in [entry.address for entry in addresses]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

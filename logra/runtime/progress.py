@@ -1,4 +1,4 @@
-"""What a script tells its user: lines, bars, a summary, and log.txt in the run's folder. Rank 0 alone speaks."""
+"""A script's output: lines, progress bars, a summary, and log.txt in the run's folder. Only rank 0 prints."""
 
 import os
 import re
@@ -12,59 +12,59 @@ from tqdm import tqdm
 
 from logra.runtime.memory import peak_memory
 
-_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # all but tab and newline
+_CONTROL_CHARACTERS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # all but tab and newline
 
 
-class _State:
-    quiet, begun, lines = False, 0.0, list[str]()
+class _State:  # of the script that runs
+    quiet, start_seconds, unwritten_lines = False, 0.0, list[str]()
     file: Path | None = None
 
 
 def begin(quiet: bool) -> None:
-    """Start the clock of a script; with `quiet` nothing but errors is printed."""
+    """Start the clock of a script. With `quiet` only errors are printed."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
-    _State.quiet, _State.begun, _State.lines, _State.file = quiet, time.monotonic(), [], None
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
+    _State.quiet, _State.start_seconds, _State.unwritten_lines, _State.file = quiet, time.monotonic(), [], None
 
 
-def _first() -> bool:
+def _is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
-    """Return text with what could drive a terminal, or can't be written as UTF-8, as escapes: \\x1b, say."""
-    return re.sub(_CONTROLS, lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Return text with control characters, and what UTF-8 can't encode, as escapes such as \\x1b."""
+    return re.sub(_CONTROL_CHARACTERS, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:
-    """Print on rank 0 only, and keep it for log.txt."""
-    if not _first():
+    """Print a line and add it to log.txt, on rank 0 only."""
+    if not _is_rank_0():
         return
     text = printable(text)
     if not _State.quiet:
         print(text, flush=True)
-    _State.lines.append(text)
+    _State.unwritten_lines.append(text)
     if _State.file:
         _write()
 
 
 def keep_log(folder: Path) -> None:
-    """Add what was said, and what will be, to <folder>/log.txt."""
-    if _first() and _State.file is None:
+    """Append the lines of this script, earlier and later ones, to <folder>/log.txt."""
+    if _is_rank_0() and _State.file is None:
         _State.file = folder / "log.txt"
-        _State.lines.insert(0, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(' '.join(sys.argv))}")
+        _State.unwritten_lines.insert(0, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(' '.join(sys.argv))}")
         _write()
 
 
 def _write() -> None:
     with open(_State.file, "a", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in _State.lines))
-    _State.lines = []
+        file.write("".join(f"{line}\n" for line in _State.unwritten_lines))
+    _State.unwritten_lines = []
 
 
 def bar(items: Iterable | None = None, **options) -> tqdm:
-    """Return a tqdm bar that only rank 0 shows, and not with --quiet."""
-    return tqdm(items, disable=_State.quiet or not _first(), **options)
+    """Return a tqdm bar that is shown on rank 0 only, and not with --quiet."""
+    return tqdm(items, disable=_State.quiet or not _is_rank_0(), **options)
 
 
 def duration(seconds: float) -> str:
@@ -76,8 +76,8 @@ def duration(seconds: float) -> str:
 
 
 def summary(following: str, tokens: int = 0) -> None:
-    """Say what a stage took, and what comes next."""
-    seconds = time.monotonic() - _State.begun
+    """Print the time and the peak memory of a stage, and the command that comes next."""
+    seconds = time.monotonic() - _State.start_seconds
     what = f"{tokens:,} tokens in {duration(seconds)} ({tokens / seconds:,.0f}/s)" if tokens else duration(seconds)
     say(f"{what}, at most {peak_memory() / 1e9:.2g} GB of memory" + (f"; see {_State.file}" if _State.file else ""))
     say(f"Next: {following}")

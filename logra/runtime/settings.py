@@ -1,7 +1,7 @@
-"""Settings: which documents, what a run is, how the model is executed, which queries and scores.
+"""The settings of every stage as frozen dataclasses: documents, run, execution, queries, scores, sampling.
 
-Each is a frozen dataclass that is complete before a stage starts. A field is a flag of the command line: its default,
-type, choices and help stand here alone. flags.py makes the parsers from the fields; run.json holds RunSettings.
+Each field is also a flag of the command line. Its default, type, choices and help are defined here alone: flags.py
+makes the parsers from the fields, and run.json stores RunSettings. Settings are complete before a stage starts.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from logra.hessian import Damping, default_damping
@@ -21,29 +21,32 @@ CPU_BATCH_TOKENS = 1024  # larger batches were slower on a CPU
 
 
 def number(kind: type, low: float, what: str, high: float = math.inf) -> Callable[[str], Any]:
-    """Return an argparse type: a finite int or float from `low` to `high`; `what` names it in the error message."""
+    """Return an argparse type: a finite int or float from `low` to `high`. Error messages call it `what`.
+
+    An int may be written as 1e9.
+    """
 
     def parse(text: str):
         try:
             value = kind(float(text)) if kind is int and re.fullmatch(r"\d+(\.0*)?e\d+", text) else kind(text)
-            good = math.isfinite(value) and low <= value <= high
+            valid = math.isfinite(value) and low <= value <= high
         except (ValueError, OverflowError):
-            good = False
-        if not good:
+            valid = False
+        if not valid:
             raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
         return value
 
     return parse
 
 
-positive_int = number(int, 1, "a whole number of at least 1")
-seed_int = number(int, 0, "a whole number of at least 0")
+positive_int = number(int, 1, "an integer of at least 1")
+seed_int = number(int, 0, "an integer of at least 0")
 non_negative = number(float, 0, "a number of at least 0")
 positive = number(float, sys.float_info.min, "a positive, finite number")
 
 
 def pattern(text: str) -> str:
-    """Return an argparse value that is a regular expression."""
+    """Argparse type of a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
@@ -51,13 +54,13 @@ def pattern(text: str) -> str:
     return text
 
 
-def batch_tokens(text: str) -> int | str:
-    """Return an argparse value that is a positive whole number or `auto`."""
+def positive_int_or_auto(text: str) -> int | str:
+    """Argparse type of a positive integer or `auto`."""
     return text if text == "auto" else positive_int(text)
 
 
 def setting(default: Any, help: str, type: Callable | None = None, **options: Any) -> Any:
-    """Return a dataclass field that is also a flag; `options` go to argparse's add_argument. A bool is a switch."""
+    """Return a dataclass field that is also a flag. A bool becomes a switch; `options` go to add_argument."""
     if isinstance(default, bool):
         options |= {"action": "store_const", "const": True}
     elif type:
@@ -67,7 +70,7 @@ def setting(default: Any, help: str, type: Callable | None = None, **options: An
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which documents. Each extension of a run (--extend) has its own."""
+    """Which documents. Each extension of a run (--extend) has its own DataSettings."""
 
     data_name: str = setting("pydoc", "openwebtext, wikitext, pydoc, a Hub id, or a local file or folder")
     data_config: str | None = setting(None, "the data set's configuration")
@@ -79,15 +82,15 @@ class DataSettings:
     skip_bad_rows: bool = setting(False, "drop rows without text, and count them")
 
 
-DATA_FIELDS = tuple(part.name for part in fields(DataSettings))
+DATA_FIELDS = tuple(f.name for f in fields(DataSettings))
 
 
 @dataclass(frozen=True)
 class RunSettings(DataSettings):
-    """What a run is: two commands with the same RunSettings make the same run.
+    """What defines a run: two commands with the same RunSettings make the same run.
 
-    A flag that is not given is read from run.json, or else takes its default. One that is given must equal run.json's.
-    `basis`, `block_size` and `dtype` depend on other settings, on the model and on the device: None until then.
+    A flag that the user leaves out takes its value from run.json, or else its default. A flag that the user gives must
+    equal run.json's. `basis`, `block_size` and `dtype` are None until from_user_flags and `completed` fill them in.
     """
 
     model_name: str = setting(DEFAULT_MODEL, "local folder or Hub id of a causal language model")
@@ -102,7 +105,7 @@ class RunSettings(DataSettings):
     rank_out: int | None = setting(64, "projected size of a layer's output gradients", positive_int)
     bytes_per_example: int | None = setting(
         None,
-        "instead of a rank: the highest rank whose gradients take no more bytes, all layers together",
+        "instead of a rank: use the highest rank whose gradients take at most this many bytes, over all layers",
         positive_int,
     )
     basis: str = setting(
@@ -131,14 +134,14 @@ class RunSettings(DataSettings):
 
     @classmethod
     def from_user_flags(cls, user_flags: Mapping[str, Any], hessian: str) -> Self:
-        """Return the settings of a new run; what depends on the model and the device stays None (see `completed`).
+        """Return the settings of a new run. block_size and dtype may still be None (see `completed`).
 
         Args:
             user_flags: Name -> value of the flags that the user gave.
-            hessian: The Hessian that the run starts with, which decides the basis.
+            hessian: The Hessian that the run starts with, which decides the default basis.
 
         Raises:
-            ValueError: Flags that exclude one another.
+            ValueError: The flags contradict each other.
         """
         settings = cls(**user_flags)
         integer = settings.store_dtype in INTEGER_BITS
@@ -146,46 +149,58 @@ class RunSettings(DataSettings):
         if integer and settings.store_dtype != "none" and basis != "eigen":
             raise ValueError(
                 f"expected --basis eigen with --store_dtype {settings.store_dtype}, got projected, where a few large "
-                "coordinates make the others round to nothing; leave --basis out"
+                "coordinates make the others round to zero; leave --basis out"
             )
         if settings.lora == "none" and settings.bytes_per_example:
             raise ValueError("expected --bytes_per_example with a projection, got --lora none; leave one out")
-        unranked = "--lora none, which projects nothing" if settings.lora == "none" else None
-        unranked = "--bytes_per_example, which chooses it" if settings.bytes_per_example else unranked
-        if unranked:
-            if "rank_in" in user_flags or "rank_out" in user_flags:
-                raise ValueError(f"expected no rank with {unranked}; leave --rank out")
-            settings = replace(settings, rank_in=None, rank_out=None)
-        return replace(settings, basis=basis)
+        if settings.lora == "none":
+            reason = "--lora none, which does not project"
+        elif settings.bytes_per_example:
+            reason = "--bytes_per_example, which chooses the rank"
+        else:
+            return replace(settings, basis=basis)
+        if "rank_in" in user_flags or "rank_out" in user_flags:
+            raise ValueError(f"expected no rank with {reason}, got one; leave --rank out")
+        return replace(settings, basis=basis, rank_in=None, rank_out=None)
 
     def completed(self, context: int | None, default_dtype: str) -> Self:
-        """Return the settings with block_size (512, or the model's context of so many tokens) and dtype filled in.
+        """Fill in block_size and dtype.
+
+        Args:
+            context: The model's context in tokens, None if unlimited. block_size is 512, or the context if smaller.
+            default_dtype: The device's dtype.
 
         Raises:
-            ValueError: A block_size above the context.
+            ValueError: block_size is above the context.
         """
-        most = context or 10**12
-        if self.block_size is not None and self.block_size > most:
+        longest = context or 10**12
+        if self.block_size is not None and self.block_size > longest:
             raise ValueError(
-                f"expected --block_size of at most {most}, the model's context, got {self.block_size}; lower it"
+                f"expected --block_size of at most {longest}, the model's context, got {self.block_size}; lower it"
             )
-        return replace(self, block_size=self.block_size or min(512, most), dtype=self.dtype or default_dtype)
+        return replace(self, block_size=self.block_size or min(512, longest), dtype=self.dtype or default_dtype)
 
     def squares_only(self, first_hessian: str) -> bool:
-        """Say whether a run started with this Hessian stores no factors A and B: at full width they are most of it."""
+        """Return whether a run that starts with this Hessian stores no factors A and B.
+
+        At full width, A and B take most of a shard's bytes, and ekfac in its eigenbasis does not need them.
+        """
         return self.lora == "none" and self.basis == "eigen" and first_hessian == "ekfac"
 
     def check_hessian(self, kind: str, first_hessian: str) -> None:
-        """Raise a ValueError where this Hessian can't be computed from what a run stores.
+        """Check that a Hessian can be computed from what a run stores.
 
         Args:
             kind: raw, kfac, ekfac or none.
-            first_hessian: The one that the run was started with.
+            first_hessian: The kind that the run started with.
+
+        Raises:
+            ValueError: It can't.
         """
         if kind == "raw" and self.store_dtype in INTEGER_BITS:
             raise ValueError(
-                f"expected --hessian ekfac, kfac or none with --store_dtype {self.store_dtype}, got raw, whose C is a "
-                "sum over exact gradients; give --hessian ekfac, or store them in float32"
+                f"expected --hessian ekfac, kfac or none with --store_dtype {self.store_dtype}, got raw, which needs "
+                "exact gradients; use --hessian ekfac, or --store_dtype float32"
             )
         if kind == "ekfac" and self.store_dtype == "none" and self.basis != "eigen":
             raise ValueError(
@@ -193,17 +208,17 @@ class RunSettings(DataSettings):
             )
         if kind == "kfac" and self.squares_only(first_hessian):
             raise ValueError(
-                "expected --hessian ekfac, got kfac, whose factors this run doesn't hold; extract with --hessian kfac"
+                "expected --hessian ekfac, got kfac, whose factors this run does not store; extract with --hessian kfac"
             )
 
     @property
     def bits(self) -> int | None:
-        """Bits of a stored coordinate of an integer store type, 0 of `none`; None of a floating-point type."""
+        """Bits per stored coordinate of an integer store type, 0 for `none`, None for a floating-point type."""
         return INTEGER_BITS.get(self.store_dtype)
 
     @property
     def data(self) -> DataSettings:
-        """The settings that name the documents."""
+        """The settings of the documents."""
         return DataSettings(**{name: getattr(self, name) for name in DATA_FIELDS})
 
     def with_data(self, data: DataSettings) -> Self:
@@ -211,15 +226,15 @@ class RunSettings(DataSettings):
         return replace(self, **asdict(data))
 
 
-RUN_FIELDS = tuple(part.name for part in fields(RunSettings))
-NOT_NONE = ("block_size", "dtype", "basis")  # in run.json; on the command line they may be missing
+RUN_FIELDS = tuple(f.name for f in fields(RunSettings))
+_NEVER_NULL = ("block_size", "dtype", "basis")  # in run.json; None as flags
 
 
-def is_setting(part: Any, value: Any) -> bool:
-    """Say whether run.json may hold this value for a field of RunSettings: what its flag accepts."""
-    options = part.metadata
+def is_setting(field: Field, value: Any) -> bool:
+    """Return whether run.json may hold this value for a field of RunSettings: one that the flag accepts."""
+    options = field.metadata
     if value is None:
-        return part.name in ("rank_in", "rank_out") or (part.default is None and part.name not in NOT_NONE)
+        return field.name in ("rank_in", "rank_out") or (field.default is None and field.name not in _NEVER_NULL)
     if "action" in options:
         return isinstance(value, bool)
     try:
@@ -230,24 +245,24 @@ def is_setting(part: Any, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the model is executed. Results depend on these settings by rounding only.
+    """How the model is executed. These settings change results by rounding errors only.
 
-    `batch_tokens` is None where the largest batch that fits is to be found by trying.
+    With `batch_tokens` None, Extractor.find_batch_tokens tries which batch fits.
     """
 
     batch_tokens: int | None = setting(
-        None, "tokens in a batch, with padding; auto: what fits (1024; GPU: auto)", batch_tokens
+        None, "tokens in a batch, with padding; auto: the most that fit (1024; GPU: auto)", positive_int_or_auto
     )
     batch_size: int | None = setting(None, "examples in a batch at most (no limit)", positive_int)
-    gradient_checkpointing: bool = setting(False, "keep each block's input only: less memory, a third slower")
+    gradient_checkpointing: bool = setting(False, "keep only the input of each block: less memory, a third slower")
     fsdp: bool = setting(False, "shard the model over the processes (FSDP2)")
     device_map: str | None = setting(None, "spread the model over GPUs, main memory and disk", choices=["auto"])
-    trust_remote_code: bool = False  # never read from a file: each command that loads the model needs the flag
+    trust_remote_code: bool = False  # never read from run.json: each command that loads the model needs it
 
 
 @dataclass(frozen=True)
 class QuerySettings:
-    """Which queries, and which of their tokens count."""
+    """Which queries to score, and which of their tokens count in the loss."""
 
     split: str = setting("generated", "generated, train, validation, test or a .jsonl file")
     query_loss: str = setting("response", "tokens that count", choices=["response", "all"])
@@ -259,15 +274,17 @@ class QuerySettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Which scores."""
+    """Which scores to compute."""
 
-    mode: str = setting("dot", "score: the influence, or scaled by the example's self-influence", choices=MODES)
+    mode: str = setting(
+        "dot", "dot: the influence; cosine and l2 correct it by the example's self-influence", choices=MODES
+    )
     damping: Sequence[float] | None = setting(
         None, "in units of the mean eigenvalue; several are scored in one pass (0.1 for raw, 0.2 for int1, else 0.01)",
         positive, nargs="+",
     )  # fmt: skip
     damping_absolute: Sequence[float] | None = setting(
-        None, "added to the eigenvalues as it is, instead of --damping", positive, nargs="+"
+        None, "lambda itself, added to every eigenvalue; instead of --damping", positive, nargs="+"
     )
     score_layers: str | None = setting(None, "scores from matching layers only", pattern, metavar="PATTERN")
     layerwise: bool = setting(False, "also write the dots of each transformer block")
@@ -287,7 +304,7 @@ class ScoreSettings:
             raise ValueError("expected --layerwise without --top_k_only, which keeps no matrix; leave one out")
 
     def dampings(self, hessian: str, store_dtype: str) -> list[Damping]:
-        """Return the dampings to score with: those of the flags, or the default of the Hessian."""
+        """Return the dampings of the flags, or the default for this Hessian and store type."""
         if self.damping_absolute:
             return [Damping(None, value) for value in self.damping_absolute]
         return [Damping(value, None) for value in self.damping or [default_damping(hessian, store_dtype)]]
@@ -295,14 +312,12 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How stage 1 generates responses."""
+    """How stage 1 samples responses."""
 
     max_new_tokens: int = setting(128, "tokens of a response at most", positive_int)
     temperature: float = setting(0.8, "0 is greedy", non_negative)
     top_p: float = setting(0.95, "sample from the most likely tokens that together have this probability", non_negative)
-    num_return_sequences: int = setting(
-        1, "responses per prompt", number(int, 1, "a whole number from 1 to 1000", 1000)
-    )
+    num_return_sequences: int = setting(1, "responses per prompt", number(int, 1, "an integer from 1 to 1000", 1000))
     seed: int = setting(0, "of the sampling", seed_int)
     batch_size: int = setting(8, "prompts in a batch", positive_int)
 
@@ -313,5 +328,6 @@ class Sampling:
             raise ValueError(f"expected --temperature 0 (greedy) or at least 0.001, got {self.temperature}; give 0")
         if self.temperature == 0 and self.num_return_sequences > 1:
             raise ValueError(
-                "expected --num_return_sequences 1 with --temperature 0, which has one response; raise either"
+                "expected --num_return_sequences 1 with --temperature 0, which has one response, got "
+                f"{self.num_return_sequences}; raise --temperature"
             )
