@@ -10,6 +10,9 @@ import pytest
 from conftest import edit_json, save_model, write_jsonl
 from test_processes import poison_model
 
+from logra.runtime.settings import RUN_FIELDS
+from logra.stages import gradients
+
 
 def refused(result: tuple[int, str, str], *words: str) -> None:
     """Assert status 2 and one line on stderr that holds the words."""
@@ -191,10 +194,8 @@ def test_nan_names_the_example(cli, tiny, workspace, kind):
 
 def test_float16_overflow_is_noticed(cli, base, monkeypatch):
     """A gradient that float16 can't hold is refused, not stored as infinity."""
-    from logra.stages import gradients
-
     original = gradients.run_batch
-    monkeypatch.setattr(extraction, "run_batch", lambda *a: {k: g * 1e6 for k, g in original(*a).items()})
+    monkeypatch.setattr(gradients, "run_batch", lambda *a: {k: g * 1e6 for k, g in original(*a).items()})
     refused(cli("extract_log", *base, "--store_dtype", "float16"), "--store_dtype")
 
 
@@ -228,7 +229,7 @@ def test_every_flag_of_a_run_is_in_run_json(cli, base):
     """All settings and all arguments are recorded."""
     assert cli("extract_log", *base)[0] == 0
     content = json.loads(Path("log/run.json").read_text())
-    assert set(content["settings"]) == set(run.RUN_FLAGS)
+    assert set(content["settings"]) == set(RUN_FIELDS)
     assert {"num_proc", "batch_tokens", "batch_size", "hessian", "cache_dir", "overwrite"} <= set(content["arguments"])
     assert all(content["settings"][name] is not None for name in ("block_size", "dtype", "basis", "rank_in"))
 

@@ -5,7 +5,10 @@ import pytest
 from conftest import WORDS, make_texts, make_tokenizer, write_jsonl
 from datasets import Dataset
 
+from logra.inputs import examples
 from logra.inputs.batches import length_batches
+from logra.inputs.documents import load_documents, source_fingerprint
+from logra.runtime.settings import RunSettings
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_pack_joins_documents(tokenizer, tmp_path, num_proc):
 
 def test_limits_and_sample(tokenizer, tmp_path, monkeypatch):
     """max_examples and max_tokens keep the first ones; a shuffle seed takes others, the same each time."""
-    monkeypatch.setattr(data, "SLICE_DOCUMENTS", 4)
+    monkeypatch.setattr(examples, "SLICE_DOCUMENTS", 4)
     documents = Dataset.from_dict({"text": make_texts(30)})
     every, _ = build(documents, tokenizer, tmp_path, block_size=9)
     some, _ = build(documents, tokenizer, tmp_path, block_size=9, max_examples=11)
@@ -74,7 +77,7 @@ def test_bad_rows_are_named_or_dropped(tokenizer, tmp_path):
     """Empty and non-string rows are counted and named; --skip_bad_rows drops them and keeps the others' ids."""
     rows = [{"text": t} for t in ["good", "", None, 5, "fine", "  "]]
     write_jsonl(tmp_path / "bad.jsonl", rows)
-    documents = documents.load_documents(str(tmp_path / "bad.jsonl"), None, "train", str(tmp_path / "cache"))
+    documents = load_documents(str(tmp_path / "bad.jsonl"), None, "train", str(tmp_path / "cache"))
     with pytest.raises(
         ValueError, match=r"got 4 empty or other rows.*1 \(empty\), 2 \(NoneType\), 3 \(int\).*skip_bad_rows"
     ):
@@ -82,7 +85,7 @@ def test_bad_rows_are_named_or_dropped(tokenizer, tmp_path):
     kept, counts = build(documents, tokenizer, tmp_path, skip_bad_rows=True)
     assert kept["document_id"][:] == ["0", "4"] and counts["dropped_rows"] == 4
     blank = Dataset.from_dict({"text": ["a river", "", "a mill"]})
-    assert build(blank, tokenizer, tmp_path, blank_is_usual=True)[1]["dropped_rows"] == 1
+    assert build(blank, tokenizer, tmp_path, data_name="wikitext")[1]["dropped_rows"] == 1
     with pytest.raises(ValueError, match="text_column"):
         build(blank, tokenizer, tmp_path, text_column="body")
     with pytest.raises(ValueError, match="no other"):
@@ -105,16 +108,16 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
         (tmp_path / "wikitext").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "wikitext" / f"{split}.parquet")
     for name in ("a.jsonl", "a.json", "a.txt", "a.parquet", "saved", "saved_dict", "openwebtext", "wikitext"):
-        assert documents.load_documents(name, None, "train", str(tmp_path / "cache"))["text"][:] == texts, name
+        assert load_documents(name, None, "train", str(tmp_path / "cache"))["text"][:] == texts, name
     for name in ("saved_dict", "openwebtext"):
-        assert len(documents.load_documents(name, None, "test", str(tmp_path / "cache"))) == 2
+        assert len(load_documents(name, None, "test", str(tmp_path / "cache"))) == 2
     for name, split in (("saved", "test"), ("openwebtext", "validation"), ("a.jsonl", "test"), ("pydoc", "test")):
         with pytest.raises(ValueError, match=name):
-            documents.load_documents(name, None, split, str(tmp_path / "cache"))
+            load_documents(name, None, split, str(tmp_path / "cache"))
     for name in ("no/such-data", "missing.jsonl"):
         with pytest.raises(ValueError, match="can't be loaded"):
-            documents.load_documents(name, None, "train", str(tmp_path / "cache"))
-    whole, short = (documents.load_documents("pydoc", config, "train") for config in (None, "short"))
+            load_documents(name, None, "train", str(tmp_path / "cache"))
+    whole, short = (load_documents("pydoc", config, "train") for config in (None, "short"))
     assert {"with", "try"} <= set(short["id"]) < set(whole["id"])
 
 
@@ -132,6 +135,6 @@ def test_source_fingerprint(tmp_path):
     """It changes with a file's content, and is None for a Hub name."""
     path = tmp_path / "a.txt"
     path.write_text(" ".join(WORDS))
-    one = documents.source_fingerprint(str(path))
+    one = source_fingerprint(str(path))
     path.write_text(" ".join(WORDS[::-1]))
-    assert one != documents.source_fingerprint(str(path)) and documents.source_fingerprint("pydoc") is None
+    assert one != source_fingerprint(str(path)) and source_fingerprint("pydoc") is None

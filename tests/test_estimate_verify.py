@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_model
 from test_pipeline import DATA, extract
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from logra import hessian
 from logra.hooks import GradientCapture
+from logra.inputs.model import choose_layers
 from logra.runtime import settings
+from logra.runtime.flags import read_run_flags
 from logra.stages.open_run import find_folder
 from logra.tools import estimate
 
@@ -59,7 +62,7 @@ def test_warnings_come_before_anything_runs(cli, tiny, workspace, monkeypatch):
     flags = ("--model_name", tiny / "gpt2", *DATA, "--dry_run")
     assert "WARNING" not in cli("extract_log", *flags)[1]
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
-    monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: type("", (), {"available": 1000}))
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
     out = cli("extract_log", *flags)[1]
     assert out.count("WARNING") == 2 and "of disk are free" in out and "of memory are free" in out
 
@@ -77,11 +80,6 @@ def test_a_trial_extrapolates_to_the_whole_run(cli, tiny, workspace):
 
 def test_the_graph_is_what_a_real_batch_keeps():
     """What is added up without weights is, to 15%, what a real batch keeps (there is a mask more)."""
-    from conftest import make_model
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from logra.inputs.model import choose_layers
-
     real = make_model("llama")
     expected = estimate.graph_bytes(real, choose_layers(real, False, None), 64, 16)
     with FakeTensorMode():
@@ -145,4 +143,4 @@ def test_the_folder_of_a_dry_run_is_the_runs(tiny, workspace):
     import extract_log
 
     args = extract_log.build_parser().parse_args(["--dry_run", "--log_dir", "elsewhere"])
-    assert find_folder(args, must_exist=False) == Path("elsewhere") and settings.positive("30") == 30
+    assert find_folder(read_run_flags(args), must_exist=False) == Path("elsewhere") and settings.positive("30") == 30

@@ -20,6 +20,7 @@ from test_processes import launch
 from test_resilience import same_run
 
 from benchmarks.kills import begin, workers
+from logra.stages import extract
 
 STAGES = {
     "extract_log": ("--data_name", "docs.jsonl", "--rank", 8, "--hessian", "ekfac", "--shard_examples", 5),
@@ -65,7 +66,7 @@ def small_disk(tmp_path):
 def test_a_full_disk(cli, tiny, workspace, small_disk, monkeypatch):
     """Wherever the disk gets full, it is one line; with room again, the scores are those of an undisturbed run."""
     assert run_all(cli, tiny / "llama", Path("ref"))[0] == 0
-    monkeypatch.setattr(RunDir, "check_disk", lambda log: None)  # which would say it beforehand
+    monkeypatch.setattr(extract, "check_disk", lambda run: None)  # which would say it beforehand
     needed, stopped = sum(path.stat().st_size for path in Path("ref").rglob("*") if path.is_file()), set()
     for share in np.linspace(0.05, 1.2, 14):
         run = small_disk(f"size={int(share * needed / 1024)}k") / "log"

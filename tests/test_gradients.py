@@ -19,7 +19,7 @@ def random_ids(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,)).tolist() for n in lengths]
 
 
-def gradients(model, capture, ids, first_id, limits):
+def compute_gradients(model, capture, ids, first_id, limits):
     return Extractor(model, capture, *limits).gradients(ids, first_id=first_id).wait()[0]
 
 
@@ -39,7 +39,7 @@ def test_projected_gradients_are_the_projection_of_autograds(model, lengths):
     shapes, projections = setup(model)
     ids = random_ids(lengths)
     with GradientCapture(model, projections) as capture:
-        grads = gradients(model, capture, ids, 0, (10**6, None))
+        grads = compute_gradients(model, capture, ids, 0, (10**6, None))
     for row, example in enumerate(ids):
         full = reference.full_gradient(model, shapes, example)
         for layer, g in full.items():
@@ -76,9 +76,9 @@ def test_a_gradient_does_not_depend_on_the_batch(model):
     _, projections = setup(model)
     ids = random_ids([12, 3, 20, 1, 9, 20])
     with GradientCapture(model, projections) as capture:
-        together = gradients(model, capture, ids, 0, (10**6, None))
-        alone = gradients(model, capture, ids, 0, (10**6, 1))
-        some = gradients(model, capture, ids, 0, (40, None))
+        together = compute_gradients(model, capture, ids, 0, (10**6, None))
+        alone = compute_gradients(model, capture, ids, 0, (10**6, 1))
+        some = compute_gradients(model, capture, ids, 0, (40, None))
     for layer in together:
         assert relative(together[layer], alone[layer]) < 1e-5
         assert relative(some[layer], alone[layer]) < 1e-5
@@ -177,7 +177,7 @@ def test_batches_give_way_to_memory(model, monkeypatch):
                 raise torch.OutOfMemoryError("simulated")
             return grads
 
-        monkeypatch.setattr(extraction, "run_batch", short)
+        monkeypatch.setattr(gradients, "run_batch", short)
         extractor = Extractor(model, capture, 10**6, say=said.append)
         got, factors = extractor.gradients(ids).wait()
         assert said[0] == "out of memory with 160 tokens in a batch; going on with 80" and len(said) == 2
@@ -288,5 +288,5 @@ def test_an_example_without_tokens(model):
     """A document that a tokenizer turns into nothing stays, with zero gradient, beside others."""
     _, projections = setup(model)
     with GradientCapture(model, projections) as capture:
-        grads = gradients(model, capture, [*random_ids([6]), []], 0, (10**6, None))
+        grads = compute_gradients(model, capture, [*random_ids([6]), []], 0, (10**6, None))
     assert all(g[0].any() and not g[1].any() for g in grads.values())

@@ -11,7 +11,7 @@ K = R_OUT * R_IN
 
 
 class FakeLog:
-    """Shards of random examples of one layer, as log.RunDir yields them."""
+    """Shards of random examples of one layer, as run_dir.RunDir yields them."""
 
     def __init__(self, examples: int, per_shard: int = 7):
         self.projected, self.examples = {"layer": (R_OUT, R_IN)}, examples

@@ -274,8 +274,8 @@ def test_a_document_of_a_million_tokens(cli, tiny, workspace):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "less than a GB more, in kB"
     assert time.monotonic() - begun < 600
     log = RunDir.load(Path("log"))
-    assert log.content["data"]["documents"] == 1 and log.content["data"]["tokens"] >= 10**6
-    assert scores.shape == (3, log.examples) and log.examples == -(-log.content["data"]["tokens"] // 64)
+    assert log.parts[0].documents == 1 and log.parts[0].tokens >= 10**6
+    assert scores.shape == (3, log.examples) and log.examples == -(-log.parts[0].tokens // 64)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Two machines: network namespaces of this one, each with an address of its own, and one files."""
+"""Two machines: network namespaces of this one, each with an address of its own, and one disk."""
 
 import os
 import shutil

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from logra import store
 from logra.run_dir import RunDir
+from logra.runtime import files
 
 DATA = ("--data_name", "docs.jsonl", "--log_dir", "log")
 QUERIES = ("--log_dir", "log", "--split", "queries.jsonl")
@@ -41,7 +42,9 @@ def stored_gradients(log: RunDir) -> dict[str, torch.Tensor]:
 
 def hessian_tensors(log: RunDir, kind: str) -> dict[str, torch.Tensor]:
     path = log.hessian_path(kind)
-    return store.load_tensors(path, log.hessian_entry(kind)["checksums"], log.hessian_layout(kind))
+    return store.load_tensors(
+        path, files.read_json(path.with_suffix(".json"), "")["checksums"], log.hessian_layout(kind)
+    )
 
 
 def close(one: np.ndarray, two: np.ndarray) -> bool:
@@ -149,7 +152,7 @@ def test_what_is_written(cli, tiny, workspace):
     flags = ("--hessian", "ekfac", "--rank_in", 3, "--rank_out", 4, "--block_size", 16, "--shard_examples", 7)
     log = extract(cli, tiny / "llama", *flags)
     train = load_from_disk("log/train")
-    assert log.examples == len(train) > 20 and log.settings["block_size"] == 16
+    assert log.examples == len(train) > 20 and log.settings.block_size == 16
     assert json.load(open("log/run.json"))["arguments"]["hessian"] == "ekfac"
     total = 0
     for index, ids in enumerate(log.shards):
@@ -186,27 +189,27 @@ def test_a_second_start_computes_only_what_is_missing(cli, tiny, workspace):
     log = extract(cli, tiny / "gpt2", "--shard_examples", 4, "--rank", 4)
     before, times = stored_gradients(log), {p: p.stat().st_mtime_ns for p in log.folder.glob("gradients/*")}
     kinds = ("gradients", "factors", "manifest")
-    files = [{kind: log.shard(index).path(kind) for kind in kinds} for index in range(5)]
-    files[1]["manifest"].unlink()
-    content = bytearray(files[2]["gradients"].read_bytes())
+    shards = [{kind: log.shard(index).path(kind) for kind in kinds} for index in range(5)]
+    shards[1]["manifest"].unlink()
+    content = bytearray(shards[2]["gradients"].read_bytes())
     content[-5] ^= 4
-    files[2]["gradients"].write_bytes(content)
-    files[3]["factors"].write_bytes(files[3]["factors"].read_bytes()[:-8])
-    files[0]["manifest"].rename("kept.json")
-    files[0]["manifest"].write_text("{")
+    shards[2]["gradients"].write_bytes(content)
+    shards[3]["factors"].write_bytes(shards[3]["factors"].read_bytes()[:-8])
+    shards[0]["manifest"].rename("kept.json")
+    shards[0]["manifest"].write_text("{")
     status, _, err = cli("compute_influence", *QUERIES)
     assert status == 2 and "00000.json" in err
-    Path("kept.json").rename(files[0]["manifest"])
+    Path("kept.json").rename(shards[0]["manifest"])
     for index, words in ((1, "missing"), (2, "altered")):
         status, _, err = cli("compute_influence", *QUERIES)
         assert status == 2 and words in err and f"{index:05d}" in err and len(err.splitlines()) == 1
         if index == 1:
-            files.write_json(files[1]["manifest"], {"first_example": 4, "examples": 4})
+            files.write_json(shards[1]["manifest"], {"first_example": 4, "examples": 4})
             assert cli("compute_influence", *QUERIES)[0] == 2
-            files[1]["manifest"].unlink()
+            shards[1]["manifest"].unlink()
             extract(cli, tiny / "gpt2", "--shard_examples", 4, "--rank", 4)
             content[-5] ^= 4
-            files[2]["gradients"].write_bytes(b"x" + bytes(content[1:]))
+            shards[2]["gradients"].write_bytes(b"x" + bytes(content[1:]))
     log = extract(cli, tiny / "gpt2", "--shard_examples", 4, "--rank", 4)
     for layer, grads in stored_gradients(log).items():
         assert torch.allclose(grads, before[layer], rtol=1e-5, atol=1e-6)
@@ -321,7 +324,7 @@ def test_a_bfloat16_model(cli, tiny, workspace):
     expected, _ = influence(cli)
     log = extract(cli, tiny / "llama", "--rank", 4, "--overwrite", "--dtype", "bfloat16")
     got, _ = influence(cli)
-    assert log.settings["dtype"] == "bfloat16"
+    assert log.settings.dtype == "bfloat16"
     assert 0 < np.linalg.norm(got - expected) < 0.3 * np.linalg.norm(expected)
 
 

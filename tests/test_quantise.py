@@ -11,7 +11,6 @@ from test_pipeline import DATA, close, extract, influence, stored_gradients
 
 from logra import quantise, store
 from logra.influence import score_shards
-from logra.projection import Projection
 
 BITS = {"int8": 8, "int4": 4, "int1": 1}
 
@@ -107,7 +106,7 @@ def test_streamed_scores_of_few_bits(tmp_path, name, count):
 def test_the_manifest_reports_the_scores_error():
     """The reported error is that of K-FAC's scores between the examples, but with themselves, up to a factor."""
     z, values = random_rows(6, 12), (torch.rand(3) + 0.1, torch.rand(4) + 0.1)
-    error = quantise.ScoreErrorEstimate({"a": Projection(None, None, *values)}, "int4", 0.1)
+    error = quantise.ScoreErrorEstimate({"a": values}, "int4", 0.1)
     error.add("a", z)
     c = torch.kron(values[1], values[0])
     solved = z / (c + 0.1 * c.mean())
@@ -129,7 +128,7 @@ def test_few_bits_through_the_stages(cli, tiny, workspace, name):
         got, _ = influence(cli, "--damping", 0.1)
         assert np.linalg.norm(got - exact) < limit * np.linalg.norm(exact)
         assert np.corrcoef(got.ravel(), exact.ravel())[0, 1] > 0.75
-        size = log.content["data"]["bytes_per_example"]
+        size = log.parts[0].bytes_per_example
         assert size == sum(quantise.stored_bytes(o * i, store_dtype) for o, i in log.projected.values())
         manifest = json.loads(log.shard(0).path("manifest").read_text())
         assert 0 < manifest["relative_score_error"] < min(1, 10 * limit)
@@ -146,7 +145,7 @@ def test_a_run_that_stores_nothing_scores_as_one_that_does(cli, tiny, workspace,
         extract(cli, tiny / name, *flags)
         stored, _ = influence(cli, "--mode", mode)
         log = extract(cli, tiny / name, *flags, "--store_dtype", "none")
-        assert log.content["data"]["bytes_per_example"] == 4 * len(log.layers)
+        assert log.parts[0].bytes_per_example == 4 * len(log.layers)
         assert close(influence(cli, "--mode", mode)[0], stored)
         assert close(influence(cli, "--mode", mode, "--query_rank", 64)[0], stored)
         few = influence(cli, "--mode", mode, "--query_rank", 1)[0]
@@ -169,7 +168,7 @@ def test_bytes_per_example_chooses_the_highest_rank(cli, tiny, workspace):
         flags = ("--bytes_per_example", 900, "--store_dtype", store_dtype, "--hessian", hessian, "--overwrite")
         log = extract(cli, tiny / "gpt2", *flags)
         rank = max(max(pair) for pair in log.projected.values())
-        assert log.content["data"]["bytes_per_example"] <= 900
+        assert log.parts[0].bytes_per_example <= 900
         more = [tuple(min(rank + 1, width) for width in shape) for shape in log.shapes.values()]
         assert sum(quantise.stored_bytes(o * i, store_dtype) for o, i in more) > 900
     status, _, err = cli("extract_log", "--model_name", tiny / "gpt2", *DATA, "--overwrite", "--bytes_per_example", 3)

@@ -17,7 +17,7 @@ from reference import full_gradient, layer_io
 from test_pipeline import extract, influence
 
 from logra.run_dir import RunDir
-from logra.stages.rank import Ranking, by_document
+from logra.stages.rank import Ranking, by_document, percentile_and_z_score, read_record
 from logra.tools import report
 from logra.tools.tokens import TokenSplitter, pieces
 
@@ -29,9 +29,9 @@ def equal(one, two, scale) -> bool:
 
 def shares_of(folder: Path, shown: list[list[int]]):
     """Return the TokenSplitter of a folder of scores, and the shares of the pairs and of the queries."""
-    about = json.loads((folder / "run.json").read_text())
-    splitter = TokenSplitter(RunDir.load(folder.parents[1]), about, False, Accelerator(cpu=True))
-    return splitter, *splitter.split(splitter.log.train(), shown, shown)
+    run = RunDir.load(folder.parents[1])
+    splitter = TokenSplitter(run, read_record(folder, run), False, Accelerator(cpu=True))
+    return splitter, *splitter.split(splitter.run.train(), shown, shown)
 
 
 @pytest.mark.parametrize("mode", ["dot", "cosine", "l2"])
@@ -43,7 +43,7 @@ def test_shares_add_up_to_the_score(cli, tiny, workspace, model_name, mode, hess
     shown = [[0, 3, 7], [3], [19, 2]]
     splitter, pairs, of_queries = shares_of(folder, shown)
     assert set(pairs) == {(q, e) for q, row in enumerate(shown) for e in row}
-    train = splitter.log.train()
+    train = splitter.run.train()
     for (q, e), shares in pairs.items():
         assert len(shares.tokens) == len(train[e]["input_ids"]) and len(shares.blocks) == 2
         scale = shares.tokens.abs().sum()
@@ -61,9 +61,9 @@ def test_shares_are_those_of_autograd(cli, tiny, workspace, model_name):
     extract(cli, tiny / model_name, "--lora", "none", "--hessian", "none")
     _, folder = influence(cli, "--hessian", "none")
     splitter, pairs, _ = shares_of(folder, [[4], [], []])
-    model, layers = make_model(model_name), splitter.log.layers
+    model, layers = make_model(model_name), splitter.run.layers
     query, example = (ids.token_ids for ids in (splitter.groups[0][0], splitter.groups[0][0]._replace(
-        token_ids=splitter.log.train()[4]["input_ids"])))  # fmt: skip
+        token_ids=splitter.run.train()[4]["input_ids"])))  # fmt: skip
     grads, io = full_gradient(model, layers, query), layer_io(model, layers, example)
     expected = sum((io[layer][1] @ grads[layer] * io[layer][0]).sum(dim=1) for layer in layers)
     torch.testing.assert_close(pairs[0, 4].tokens, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
@@ -95,8 +95,8 @@ def test_pieces_keep_every_character_and_share():
     found = pieces(tokenizer, ids, shares)
     assert "".join(piece for piece, _ in found) == text and sum(share for _, share in found) == shares.sum()
     shaded = report.shade(found)
-    assert "".join(run.text for run in shaded) == text and max(shaded)[0] == report.LEVELS
-    assert sum(processes.share for run in shaded) == shares.sum()
+    assert "".join(run.text for run in shaded) == text and max(shaded)[0] == report.SHADE_LEVELS
+    assert sum(run.share for run in shaded) == shares.sum()
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -119,11 +119,11 @@ def test_documents_are_ranked_by_sum_or_best(largest, combine):
 def test_standings():
     """The percentile is the share of scores below, the z-score in standard deviations from the mean; ties agree."""
     values = np.random.default_rng(0).integers(0, 30, 100).astype(np.float32)
-    found = report.standings(values[:20], np.sort(values)[::-1])
+    found = percentile_and_z_score(values[:20], np.sort(values)[::-1])
     for score, place in zip(values[:20], found, strict=True):
         assert place["percentile"] == pytest.approx(100 * (values < score).mean())
         assert place["z"] == pytest.approx((score - values.mean()) / values.std(), rel=1e-5)
-    assert report.standings(np.ones(1), np.ones(4, np.float32)) == [{"percentile": 0, "z": 0}]
+    assert percentile_and_z_score(np.ones(1), np.ones(4, np.float32)) == [{"percentile": 0, "z": 0}]
 
 
 class Page(HTMLParser):
@@ -172,13 +172,13 @@ def test_the_report_is_one_escaped_file(cli, hostile, flags):
         flags
     )
     log = RunDir.load(Path("log"))
-    assert log.fingerprints[0] in page.text and log.content["model"]["fingerprint"] in page.text
+    assert log.fingerprints[0] in page.text and log.record.model["fingerprint"] in page.text
     assert "--tokens" in page.text or flags
 
 
 def test_the_report_stays_small(monkeypatch, cli, hostile):
     """Above the limit fewer cards, then fewer queries are shown, and the page says so; the lists are whole."""
-    monkeypatch.setattr(report, "MOST_BYTES", 40_000)
+    monkeypatch.setattr(report, "MAX_REPORT_BYTES", 40_000)
     assert cli("analysis", "--log_dir", "log", "--top_k", 20)[0] == 0
     source = (hostile / "report.html").read_text()
     assert len(source.encode()) <= 40_000 and "so that the page stays small" in source
@@ -208,7 +208,7 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-TOKENIZER_PROBE = """<script>
+PROBE = """<script>
 window.addEventListener("load", () => {
   const say = [];
   const count = () => [...document.querySelectorAll(".card")].filter((card) => card.checkVisibility()).length;
@@ -240,7 +240,7 @@ def test_the_report_works_in_a_browser(cli, hostile, tmp_path, width):
         "<head><script>addEventListener('error', () => { window.failures = (window.failures || 0) + 1; });</script>"
     )
     probed = tmp_path / "probed.html"
-    probed.write_text(source.replace("<head>", errors, 1).replace("</body>", TOKENIZER_PROBE))
+    probed.write_text(source.replace("<head>", errors, 1).replace("</body>", PROBE))
     command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
                "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'browser'}", f"file://{probed}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

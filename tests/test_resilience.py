@@ -145,7 +145,7 @@ def test_workers_end_with_their_launcher(undisturbed, workspace):
 
 def test_a_lock_of_another_host(tmp_path, monkeypatch):
     """A heartbeat that goes on is respected; one that has stopped is waited for, then the lock is taken."""
-    monkeypatch.setattr(disk, "LOCK_LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(files, "LOCK_LEASE_SECONDS", 1.0)
     path = tmp_path / "log.lock"
     code = "import filelock, sys, time; lock = filelock.SoftFileLease(sys.argv[1], lease_duration=1.0)"
     code += "; lock.acquire(); print(1, flush=True); time.sleep(60)"

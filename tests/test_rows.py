@@ -1,4 +1,4 @@
-"""Prompts and responses, chats, adapters, and models that are spread over memory and files."""
+"""Prompts and responses, chats, adapters, and models that are spread over memory and disk."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,12 @@ from conftest import make_model, make_texts, make_tokenizer, write_jsonl
 from test_gradients import relative
 from test_pipeline import influence, stored_gradients
 
+from logra.hooks import GradientCapture
 from logra.inputs import rows
 from logra.inputs.model import blocks, checkpoint_blocks, choose_layers, fingerprint, load_model, load_tokenizer
 from logra.projection import identity
 from logra.run_dir import RunDir
+from logra.stages.gradients import Extractor
 
 PAIRS = [("the old mill", " and the river ran past"), ("water", " birds"), ("a dog", " barked at the cold children")]
 
@@ -125,8 +127,6 @@ def test_an_adapter(cli, tiny, workspace):
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
 def test_offloaded_weights(tiny, name):
     """--device_map with weights on the disk gives what the whole model in memory gives; the fingerprint too."""
-    from logra.stages import gradients
-
     model = load_model(str(tiny / name), torch.float32)
     places = {f"{model.base_model_prefix}.{child}": "cpu" for child, _ in model.base_model.named_children()}
     places[next(child for child in places if model.get_submodule(child) is blocks(model))] = "disk"
@@ -140,8 +140,8 @@ def test_offloaded_weights(tiny, name):
     results = []
     for lm in (model, offloaded):
         shapes = choose_layers(lm, False, None)
-        with gradients.GradientCapture(lm, identity(shapes)) as capture:
-            results.append(gradients.Extractor(lm, capture, 1000).gradients(ids).wait()[0])
+        with GradientCapture(lm, identity(shapes)) as capture:
+            results.append(Extractor(lm, capture, 1000).gradients(ids).wait()[0])
     assert all(relative(results[1][layer], grad) < 1e-5 for layer, grad in results[0].items())
 
 

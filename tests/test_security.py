@@ -15,12 +15,13 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
-from logra.run import RUN_FLAGS, run_name
 from test_bad_input import refused
 
 from logra.inputs.model import fingerprint, load_model
 from logra.runtime import files
 from logra.runtime.files import short_name
+from logra.runtime.settings import RUN_FIELDS, RunSettings
+from logra.stages.open_run import run_name
 
 SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
 QUERY = ("--log_dir", "log", "--split", "queries.jsonl")
@@ -128,7 +129,7 @@ def test_code_of_a_model_runs_only_when_asked_for(cli, workspace, own_code):
         marker.unlink(missing_ok=True)
         forget_code()
     assert json.loads(Path("log/run.json").read_text())["arguments"]["trust_remote_code"] is True
-    assert "trust_remote_code" not in RUN_FLAGS
+    assert "trust_remote_code" not in RUN_FIELDS
 
 
 def forget_code() -> None:
@@ -450,9 +451,8 @@ def test_examples_of_someone_else(cli, run, tmp_path):
 
 def test_names_of_models_and_data_stay_in_their_folder():
     """Whatever --model_name and --data_name hold, a folder of that name is one below logs/."""
-    defaults = {name: default for name, (default, _) in RUN_FLAGS.items()} | {"basis": "eigen"}
     for name in ("../../etc", "a/../..", "/", "..", "a\0b", "x;rm -rf ~", "$(id)", "<b>", "a\nb", "-x"):
-        for found in (short_name(name), run_name(defaults | {"model_name": name, "data_name": name})):
+        for found in (short_name(name), run_name(RunSettings(model_name=name, data_name=name, basis="eigen"))):
             assert not set(found) & set("/\\\0\n;$<>() ~") and not found.startswith(".")
 
 
