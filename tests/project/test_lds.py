@@ -1,0 +1,87 @@
+"""The linear datamodelling score: its arithmetic, its testbeds, and the reduced table."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import lds
+import numpy as np
+import pytest
+from conftest import ROOT, run_cli
+
+SMALL = ("--num_texts", 24, "--num_queries", 4, "--num_subsets", 3, "--num_layers", 1, "--width", 16, "--epochs", 1)
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's correlation by its definition: Pearson's of mean ranks."""
+
+    def ranks(values):
+        return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+    return np.corrcoef(ranks(a), ranks(b))[0, 1]
+
+
+def test_lds_is_spearmans_correlation_with_the_sums():
+    """Each query's value is Spearman's correlation, ties included, of the subsets' sums with minus the losses."""
+    random = np.random.default_rng(0)
+    scores, subsets = random.integers(-2, 3, (5, 12)), random.random((9, 12)) < 0.5
+    losses = random.integers(0, 4, (9, 5)).astype(float)
+    got = lds.lds(scores, subsets, losses)
+    expected = [spearman(subsets @ scores[q], -losses[:, q]) for q in range(5)]
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_scores_that_explain_the_losses_have_an_lds_of_one():
+    """Losses that are minus the sums of the scores: 1; plus: -1; random scores: near 0, and the interval holds it."""
+    random = np.random.default_rng(1)
+    scores, subsets = random.normal(size=(40, 60)), random.random((50, 60)) < 0.5
+    losses = -(subsets @ scores.T)
+    assert lds.lds(scores, subsets, losses) == pytest.approx(np.ones(40))
+    assert lds.lds(scores, subsets, -losses) == pytest.approx(-np.ones(40))
+    about = lds.describe(lds.lds(random.normal(size=(40, 60)), subsets, losses).tolist(), [1.0] * 40)
+    assert about["low"] < 0 < about["high"] and abs(about["mean"]) < 0.15
+    assert about["ratio"] == pytest.approx(about["mean"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_testbed_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, architecture):
+    """Only the losses that are missing are computed again, and they are the same; other settings are refused."""
+    monkeypatch.chdir(tmp_path)
+    flags = ("bed", "--architecture", architecture, *SMALL)
+    assert run_cli("lds", *flags) == 0
+    files = sorted(Path("bed/losses").glob("*.npy"))
+    before, times = [np.load(file) for file in files], [file.stat().st_mtime_ns for file in files]
+    assert len(files) == 3 and np.load("bed/subsets.npy").sum(axis=1).tolist() == [12, 12, 12]
+    files[1].unlink()
+    assert run_cli("lds", *flags) == 0
+    np.testing.assert_allclose(np.load(files[1]), before[1], rtol=1e-3)
+    assert [file.stat().st_mtime_ns for file in (files[0], files[2])] == [times[0], times[2]]
+    capsys.readouterr()
+    assert run_cli("lds", "bed", "--epochs", 7) == 2
+    assert "expected --epochs 1" in capsys.readouterr().err
+    model = ("--model_name", "bed/model", "--data_name", "bed/train.jsonl", "--log_dir", "bed/runs/ekfac")
+    assert run_cli("extract_log", *model, "--rank", 4, "--hessian", "ekfac", "--mlp_only") == 0
+    assert run_cli("compute_influence", "--log_dir", "bed/runs/ekfac", "--split", "bed/queries.jsonl") == 0
+    assert run_cli("baselines", "bed/runs/ekfac", "--split", "bed/queries.jsonl", "--output", "bed/runs/baselines") == 0
+    found = [*Path("bed/runs/ekfac/scores").glob("queries-*"), *Path("bed/runs/baselines").iterdir()]
+    assert run_cli("lds", "bed", *found, "--json", "results/bed.json") == 0
+    rows = json.loads(Path("results/bed.json").read_text())["rows"]
+    assert len(rows) == 4 and all(len(row["lds"]) == 4 and abs(row["mean"]) <= 1 for row in rows)
+    assert rows[0]["bytes"] > 16 * 2 * 4 and rows[0]["ratio"] == 1
+    assert run_cli("lds_plot", "results") == 0
+    assert {path.name for path in Path("results").iterdir()} >= {"lds.md", "lds_bytes.png", "lds_damping.png"}
+    assert run_cli("lds", "bed", "bed/runs") == 2
+
+
+@pytest.mark.slow
+def test_the_reduced_table(tmp_path):
+    """REDUCED=1 makes a testbed, its runs, the table and the plots from nothing."""
+    environment = os.environ | {"REDUCED": "1", "TESTBEDS": str(tmp_path)}
+    command = ["bash", ROOT / "evaluation/lds_table.sh", "gpt2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "results/lds.md").read_text()
+    for row in ("| raw | rank 64", "| ekfac | rank 136, int1 (--preset best)", "| ekfac | uncompressed", "bm25"):
+        assert row in table, table
