@@ -92,9 +92,9 @@ class GradientCapture:
         self._grads, self._sums, self._last = {}, {}, {}
 
     def _hook(self, name: str, p_in: _Side, p_out: _Side):
-        def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        def hook(layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
             anchor = torch.empty(0, device=output.device, requires_grad=True)
-            x = p_in(args[0].detach())
+            x = p_in(arguments[0].detach())
             return _Tap.apply(output, x, anchor, lambda x, d: self._sink(name, x, p_out(d)))
 
         return hook
