@@ -9,6 +9,7 @@ from conftest import make_model, make_tokenizer, write_jsonl
 from helpers import extract, influence
 from reference import full_gradient, layer_io
 
+from logra.influence import MODES
 from logra.run_dir import RunDir
 from logra.stages.rank import read_record
 from logra.tools import report
@@ -27,26 +28,24 @@ def shares_of(folder: Path, shown: list[list[int]]):
     return splitter, *splitter.split(splitter.run.train(), shown, shown)
 
 
-@pytest.mark.parametrize("mode", ["dot", "cosine", "l2"])
 @pytest.mark.parametrize("hessian", ["raw", "ekfac"])
-def test_shares_add_up_to_the_score(cli, tiny, workspace, model_name, mode, hessian):
-    """A pair's shares add up to its score, by token and by block of layers; a query's to its summed dots."""
-    extract(cli, tiny / model_name, "--rank", 5, "--hessian", hessian, "--block_size", 16)
-    scores, folder = influence(cli, "--mode", mode)
-    shown = [[0, 3, 7], [3], [19, 2]]
-    splitter, pairs, of_queries = shares_of(folder, shown)
-    assert set(pairs) == {(q, e) for q, row in enumerate(shown) for e in row}
-    train = splitter.run.train()
-    for (q, e), shares in pairs.items():
-        assert len(shares.tokens) == len(train[e]["input_ids"]) and len(shares.blocks) == 2
-        scale = shares.tokens.abs().sum()
-        assert equal(shares.tokens.sum(), scores[q, e], scale) and equal(
-            sum(shares.blocks.values()), scores[q, e], scale
-        )
+def test_shares_add_up_to_the_score(cli, tiny, workspace, model_name, hessian):
+    """In every mode a pair's shares add up to its score, by token and by block; a query's to its summed dots."""
+    run = extract(cli, tiny / model_name, "--rank", 5, "--hessian", hessian, "--block_size", 16)
     dots, _ = influence(cli, "--mode", "dot")
-    for q, row in enumerate(shown):
-        assert len(of_queries[q]) == len(splitter.groups[q][0].token_ids)
-        assert equal(of_queries[q].sum(), dots[q, row].sum(), of_queries[q].abs().sum())
+    train, shown = run.train(), [[0, 3, 7], [3], [19, 2]]
+    for mode in MODES:
+        scores, folder = influence(cli, "--mode", mode)
+        splitter, pairs, of_queries = shares_of(folder, shown)
+        assert set(pairs) == {(q, e) for q, row in enumerate(shown) for e in row}
+        for (q, e), shares in pairs.items():
+            assert len(shares.tokens) == len(train[e]["input_ids"]) and len(shares.blocks) == 2
+            scale = shares.tokens.abs().sum()
+            assert equal(shares.tokens.sum(), scores[q, e], scale), mode
+            assert equal(sum(shares.blocks.values()), scores[q, e], scale), mode
+        for q, row in enumerate(shown):
+            assert len(of_queries[q]) == len(splitter.groups[q][0].token_ids)
+            assert equal(of_queries[q].sum(), dots[q, row].sum(), of_queries[q].abs().sum()), mode
 
 
 def test_shares_are_those_of_autograd(cli, tiny, workspace, model_name):
