@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from logra.run_dir import RunDir
 from logra.runtime import files, flags, processes, progress
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def rank_queries(
-    rows: list[dict], scores: rank.StoredScores, examples: Dataset, top_k: int, by: str, combine: str
+    rows: list[dict], scores: rank.StoredScores, examples: rank.Dataset, top_k: int, by: str, combine: str
 ) -> tuple[list[dict[str, Any]], list[list[tuple[str, float]]]]:
     """Return what the lists and the report show of each query, and the documents of the printed table."""
     encoded = examples.data["document_id"].dictionary_encode()  # one dictionary for all chunks
@@ -99,7 +98,7 @@ def rank_queries(
 
 
 def add_token_shares(
-    queries: list[dict], run: RunDir, record: ScoreRecord, examples: Dataset, trust_remote_code: bool
+    queries: list[dict], run: RunDir, record: ScoreRecord, examples: rank.Dataset, trust_remote_code: bool
 ) -> None:
     """Run the model on the examples shown, and add each token's share of the score."""
     from logra.tools import tokens  # here, because the models of transformers take three seconds to import

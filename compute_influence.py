@@ -10,7 +10,6 @@ import argparse
 import json
 
 import xxhash
-from accelerate import Accelerator
 
 from logra import influence
 from logra.inputs import model
@@ -94,7 +93,7 @@ def settings_hash(record: ScoreRecord, options: ScoreSettings) -> str:
 
 
 def score(
-    scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str, accelerator: Accelerator
+    scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str, accelerator: processes.Accelerator
 ) -> None:
     """Fill the score files: as many queries as fit in memory, then the others, each past all train examples once."""
     own = scorer.own

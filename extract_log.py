@@ -9,7 +9,6 @@ Run the same command again after a stop: it continues, on any number of processe
 import argparse
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import nn
 
 from logra.run_dir import RunDir, RunRecord
@@ -85,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
 
 def set_up(
     args: argparse.Namespace, folder: Path, settings: RunSettings, run: RunDir | None, further: DataSettings | None,
-    execution: Execution, accelerator: Accelerator,
+    execution: Execution, accelerator: processes.Accelerator,
 ) -> tuple[nn.Module, RunDir]:  # fmt: skip
     """Load the model; write run.json, train/ (or an extension) and projections.safetensors where they are missing."""
     lm, tokenizer, described = open_run.load_model(settings, execution, accelerator.device, progress.say)

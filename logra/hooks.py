@@ -97,9 +97,9 @@ class GradientCapture:
         self._grads, self._factor_sums, self._batch_sums = {}, {}, {}
 
     def _hook(self, name: str, p_in: _SideProjection, p_out: _SideProjection):
-        def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             anchor = torch.empty(0, device=output.device, requires_grad=True)
-            return _Tap.apply(output, p_in(args[0].detach()), anchor, lambda x, d: self._collect(name, x, p_out(d)))
+            return _Tap.apply(output, p_in(inputs[0].detach()), anchor, lambda x, d: self._collect(name, x, p_out(d)))
 
         return hook
 

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # edit here
 PYTHONS=${PYTHONS:-python3.11 python3.13}
 OLDEST=${OLDEST:-transformers==5.0.0 accelerate==1.4.0 datasets==4.0.0}
-TESTS=${TESTS:-tests/test_gradients.py tests/test_hessian.py tests/test_quantise.py tests/test_data.py tests/test_rows.py tests/test_pipeline.py}
+TESTS=${TESTS:-tests/test_hooks.py tests/test_loss.py tests/test_projection.py tests/test_hessian.py tests/test_quantise.py tests/inputs tests/stages}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for python in $PYTHONS; do
@@ -30,8 +30,8 @@ for python in $PYTHONS; do
     for environment in "$pinned" "$oldest"; do
         echo "$environment: $("$environment/bin/python" -c 'import accelerate, datasets, sys, transformers
 print("Python", sys.version.split()[0], *(f"{m.__name__} {m.__version__}" for m in (transformers, accelerate, datasets)))')"
-        skip=()  # datasets 4.0 refuses a file whose rows differ in type; later versions load it, and our message names the rows
-        [ "$environment" = "$pinned" ] || skip=(--deselect tests/test_data.py::test_bad_rows_are_named_or_dropped)
+        skip=()  # datasets 4.0 refuses a file whose rows differ in type; later ones load it, and we name the rows
+        [ "$environment" = "$pinned" ] || skip=(--deselect tests/inputs/test_examples.py::test_bad_rows_are_named_or_dropped)
         # shellcheck disable=SC2086
         "$environment/bin/python" -m pytest -q -m "not slow" $TESTS "${skip[@]}" "$@"
     done

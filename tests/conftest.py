@@ -29,12 +29,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from logra.runtime import files
+from logra.runtime.flags import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
-
-from logra.runtime import files  # noqa: E402
-from logra.runtime.flags import run_script  # noqa: E402
-
 VOCAB = 320
 LLAMA = {
     "vocab_size": VOCAB,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import datasets
 import xxhash
@@ -20,8 +21,6 @@ datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is said on
 
 
 def _load_pydoc(config: str | None) -> Dataset:
-    from pydoc_data.topics import topics
-
     if config not in (None, "all", "short"):
         raise ValueError(f"expected --data_config all or short for pydoc, got {config!r}")
     kept = {key: text for key, text in sorted(topics.items()) if config != "short" or len(text) < MAX_SHORT_TOPIC}

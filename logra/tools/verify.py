@@ -56,8 +56,8 @@ def autograd_gradients(
     inputs, outputs, handles = {}, {}, []
     for name in layers:
 
-        def hook(module, args, output, name=name):
-            inputs[name], outputs[name] = args[0].detach(), output
+        def hook(module, arguments, output, name=name):
+            inputs[name], outputs[name] = arguments[0].detach(), output
 
         handles.append(lm.get_submodule(name).register_forward_hook(hook))
     modules = [lm.get_submodule(name) for name in layers]

@@ -1,0 +1,39 @@
+"""Locks."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from logra.runtime import files
+
+
+def test_a_lock_of_another_host(tmp_path, monkeypatch):
+    """A heartbeat that goes on is respected; one that has stopped is waited for, then the lock is taken."""
+    monkeypatch.setattr(files, "LOCK_LEASE_SECONDS", 1.0)
+    path = tmp_path / "log.lock"
+    code = "import filelock, sys, time; lock = filelock.SoftFileLease(sys.argv[1], lease_duration=1.0)"
+    code += "; lock.acquire(); print(1, flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    text = path.read_text()
+    holder.kill()
+    holder.wait()
+    path.write_text(re.sub("host=.*", "host=elsewhere", text))
+    touching = threading.Event()
+
+    def touch() -> None:
+        while not touching.wait(0.1):
+            os.utime(path)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    with pytest.raises(ValueError, match="another one at work"), files.locked(path, "log"):
+        pass
+    touching.set()
+    thread.join()
+    with files.locked(path, "log"):
+        assert "host=elsewhere" not in path.read_text()

@@ -1,0 +1,47 @@
+"""Files of scores: self-influence that is kept, and the highest and lowest scores alone."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_jsonl
+from helpers import QUERIES, extract, influence
+
+
+def test_self_influence_is_kept_for_the_same_run_only(cli, tiny, workspace):
+    """An altered file is computed again; so is one of another Hessian or of fewer examples."""
+    extract(cli, tiny / "gpt2", "--rank", 4, "--hessian", "ekfac")
+    expected, _ = influence(cli, "--mode", "cosine")
+    (path,) = Path("log/self_influence").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert np.array_equal(influence(cli, "--mode", "cosine")[0], expected)
+    write_jsonl(Path("more.jsonl"), [{"id": "new", "text": "the river ran"}])
+    assert cli("extract_log", "--log_dir", "log", "--data_name", "more.jsonl", "--extend")[0] == 0
+    more, _ = influence(cli, "--mode", "cosine", "--self_influence")
+    assert more.shape[1] == expected.shape[1] + 1 and np.isfinite(more).all()
+
+
+@pytest.mark.parametrize("mode", ["dot", "cosine"])
+def test_top_k_only(cli, tiny, workspace, mode):
+    """The running ends are those of the whole matrix; analysis reads them."""
+    extract(cli, tiny / "llama", "--rank", 4, "--shard_examples", 3)
+    scores, whole = influence(cli, "--mode", mode)
+    status, out, err = cli("compute_influence", *QUERIES, "--mode", mode, "--top_k_only", 5)
+    assert status == 0, err
+    folder = Path(next(line for line in out.splitlines() if " in " in line).split(" in ")[1])
+    assert folder != whole and not (folder / "scores.npy").exists()
+    rows = []
+    for place in (whole, folder):
+        os.utime(place / "run.json")
+        assert cli("analysis", "--log_dir", "log", "--top_k", 5, "--bottom")[0] == 0
+        rows.append([json.loads(line) for line in open(place / "top_k.jsonl")])
+    assert [(r["query"], r["rank"], r["example"]) for r in rows[0]] == [
+        (r["query"], r["rank"], r["example"]) for r in rows[1]
+    ]
+    assert np.allclose([r["score"] for r in rows[0]], [r["score"] for r in rows[1]])
+    status, out, _ = cli("analysis", "--log_dir", "log", "--top_k", 7)
+    assert status == 0 and "5 of 7" in out

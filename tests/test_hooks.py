@@ -1,0 +1,147 @@
+"""Projected per-example gradients against the slow reference, and what must not happen to the model."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from conftest import make_model
+from helpers import compute_gradients, draw_projections, random_ids, relative
+
+from logra import loss, projection
+from logra.hooks import GradientCapture
+from logra.inputs.batches import make_batch
+from logra.inputs.model import blocks, checkpoint_blocks
+from logra.stages.gradients import Extractor, run_batch
+
+
+@pytest.mark.parametrize("lengths", [[7], [9, 2, 17, 5, 17]])
+def test_projected_gradients_are_the_projection_of_autograds(model, lengths):
+    """P_out G P_in^T of the full gradient, to 1e-5, with several lengths in one batch."""
+    shapes, projections = draw_projections(model)
+    ids = random_ids(lengths)
+    with GradientCapture(model, projections) as capture:
+        grads = compute_gradients(model, capture, ids, 10**6, None)
+    for row, example in enumerate(ids):
+        full = reference.full_gradient(model, shapes, example)
+        for layer, g in full.items():
+            assert relative(grads[layer][row], reference.project(g, *projections[layer][:2])) < 1e-5, layer
+
+
+def test_no_projection_gives_the_full_gradient(model):
+    """A rank at or above the width leaves a side alone."""
+    shapes, projections = draw_projections(model, 1000, 1000)
+    assert all(p == projection.Projection(None, None) for p in projections.values())
+    ids = random_ids([11])
+    with GradientCapture(model, projections) as capture:
+        grads = run_batch(model, capture, ids)
+    for layer, g in reference.full_gradient(model, shapes, ids[0]).items():
+        assert relative(grads[layer][0], g.flatten()) < 1e-5
+
+
+def test_a_gradient_does_not_depend_on_the_padding_side(model):
+    """Left padding with a mask gives what right padding without one gives."""
+    _, projections = draw_projections(model)
+    ids = random_ids([6, 11])
+    right = make_batch(ids)
+    pad = [11 - len(row) for row in ids]
+    mask = torch.tensor([[0] * n + [1] * (11 - n) for n in pad])
+    left = [torch.stack([t[row].roll(n) for row, n in enumerate(pad)]) for t in right[:3]]
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with GradientCapture(model, projections, factors=True) as capture:
+        expected = capture.backward(loss.example_losses(model, *right[:2]), right.positions)
+        sums = capture.take_factors()
+        losses = loss.example_losses(model, *left[:2], attention_mask=mask, position_ids=positions)
+        got = capture.backward(losses, left[2])
+        sums_left = capture.take_factors()
+    for layer in expected:
+        assert relative(got[layer], expected[layer]) < 1e-5
+    for key, total in sums.items():
+        assert relative(sums_left[key], total) < 1e-5, key
+
+
+def test_response_only(model):
+    """With a start, only the tokens from there on count."""
+    shapes, projections = draw_projections(model)
+    ids = random_ids([14, 10])
+    with GradientCapture(model, projections) as capture:
+        counted = [[i >= start for i in range(len(row))] for row, start in zip(ids, [6, 9], strict=True)]
+        grads = run_batch(model, capture, ids, counted)
+    for row, start in enumerate([6, 9]):
+        for layer, g in reference.full_gradient(model, shapes, ids[row], start).items():
+            assert relative(grads[layer][row], reference.project(g, *projections[layer][:2])) < 1e-5
+
+
+def test_bfloat16(model_name):
+    """bfloat16 weights: within 10% of the same rounded weights in float64."""
+    model = make_model(model_name, torch.bfloat16)
+    shapes, projections = draw_projections(model)
+    ids = random_ids([12, 7])
+    with GradientCapture(model, projections) as capture:
+        grads = run_batch(model, capture, ids)
+    for row, example in enumerate(ids):
+        full = reference.full_gradient(model, shapes, example)
+        expected = torch.cat([reference.project(full[n], *projections[n][:2]) for n in shapes])
+        assert relative(torch.cat([grads[n][row] for n in shapes]), expected) < 0.1
+
+
+def test_factor_sums(model):
+    """A, B, squares and counts over real positions but each example's last, against one example at a time."""
+    shapes, projections = draw_projections(model)
+    ids = random_ids([9, 4, 1, 12])
+    with GradientCapture(model, projections, factors=True) as capture:
+        grads, sums = Extractor(model, capture, 30).gradients(ids).wait()
+    assert sums["examples"] == 4 and sums["tokens"] == 8 + 3 + 0 + 11
+    expected_a, expected_b = dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0)
+    for row in ids:
+        for layer, (x, d) in reference.layer_io(model, shapes, row).items() if len(row) > 1 else ():
+            p_in, p_out = (p.double() for p in projections[layer][:2])
+            x, d = x[:-1] @ p_in.T, d @ p_out.T
+            expected_a[layer] = expected_a[layer] + x.T @ x
+            expected_b[layer] = expected_b[layer] + d.T @ d
+    for layer in shapes:
+        assert relative(sums[f"{layer}.A"], expected_a[layer]) < 1e-5
+        assert relative(sums[f"{layer}.B"], expected_b[layer]) < 1e-5
+        assert relative(sums[f"{layer}.square"], grads[layer].square().sum(0)) < 1e-5
+
+
+def test_gradient_checkpointing(model):
+    """The same gradients and sums, from blocks that run twice."""
+    _, projections = draw_projections(model)
+    ids, results, runs = random_ids([12, 3, 20]), [], []
+    blocks(model)[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    for again in (False, True):
+        if again:
+            checkpoint_blocks(model)
+            inner = next(blocks(model)[1].children())
+            inner.register_forward_pre_hook(lambda *_: runs.append(2))
+        with GradientCapture(model, projections, factors=True) as capture:
+            results.append(Extractor(model, capture, 10**6).gradients(ids).wait())
+    for one, two in zip(*results, strict=True):
+        assert all(relative(one[key], two[key]) < 1e-5 for key in one)
+    assert runs.count(2) == 2
+
+
+def test_the_model_is_left_alone(model):
+    """No parameter gets a gradient; weights, training mode, requires_grad and hooks are as before."""
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    before, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    _, projections = draw_projections(model)
+    with GradientCapture(model, projections) as capture:
+        assert not model.training
+        run_batch(model, capture, random_ids([5, 6]))
+        assert all(p.grad is None for p in model.parameters())
+    assert model.training and [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_is_computed_below_the_first_tracked_layer(model):
+    """The graph starts at the first tracked layer: the embedding's output needs no gradient."""
+    needs = []
+    model.get_input_embeddings().register_forward_hook(lambda m, a, output: needs.append(output.requires_grad))
+    _, projections = draw_projections(model)
+    with GradientCapture(model, projections) as capture:
+        run_batch(model, capture, random_ids([5]))
+    assert needs == [False]
