@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_stage(name: str) -> tuple[int | None, str]:
+def run_stage(name: str) -> tuple[Any, str]:
     """Run a stage; return its exit status (None: a traceback) and what it printed."""
     module, argv, status = importlib.import_module(name), sys.argv, 0
     sys.argv, said = [f"{name}.py", "--quiet", *STAGES[name]], io.StringIO()

@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import torch
@@ -41,7 +42,7 @@ def build_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(description=__doc__)
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="(%(default)s)")
-    several = {"type": positive_int, "nargs": "+"}
+    several: dict[str, Any] = {"type": positive_int, "nargs": "+"}
     parser.add_argument("--block_size", **several, default=[256], help="tokens in an example (256)")
     parser.add_argument("--batch_size", **several, default=[4], help="examples in a batch (4)")
     parser.add_argument("--rank", **several, default=[64], help="(64)")
@@ -143,7 +144,7 @@ def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batc
         peak = max(memory for _, memory in values) / 1e9
         relative = speeds[name] / speeds["forward"]
         print(f"  {name:28s} {speeds[name]:9.0f} tokens/s  {relative:.2f} of forward  {peak:.2f} GB", flush=True)
-    about = {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
+    about: dict[str, Any] = {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
     about |= {"tokens_per_second": speeds, "ratio": median(ratios), "ratios": ratios}
     return about | {"peak_bytes": {name: max(m for _, m in values) for name, values in results.items()}}
 

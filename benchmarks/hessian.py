@@ -99,7 +99,8 @@ def passes(source: RandomShards, rank: int, device: str) -> dict[str, Callable[[
         for value in values * len(source.projected):
             function(value)
 
-    return {name: partial(statistics, *kind) for name, kind in KINDS.items()} | {
+    functions: dict[str, Callable[[], object]] = {name: partial(statistics, *kind) for name, kind in KINDS.items()}
+    return functions | {
         "floor of raw": partial(for_each, lambda block: total.addmm_(block.T, block), blocks),
         "floor of the second pass": partial(for_each, lambda g: u_out @ g.view(-1, rank, rank) @ u_in.T, blocks),
         "eigenvectors": partial(for_each, projection.eigenbasis, covs),

@@ -20,6 +20,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def main(args) -> None:
     (OUT / "job.json").write_text(json.dumps(make_inputs(args)))
     runs: dict[str, list[dict]] = {program: [] for program in PYTHON}
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
     for program in args.repeats * list(PYTHON):  # in turn, each in a process of its own
         done = subprocess.run([PYTHON[program], __file__, "--worker", program], **options)
         if done.returncode:
@@ -196,9 +197,7 @@ def kronfluence(job: dict, seconds: Counter) -> np.ndarray:
     model, task = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32), LanguageModelling()
     analyzer = Analyzer("run", prepare_model(model, task), task, output_dir=str(OUT / "factors"))
     analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=collate))
-    model(
-        input_ids=torch.arange(8, device=analyzer.state.device)[None]
-    )  # ours runs these tokens too, when it loads the model
+    model(input_ids=torch.arange(8, device=analyzer.state.device)[None])  # ours runs these too, on loading
     gc.freeze()
     about = FactorArguments(use_empirical_fisher=True, covariance_max_examples=None, lambda_max_examples=None)
     about = {"factors_name": "run", "factor_args": about, "overwrite_output_dir": True}

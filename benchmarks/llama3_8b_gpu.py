@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -89,6 +90,11 @@ def scoring_rate(projected: projection.Shapes, examples: int, device: str) -> fl
     return 4 * examples * sum(k.values()) / median(seconds)
 
 
+def gradients(extractor: Extractor, rows: list[list[int]]) -> None:
+    """Compute the gradients of examples, and copy them to the CPU."""
+    extractor.gradients(rows).wait()
+
+
 def extraction(args: argparse.Namespace, device: str) -> tuple[dict, projection.Shapes]:
     """Build the model and time its passes; return the results, and layer -> (r_out, r_in)."""
     config = TINY if args.tiny else LLAMA3_8B
@@ -115,7 +121,7 @@ def extraction(args: argparse.Namespace, device: str) -> tuple[dict, projection.
         with capture:
             extractor = Extractor(lm, capture, tokens)
             extractor.gradients(rows[:1]).wait()  # moves the projections to the device
-            seconds["ours"].append(seconds_of(lambda extractor=extractor: extractor.gradients(rows).wait()))
+            seconds["ours"].append(seconds_of(partial(gradients, extractor, rows)))
     count = len(rows) * args.block_size
     speeds = {name: count / median(values[1:]) for name, values in seconds.items()}  # the first repeat warms up
     weights = sum(p.numel() for p in lm.parameters() if p.dim() > 1) - lm.get_input_embeddings().weight.numel()

@@ -18,6 +18,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -84,7 +85,7 @@ def run_once(program: str, setting: str, args) -> dict:
     words = ["benchmarks/peers.py", "--worker", program, json.dumps(job)]
     words = ["extract_log.py", *our_flags(setting, args, folder)] if program == "ours" else words
     variables = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    options = {"cwd": ROOT, "env": variables, "stderr": subprocess.STDOUT}
+    options: dict[str, Any] = {"cwd": ROOT, "env": variables, "stderr": subprocess.STDOUT}
     before, start = psutil.cpu_times(), time.perf_counter()
     with open(output, "w") as file:
         process = subprocess.Popen([PYTHON[program], *words], stdout=file, **options)

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ PLOT = ROOT / "benchmarks/results/scaling.png"
 def build_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(description=__doc__)
-    several = {"type": positive_int, "nargs": "+"}
+    several: dict[str, Any] = {"type": positive_int, "nargs": "+"}
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="(%(default)s)")
     parser.add_argument(
         "--shard_examples", type=positive_int, default=4, help="for processes: examples in each of 8 shards (4)"
@@ -55,7 +56,7 @@ def build_parser() -> Parser:
     parser.add_argument("--N", **several, default=[8, 32, 64], help="examples (8 32 64)")
     parser.add_argument("--T", **several, default=[64, 128, 256, 512], help="tokens in an example (64 128 256 512)")
     parser.add_argument("--rank", **several, default=[16, 64, 256], help="of both sides (16 64 256)")
-    point = {"type": positive_int, "nargs": 3, "metavar": AXES}
+    point: dict[str, Any] = {"type": positive_int, "nargs": 3, "metavar": AXES}
     parser.add_argument("--base", **point, default=[8, 128, 64], help="values of those that do not vary (8 128 64)")
     parser.add_argument("--point", **point, help="measure only this point, in this process")
     parser.add_argument("--repeats", type=positive_int, default=1, help="of everything, interleaved (1)")

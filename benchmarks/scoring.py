@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
         shards = write_shards(folder, args)
         total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if "factors" not in path.name)
         seconds = time_passes(folder, shards, args)
-    result = {"read_gb_per_s": total / median(seconds.pop("read")) / 1e9, "queries": {}}
+    result: dict[str, Any] = {"read_gb_per_s": total / median(seconds.pop("read")) / 1e9, "queries": {}}
     print(f"plain read {result['read_gb_per_s']:.1f} GB/s, {'cold' if args.cold else 'warm'}; {total / 1e9:.2f} GB")
     for name, values in seconds.items():
         rate = total / median(values) / 1e9
