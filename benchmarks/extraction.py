@@ -1,11 +1,11 @@
-"""Speed and memory of extraction against the bare forward pass, in one process and one run, interleaved.
+"""Speed and memory of extraction compared with the bare forward pass, interleaved in one process.
 
-Times batches of random tokens through: the plain forward pass with logits; forward and full backward (every weight's
-gradient); ours (projected per-example gradients and factor sums, written to a store); and ours without the factor
-sums, which kfac and ekfac need. Prints medians, the median of the pairwise ratios, and one JSON line. Several values
-of a flag are a sweep.
+Times batches of random tokens through: the plain forward pass with logits; forward and full backward (the gradient of
+every weight); ours (projected per-example gradients and factor sums, written to a shard); and ours without the factor
+sums, which only kfac and ekfac need. Prints medians, the median of the pairwise ratios, and one JSON line. Flags with
+several values make a sweep over all combinations.
 
-    python benchmarks/gradients.py --block_size 128 256 512
+    python benchmarks/extraction.py --block_size 128 256 512
 """
 
 import argparse
@@ -15,14 +15,17 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,26 +33,27 @@ from logra import projection, store
 from logra.hooks import GradientCapture
 from logra.inputs import model
 from logra.quantise import FLOAT_DTYPES
-from logra.runtime import flags, settings
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import DEFAULT_MODEL, positive_int
 from logra.stages.gradients import Extractor
 
 
-def build_parser() -> flags.Parser:
+def build_parser() -> Parser:
     """Return the command line's parser."""
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("--model_name", default=run.DEFAULT_MODEL, help="(%(default)s)")
-    several = {"type": settings.positive_int, "nargs": "+"}
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="(%(default)s)")
+    several: dict[str, Any] = {"type": positive_int, "nargs": "+"}
     parser.add_argument("--block_size", **several, default=[256], help="tokens in an example (256)")
     parser.add_argument("--batch_size", **several, default=[4], help="examples in a batch (4)")
     parser.add_argument("--rank", **several, default=[64], help="(64)")
-    parser.add_argument("--batches", type=settings.positive_int, default=2, help="in a measurement (2)")
+    parser.add_argument("--batches", type=positive_int, default=2, help="per measurement (2)")
     parser.add_argument("--all_layers", action="store_true", help="attention too, not the MLP only")
-    parser.add_argument("--repeats", type=settings.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="of each, interleaved (5)")
     return parser
 
 
 class PeakMemory:
-    """Peak of the process's resident memory (or the GPU's allocated memory) inside a with block, in bytes."""
+    """Context manager: `bytes` is the peak of the process's resident memory, or of the GPU's allocated memory."""
 
     def __enter__(self) -> "PeakMemory":
         self.bytes, self._stop = 0, threading.Event()
@@ -71,7 +75,7 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated()
 
 
-def timed(function) -> tuple[float, int]:
+def timed(function: Callable[[], object]) -> tuple[float, int]:
     """Return (seconds, peak bytes) of a call."""
     with PeakMemory() as memory:
         start = time.perf_counter()
@@ -82,12 +86,20 @@ def timed(function) -> tuple[float, int]:
     return seconds, memory.bytes
 
 
-def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank: int) -> dict:
-    """Time the four at one setting; print and return the medians."""
-    shapes = model.choose_layers(lm, not args.all_layers, None)
+def passes(
+    lm: PreTrainedModel, shapes: projection.Shapes, rank: int, rows: list[list[int]], batch_size: int
+) -> dict[str, Callable[[], None]]:
+    """Return what is timed.
+
+    Args:
+        lm: The model.
+        shapes: Its tracked layers.
+        rank: Of both sides.
+        rows: Token ids of the examples, equally long.
+        batch_size: Examples in a batch.
+    """
     projected = projection.projected_shapes(shapes, rank, rank)
     projections = projection.draw(shapes, projected, seed=0)
-    rows = torch.randint(0, lm.config.vocab_size, (args.batches * batch_size, block_size)).tolist()
     batches = torch.tensor(rows, device=lm.device).split(batch_size)
 
     def forward() -> None:
@@ -104,18 +116,25 @@ def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank
 
     def ours(factors: bool) -> None:
         with GradientCapture(lm, projections, factors=factors) as capture, TemporaryDirectory() as folder:
-            extractor = Extractor(lm, capture, batch_size * block_size)
+            extractor = Extractor(lm, capture, batch_size * len(rows[0]))
             layouts = {"gradients": store.gradient_layout(projected, len(rows), "float32")}
             layouts["factors"] = store.factor_layout(projected, False) if factors else {}
             store.Shard(Path(folder), 0, range(len(rows)), layouts).write(*extractor.gradients(rows).wait())
 
-    runs = {"forward": forward, "forward and full backward": backward}
-    runs |= {"ours": partial(ours, True), "ours, without factors": partial(ours, False)}
-    results: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
+    without = {"forward": forward, "forward and full backward": backward}
+    return without | {"ours": partial(ours, True), "ours, without factors": partial(ours, False)}
+
+
+def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batch_size: int, rank: int) -> dict:
+    """Time the passes at one combination of the sweep; print and return the medians."""
+    shapes = model.choose_layers(lm, not args.all_layers, None)
+    rows = torch.randint(0, lm.config.vocab_size, (args.batches * batch_size, block_size)).tolist()
+    functions = passes(lm, shapes, rank, rows, batch_size)
+    results: dict[str, list[tuple[float, int]]] = {name: [] for name in functions}
     for repeat in range(args.repeats + 1):
-        for name, function in runs.items():
+        for name, function in functions.items():
             result = timed(function)
-            if repeat:  # the first one warms up
+            if repeat:  # the first repeat warms up
                 results[name].append(result)
     tokens = len(rows) * block_size
     speeds = {name: tokens / median(seconds for seconds, _ in values) for name, values in results.items()}
@@ -125,21 +144,21 @@ def measure(args: argparse.Namespace, lm, block_size: int, batch_size: int, rank
         peak = max(memory for _, memory in values) / 1e9
         relative = speeds[name] / speeds["forward"]
         print(f"  {name:28s} {speeds[name]:9.0f} tokens/s  {relative:.2f} of forward  {peak:.2f} GB", flush=True)
-    about = {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
+    about: dict[str, Any] = {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
     about |= {"tokens_per_second": speeds, "ratio": median(ratios), "ratios": ratios}
     return about | {"peak_bytes": {name: max(m for _, m in values) for name, values in results.items()}}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Time each setting of the sweep, print tables and a JSON line."""
+    """Time each combination of the sweep, print tables and a JSON line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = model.load_model(args.model_name, FLOAT_DTYPES[model.default_dtype(device)], device)
-    settings = product(args.block_size, args.batch_size, args.rank)
-    measured = [measure(args, lm, *setting) for setting in settings]
+    sweep = product(args.block_size, args.batch_size, args.rank)
+    measured = [measure(args, lm, *sizes) for sizes in sweep]
     about = {"benchmark": "extraction", "model_name": args.model_name, "device": device, "torch": torch.__version__}
     about |= {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     print(json.dumps(about | {"repeats": args.repeats, "measured": measured}))
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    run_script(main, build_parser())

@@ -1,10 +1,10 @@
-"""Seconds of each kind of Hessian for 10^4 examples and one layer, against the matrix products that they need.
+"""Seconds of each kind of Hessian for 10^4 examples and one layer, compared with the matrix products that it needs.
 
-Writes shards of random gradients and factor sums, then times, interleaved, in one run: raw, kfac, ekfac from the
-factor files, and ekfac by a second pass over the gradients, all through logra.hessian.statistics, from files in the
-page cache; and the floors, on blocks of the same sizes that are in memory already: for raw torch.addmm alone, for the
-second pass its two batched products. Eigenvectors (of both sides, float64) have a row of their own, and are taken off
-the second pass for its ratio. Ratios are medians over the repeats. Prints a table and one JSON line.
+Writes shards of random gradients and factor sums, then times, interleaved in one run: raw, kfac, ekfac from the factor
+files, and ekfac by a second pass over the gradients, all through logra.hessian.statistics, from files in the page
+cache. The floors are the matrix products alone, on blocks of the same sizes in memory: torch.addmm for raw, two batched
+products for the second pass. The eigenvectors (of both sides, float64) are timed apart, and their time is subtracted
+from the second pass before its ratio is taken. Ratios are medians over the repeats. Prints a table and one JSON line.
 
     python benchmarks/hessian.py --examples 10000 --rank 64
 """
@@ -29,10 +29,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import hessian, projection, store
-from logra.runtime import flags, settings
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int
 
-# name -> (kind, whether the gradients are in the eigenbasis already), as for hessian.layout
-KINDS = {
+KINDS = {  # name -> (kind, whether the gradients are in the eigenbasis already), as for hessian.statistics
     "raw": ("raw", False),
     "kfac": ("kfac", False),
     "ekfac": ("ekfac", True),
@@ -41,21 +41,21 @@ KINDS = {
 FLOORS = {"raw": "floor of raw", "ekfac, second pass": "floor of the second pass"}
 
 
-def build_parser() -> flags.Parser:
+def build_parser() -> Parser:
     """Return the command line's parser."""
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("--examples", type=settings.positive_int, default=10_000, help="at least rank^2 (10000)")
-    parser.add_argument("--layers", type=settings.positive_int, default=2, help="of rank x rank (2)")
-    parser.add_argument("--rank", type=settings.positive_int, default=64, help="(64)")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--examples", type=positive_int, default=10_000, help="at least rank^2 (10000)")
+    parser.add_argument("--layers", type=positive_int, default=2, help="each of rank x rank (2)")
+    parser.add_argument("--rank", type=positive_int, default=64, help="(64)")
     parser.add_argument(
-        "--shard_examples", type=settings.positive_int, default=170, help="in a shard (170, as for Llama-3-8B's MLP)"
+        "--shard_examples", type=positive_int, default=170, help="examples per shard (170, as for Llama-3-8B's MLP)"
     )
-    parser.add_argument("--repeats", type=settings.positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="of each, interleaved (5)")
     return parser
 
 
-class RandomLog:
-    """Shards of random gradients and factor sums in a folder, read as log.RunDir reads its own (hessian.Source)."""
+class RandomShards:
+    """Shards of random gradients and factor sums in a folder: a hessian.GradientSource."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.examples, rank = folder, args.examples, args.rank
@@ -71,35 +71,38 @@ class RandomLog:
             self.shard(index).write(grads, factors)
 
     def shard(self, index: int) -> store.Shard:
+        """Return a shard, which may not be written yet."""
         grads = store.gradient_layout(self.projected, len(self.shards[index]), "float32")
         layouts = {"gradients": grads, "factors": store.factor_layout(self.projected, False)}
         return store.Shard(self.folder, index, self.shards[index], layouts)
 
     def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
+        """Yield a tensor, shard by shard; see run_dir.RunDir.read."""
         for index in shards:
             with self.shard(index).open(kind) as file:
                 yield file.read(name)
 
 
-def passes(log: RandomLog, rank: int, device: str) -> dict[str, Callable[[], object]]:
-    """Return what is timed: the kinds, over all layers; the floors and the eigenvectors, over as many."""
-    every = range(len(log.shards))
-    memory = [block.to(device) for block in log.read("layer0", every)]
-    covs = [next(log.read(f"layer0.{side}", [0], "factors")) for side in "AB"]
+def passes(source: RandomShards, rank: int, device: str) -> dict[str, Callable[[], object]]:
+    """Return what is timed: the kinds over all layers, the floors and the eigenvectors for the same number of them."""
+    every = range(len(source.shards))
+    blocks = [block.to(device) for block in source.read("layer0", every)]
+    covs = [next(source.read(f"layer0.{side}", [0], "factors")) for side in "AB"]
     u_in, u_out = (projection.eigenbasis(cov)[1].float().to(device) for cov in covs)
     total = torch.zeros(rank**2, rank**2, device=device)
 
     def statistics(kind: str, rotated: bool) -> None:
-        for _ in hessian.statistics(kind, log, every, lambda t: t, rotated, device):
+        for _ in hessian.statistics(kind, source, every, lambda t: t, rotated, device):
             pass
 
     def for_each(function: Callable[[Tensor], object], values: list[Tensor]) -> None:
-        for value in values * len(log.projected):
+        for value in values * len(source.projected):
             function(value)
 
-    return {name: partial(statistics, *kind) for name, kind in KINDS.items()} | {
-        "floor of raw": partial(for_each, lambda block: total.addmm_(block.T, block), memory),
-        "floor of the second pass": partial(for_each, lambda g: u_out @ g.view(-1, rank, rank) @ u_in.T, memory),
+    functions: dict[str, Callable[[], object]] = {name: partial(statistics, *kind) for name, kind in KINDS.items()}
+    return functions | {
+        "floor of raw": partial(for_each, lambda block: total.addmm_(block.T, block), blocks),
+        "floor of the second pass": partial(for_each, lambda g: u_out @ g.view(-1, rank, rank) @ u_in.T, blocks),
         "eigenvectors": partial(for_each, projection.eigenbasis, covs),
     }
 
@@ -110,28 +113,28 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"expected --examples of at least rank^2 = {args.rank**2}, got {args.examples}; raise it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with TemporaryDirectory() as folder:
-        log = RandomLog(Path(folder), args)
-        functions = passes(log, args.rank, device)
-        seconds: dict[str, list[float]] = {name: [] for name in functions}  # a layer
+        functions = passes(RandomShards(Path(folder), args), args.rank, device)
+        seconds: dict[str, list[float]] = {name: [] for name in functions}  # per layer
         for repeat in range(args.repeats + 1):
             for name, function in functions.items():
                 start = time.perf_counter()
                 function()
                 if device == "cuda":
                     torch.cuda.synchronize()
-                if repeat:  # the first one warms up
+                if repeat:  # the first repeat warms up
                     seconds[name].append((time.perf_counter() - start) / args.layers)
     eigen, result = seconds.pop("eigenvectors"), {}
     for name, values in seconds.items():
         result[name] = {"seconds_per_10000_examples": median(values) / args.examples * 1e4}
         if name in FLOORS:
-            own = [a - b for a, b in zip(values, eigen, strict=True)] if name == "ekfac, second pass" else values
-            result[name]["times_floor"] = median(a / b for a, b in zip(own, seconds[FLOORS[name]], strict=True))
+            if name == "ekfac, second pass":
+                values = [whole - vectors for whole, vectors in zip(values, eigen, strict=True)]
+            result[name]["times_floor"] = median(a / b for a, b in zip(values, seconds[FLOORS[name]], strict=True))
         if name in KINDS:
             layout = store.hessian_layout(KINDS[name][0], {"": (args.rank, args.rank)}, args.examples, KINDS[name][1])
             sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in layout.values()]
             result[name]["bytes"] = sum(sizes[:-2])  # without the two counts
-    print(f"{args.layers} layers of {args.rank} x {args.rank}, {args.examples} examples, on the {device}; a layer's:")
+    print(f"{args.layers} layers of {args.rank} x {args.rank}, {args.examples} examples, on the {device}; per layer:")
     for name, row in result.items():
         line = f"{name:26s} {row['seconds_per_10000_examples']:8.4f} s for 10^4 examples"
         line += f"  {row['bytes'] / 1e6:7.3f} MB" if "bytes" in row else ""
@@ -143,4 +146,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    run_script(main, build_parser())

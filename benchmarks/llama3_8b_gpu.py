@@ -1,9 +1,10 @@
-"""Extraction and scoring of the real Llama-3-8B shape, with random weights in bfloat16, on one GPU.
+"""Extraction and scoring with the shape of Llama-3-8B and random weights in bfloat16, on one GPU.
 
 MLP only, rank 64, blocks of 512 tokens. Times the bare forward pass, with logits, and ours (gradients, factor sums and
-their way to the CPU; batches as large as --batch_tokens auto finds), then writes a store and scores 10 queries. FLOPs
-are those of a forward and an activation-only backward pass: 4 a token for each weight of a matrix, head included, and
-attention's. Prints a table and one JSON line. Without a GPU it says so and ends; --tiny runs a tiny shape anywhere.
+their copies to the CPU; batches as large as --batch_tokens auto finds). Then writes shards and scores 10 queries. FLOPs
+are those of a forward and an activation-only backward pass: 4 per token and weight of a matrix, head included, and
+those of attention. Prints a table and one JSON line. Without a GPU it says so and ends; --tiny runs a tiny shape there
+too.
 
     python benchmarks/llama3_8b_gpu.py
 """
@@ -12,6 +13,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -24,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from logra import influence, projection, store
 from logra.hooks import GradientCapture
 from logra.inputs import model
-from logra.runtime import flags, settings
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int
 from logra.stages.gradients import Extractor
 
 LLAMA3_8B = LlamaConfig(
@@ -35,24 +39,24 @@ TINY = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
 )  # fmt: skip
-PEAK = {  # end of the device's name -> dense bfloat16 FLOP/s
+PEAK_FLOPS = {  # end of the device's name -> dense bfloat16 FLOP/s
     "H100 80GB HBM3": 989e12, "H200": 989e12, "A100-SXM4-80GB": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
 }  # fmt: skip
 
 
-def build_parser() -> flags.Parser:
+def build_parser() -> Parser:
     """Return the command line's parser."""
-    parser = flags.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, also without a GPU")
-    parser.add_argument("--block_size", type=settings.positive_int, default=512, help="(512)")
-    parser.add_argument("--rank", type=settings.positive_int, default=64, help="(64)")
-    parser.add_argument("--repeats", type=settings.positive_int, default=5, help="of each, interleaved (5)")
-    parser.add_argument("--examples", type=settings.positive_int, default=512, help="in the store that is scored (512)")
+    parser.add_argument("--block_size", type=positive_int, default=512, help="(512)")
+    parser.add_argument("--rank", type=positive_int, default=64, help="(64)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="of each, interleaved (5)")
+    parser.add_argument("--examples", type=positive_int, default=512, help="examples to score (512)")
     return parser
 
 
-def seconds_of(function) -> float:
-    """Return the seconds of a call, the device's work included."""
+def seconds_of(function: Callable[[], object]) -> float:
+    """Return the seconds of a call, with those of its work on the GPU."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -60,8 +64,8 @@ def seconds_of(function) -> float:
     return time.perf_counter() - start
 
 
-def scoring_rate(projected: dict[str, tuple[int, int]], examples: int, device: str) -> float:
-    """Return the bytes of stored gradients that are scored a second, for 10 queries, from the page cache."""
+def scoring_rate(projected: projection.Shapes, examples: int, device: str) -> float:
+    """Return the bytes of stored gradients that are scored per second, for 10 queries, from the page cache."""
     k = {layer: r_out * r_in for layer, (r_out, r_in) in projected.items()}
     size = max(1, 2**28 // (4 * sum(k.values())))
     shards = [range(i, min(i + size, examples)) for i in range(0, examples, size)]
@@ -86,8 +90,13 @@ def scoring_rate(projected: dict[str, tuple[int, int]], examples: int, device: s
     return 4 * examples * sum(k.values()) / median(seconds)
 
 
-def extraction(args: argparse.Namespace, device: str) -> tuple[dict, dict[str, tuple[int, int]]]:
-    """Build the model and time it; return the results, and layer -> (r_out, r_in)."""
+def gradients(extractor: Extractor, rows: list[list[int]]) -> None:
+    """Compute the gradients of examples, and copy them to the CPU."""
+    extractor.gradients(rows).wait()
+
+
+def extraction(args: argparse.Namespace, device: str) -> tuple[dict, projection.Shapes]:
+    """Build the model and time its passes; return the results, and layer -> (r_out, r_in)."""
     config = TINY if args.tiny else LLAMA3_8B
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -108,25 +117,25 @@ def extraction(args: argparse.Namespace, device: str) -> tuple[dict, dict[str, t
     for _ in range(args.repeats + 1):
         seconds["forward"].append(seconds_of(forward))
         if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # in the end the peak is that of ours
+            torch.cuda.reset_peak_memory_stats()  # so that the last peak is that of ours
         with capture:
             extractor = Extractor(lm, capture, tokens)
-            extractor.gradients(rows[:1]).wait()  # brings the projections to the device
-            seconds["ours"].append(seconds_of(lambda extractor=extractor: extractor.gradients(rows).wait()))
+            extractor.gradients(rows[:1]).wait()  # moves the projections to the device
+            seconds["ours"].append(seconds_of(partial(gradients, extractor, rows)))
     count = len(rows) * args.block_size
-    speeds = {name: count / median(values[1:]) for name, values in seconds.items()}  # the first one warms up
+    speeds = {name: count / median(values[1:]) for name, values in seconds.items()}  # the first repeat warms up
     weights = sum(p.numel() for p in lm.parameters() if p.dim() > 1) - lm.get_input_embeddings().weight.numel()
     attention = 2 * config.num_hidden_layers * config.hidden_size * args.block_size  # two causal products, forward
     flops = 4 * weights + 3 * attention  # attention's two products have two gradients each
     device_name = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak = next((value for key, value in PEAK.items() if device_name.endswith(key)), None)
+    peak = next((value for key, value in PEAK_FLOPS.items() if device_name.endswith(key)), None)
     result = {"tokens_per_second": speeds, "batch_tokens": tokens, "flops_per_token": flops, "layers": len(shapes)}
     result |= {"mfu": flops * speeds["ours"] / peak if peak else None}
     return result | {"peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None}, projected
 
 
 def main(args: argparse.Namespace) -> None:
-    """Time extraction, then scoring; print a table and a JSON line."""
+    """Time extraction and scoring; print a table and a JSON line."""
     if not torch.cuda.is_available() and not args.tiny:
         print(
             json.dumps({"benchmark": "llama3_8b_gpu", "skipped": "expected a GPU, got none; --tiny runs without one"})
@@ -145,4 +154,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    run_script(main, build_parser())

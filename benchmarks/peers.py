@@ -1,9 +1,9 @@
-"""Extraction speed of ours, bergson and LogIX: same model, tokens, layers, rank and batches; runs alternate.
+"""Extraction speed of ours, bergson and LogIX with the same model, tokens, layers, rank and batches.
 
 Settings: `none` (gradients only), `raw` (and the Hessian of the stored gradients) and `kfac` (and its factors; without
-bergson, whose factors are never projected). The clock runs from the first batch until all is written; imports, loading
-and tokenising are left out. Prints medians, what was not equal, and one JSON line. benchmarks/peers.sh makes the peers'
-environments, then runs this. Notation: N examples, L layers, k = rank * rank.
+bergson, whose factors are never projected). The clock runs from the first batch until everything is written, without
+imports, loading and tokenising. Runs alternate. Prints medians, what was not equal, and one JSON line.
+benchmarks/peers.sh makes the peers' environments, then runs this. Notation: N examples, L layers, k = rank * rank.
 
     python benchmarks/peers.py --examples 32
 """
@@ -18,53 +18,55 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "logs/peers"
 PEERS = {"bergson": "bergson", "logix": "logix-ai"}  # name -> package
 PYTHON = {"ours": sys.executable} | {name: str(ROOT / f".venv/peers/{name}/bin/python") for name in PEERS}
 SETTINGS = {"none": list(PYTHON), "raw": list(PYTHON), "kfac": ["ours", "logix"]}
-STORED = {"ours": "gradients/00000.safetensors", "bergson": "gradients.bin", "logix": "log_rank_0_chunk_0.mmap"}
-NOT_STORED = ("projections.safetensors", "lora_state_dict.pt")  # projections, which bergson draws again when it scores
+GRADIENT_FILES = {
+    "ours": "gradients/00000.safetensors", "bergson": "gradients.bin", "logix": "log_rank_0_chunk_0.mmap",
+}  # fmt: skip
+PROJECTION_FILES = ("projections.safetensors", "lora_state_dict.pt")  # not counted: bergson draws its own again
 NOT_EQUAL = """\
 - ours flushes its files to the disk and takes checksums; the peers leave the flushing to the system
-- ours sums kfac's factors and the squares for ekfac in every setting, and stores them (a shard's are 4.4 MB)
-- ours, raw: while N < k, it stores a layer's [N, N] Gram matrix, which gives the same scores as the peers' [k, k]
-- bergson, raw: a second pass over the model (its command `hessian`); the eigendecompositions at the end of it, [k, k] a
-  layer, are skipped here, since ours and LogIX factor theirs when they score
-- bergson takes the embedding's gradient, to have its hooks called; where the head is tied to it, the head's too
-- LogIX runs the forward pass through its projections as well, as LoRA layers
-- projections: normal (ours), signs (bergson; drawn within the clock), uniform of another scale (LogIX)"""
+- ours sums kfac's factors and the squares for ekfac in every setting, and stores them (4.4 MB per shard)
+- ours, raw: if N < k, it stores a layer's [N, N] Gram matrix, which gives the same scores as the peers' [k, k]
+- bergson, raw: a second pass over the model (its command `hessian`); the eigendecompositions at its end, [k, k] per
+  layer, are skipped here, because ours and LogIX factor their matrices when they score
+- bergson computes the embedding's gradient, so that its hooks are called; if the head is tied, also the head's
+- LogIX also runs the forward pass through its projections, as LoRA layers
+- projections: normal (ours), signs (bergson; drawn within the clock), uniform with another scale (LogIX)"""
 
 
 def build_parser():
     """Return the command line's parser."""
-    from logra.runtime import flags, settings  # not at the top: the peers' python has no logra
+    from logra.runtime.flags import Parser  # not at the top: the peers' python has no logra
+    from logra.runtime.settings import non_negative, positive_int
 
-    parser = flags.Parser(description=__doc__)
-    parser.add_argument("--model_name", default="models/SmolLM2-135M-Instruct", help="Llama's layers (%(default)s)")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--model_name", default="models/SmolLM2-135M-Instruct", help="of Llama's architecture (%(default)s)"
+    )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="(all)")
+    parser.add_argument("--examples", type=positive_int, default=32, help="full blocks of Python's manual (32)")
+    parser.add_argument("--block_size", type=positive_int, default=256, help="tokens in a block (256)")
+    parser.add_argument("--batch_size", type=positive_int, default=4, help="blocks in a batch (4)")
+    parser.add_argument("--rank", type=positive_int, default=64, help="of each side (64)")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="runs of each program (3)")
     parser.add_argument(
-        "--examples", type=settings.positive_int, default=32, help="full blocks of Python's manual (32)"
+        "--max_others", type=non_negative, default=1.0, help="repeat if others used more of the cores (1: never)"
     )
-    parser.add_argument("--block_size", type=settings.positive_int, default=256, help="tokens in a block (256)")
-    parser.add_argument("--batch_size", type=settings.positive_int, default=4, help="blocks in a batch (4)")
-    parser.add_argument("--rank", type=settings.positive_int, default=64, help="of each side (64)")
-    parser.add_argument("--repeats", type=settings.positive_int, default=3, help="runs of each program (3)")
-    parser.add_argument(
-        "--max_others",
-        type=settings.non_negative,
-        default=1.0,
-        help="run again if others took more of the cores (1: never)",
-    )
-    parser.add_argument(
-        "--threads", type=settings.positive_int, default=os.cpu_count(), help="(%(default)s, the cores)"
-    )
+    parser.add_argument("--threads", type=positive_int, default=os.cpu_count(), help="(%(default)s, the cores)")
     return parser
 
 
 def our_flags(setting: str, args, folder: Path) -> list[str]:
-    """Return the flags of extract_log.py. A long run's shards are large; the default would cut this one into 8."""
+    """Return the flags of extract_log.py. One shard, as a long run's are large; the default would make 8 of them."""
     flags = "--data_name pydoc --data_config short --pack --mlp_only --basis projected"
     flags += f" --max_examples {args.examples} --shard_examples {args.examples} --block_size {args.block_size}"
     flags += f" --batch_size {args.batch_size} --batch_tokens {args.batch_size * args.block_size}"
@@ -74,39 +76,42 @@ def our_flags(setting: str, args, folder: Path) -> list[str]:
 
 def run_once(program: str, setting: str, args) -> dict:
     """Run a program in its own process, delete what it wrote, and return what was measured."""
-    import psutil
+    import psutil  # not at the top: LogIX's python has no psutil
 
-    folder, log = OUT / f"{setting}-{program}", OUT / f"{setting}-{program}.txt"
+    folder, output = OUT / f"{setting}-{program}", OUT / f"{setting}-{program}.txt"
     shutil.rmtree(folder, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)
     job = vars(args) | {"setting": setting, "folder": str(folder)}
     words = ["benchmarks/peers.py", "--worker", program, json.dumps(job)]
     words = ["extract_log.py", *our_flags(setting, args, folder)] if program == "ours" else words
-    threads = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    options = {"cwd": ROOT, "env": os.environ | threads, "stderr": subprocess.STDOUT}
-    idle, start = psutil.cpu_times(), time.perf_counter()
-    with open(log, "w") as file:
+    variables = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    options: dict[str, Any] = {"cwd": ROOT, "env": variables, "stderr": subprocess.STDOUT}
+    before, start = psutil.cpu_times(), time.perf_counter()
+    with open(output, "w") as file:
         process = subprocess.Popen([PYTHON[program], *words], stdout=file, **options)
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = output.read_text(errors="replace").strip().splitlines()
     if process.returncode:
-        raise ValueError(f"expected {program} to extract, got status {process.returncode}; see {log}: {lines[-1:]}")
-    idle = sum(getattr(psutil.cpu_times(), kind) - getattr(idle, kind) for kind in ("idle", "iowait"))
-    own = idle + used.ru_utime + used.ru_stime
+        raise ValueError(f"expected {program} to succeed, got status {process.returncode}; see {output}: {lines[-1:]}")
+    idle = sum(getattr(psutil.cpu_times(), kind) - getattr(before, kind) for kind in ("idle", "iowait"))
+    not_others = idle + used.ru_utime + used.ru_stime
     result = our_result(folder, args) if program == "ours" else json.loads(lines[-1])
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in NOT_STORED]
-    result["bytes"] = sum(file.stat().st_size for file in files)
+    stored = [file for file in folder.rglob("*") if file.is_file() and file.name not in PROJECTION_FILES]
+    result["bytes"] = sum(file.stat().st_size for file in stored)
     result["peak_bytes"] = used.ru_maxrss * 1024  # of the process, on Linux
-    result["others"] = round(1 - own / (time.perf_counter() - start) / os.cpu_count(), 2)
-    result["gradients"] = stored_gradients(next(folder.rglob(STORED[program])), args.examples)
+    result["others"] = round(1 - not_others / (time.perf_counter() - start) / os.cpu_count(), 2)
+    result["gradients"] = stored_gradients(next(folder.rglob(GRADIENT_FILES[program])), args.examples)
     shutil.rmtree(folder)
     return result
 
 
 def our_result(folder: Path, args) -> dict:
-    """Return the time from run.json's last entry (projections drawn) to the last file; keep the tokens."""
-    import datasets
+    """Return the seconds from run.json's last entry (the projections) to the last file, and the versions.
+
+    Writes the token ids for the peers to OUT.
+    """
+    import datasets  # not at the top: LogIX's python has no datasets
 
     rows = list(datasets.load_from_disk(folder / "train")["input_ids"])
     if [len(row) for row in rows] != [args.block_size] * args.examples:
@@ -118,19 +123,18 @@ def our_result(folder: Path, args) -> dict:
 
 
 def stored_gradients(file: Path, examples: int) -> dict:
-    """Return how many numbers are stored, N * L * k, and the norm of each example's."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
+    """Return the number of stored values, N * L * k, and the norm of each example's values."""
     layers = list(load_file(file).values()) if file.suffix == ".safetensors" else [np.fromfile(file, np.float32)]
     rows = np.concatenate([layer.reshape(examples, -1) for layer in layers], axis=1)
     return {"numbers": rows.size, "norms": np.linalg.norm(rows, axis=1)}
 
 
 def summary(runs: dict[str, list[dict]], args) -> dict[str, dict]:
-    """Return each program's medians; refuse gradients that can't be those of the same layers and tokens."""
-    import numpy as np
+    """Return each program's medians.
 
+    Raises:
+        ValueError: A program stored another number of values, so it tracked other layers.
+    """
     ours, results = runs["ours"][0]["gradients"], {}
     for program, measured in runs.items():
         theirs = measured[0]["gradients"]
@@ -161,7 +165,7 @@ def main(args) -> None:
         for _ in range(args.repeats):
             for program, measured in runs.items():
                 while (result := run_once(program, setting, args))["others"] > args.max_others:
-                    print(f"{setting} {program} again: others took {result['others']} of the cores", flush=True)
+                    print(f"{setting} {program} again: others used {result['others']} of the cores", flush=True)
                 measured.append(result)
                 versions[program] = result["versions"]
         results[setting] = summary(runs, args)
@@ -175,8 +179,8 @@ def main(args) -> None:
 
 
 def bergson(job: dict, rows: list[list[int]]) -> float:
-    """Extract with bergson 2.5: its commands `build` and `hessian`, the model loaded once. Return the seconds."""
-    import bergson.process_autocorrelation
+    """Extract with bergson 2.5 (its commands `build` and `hessian`, the model loaded once); return the seconds."""
+    import bergson.process_autocorrelation  # not at the top: only bergson's python has bergson
     import torch
     from bergson import CollectorComputer, IndexConfig, PreprocessConfig, collect_gradients
     from bergson.data import allocate_batches
@@ -191,7 +195,7 @@ def bergson(job: dict, rows: list[list[int]]) -> float:
     model, targets = setup_model_and_peft(cfg)
     data = Dataset.from_dict({"input_ids": rows, "length": [len(row) for row in rows]})
     batches = allocate_batches(data["length"][:], cfg.token_batch_size)
-    model(input_ids=torch.arange(8)[None])  # ours does so, too, before its clock starts
+    model(input_ids=torch.arange(8)[None])  # ours runs these tokens too, before its clock starts
     start = time.perf_counter()
     cfg.partial_run_path.mkdir(parents=True)
     given = {"processor": create_processor(model, cfg, targets), "target_modules": targets}
@@ -207,8 +211,8 @@ def bergson(job: dict, rows: list[list[int]]) -> float:
 
 
 def logix(job: dict, rows: list[list[int]]) -> float:
-    """Extract with LogIX 0.1: the loop of its README. Return the seconds."""
-    import torch
+    """Extract with LogIX 0.1 (the loop of its README); return the seconds."""
+    import torch  # not at the top: only LogIX's python has logix
     from logix import LogIX, LogIXScheduler
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
@@ -222,7 +226,7 @@ def logix(job: dict, rows: list[list[int]]) -> float:
     run.add_lora()
     examples = [(str(number), torch.tensor(row)) for number, row in enumerate(rows)]
     loader = torch.utils.data.DataLoader(examples, batch_size=job["batch_size"])
-    model(input_ids=torch.arange(8)[None])  # ours does so, too, before its clock starts
+    model(input_ids=torch.arange(8)[None])  # ours runs these tokens too, before its clock starts
     start = time.perf_counter()
     for _ in LogIXScheduler(run, lora="none", hessian=job["setting"], save="grad"):
         for ids, tokens in loader:
@@ -249,6 +253,6 @@ if __name__ == "__main__":
         worker(*sys.argv[2:])
     else:
         sys.path.insert(0, str(ROOT))
-        from logra.runtime import flags
+        from logra.runtime.flags import run_script  # not at the top: see build_parser
 
-        flags.run_script(main, build_parser())
+        run_script(main, build_parser())

@@ -1,13 +1,13 @@
-"""How extraction scales on a CPU: with processes, and with examples N, their tokens T, and rank.
+"""How extraction scales on a CPU: with the number of processes, with examples N, their tokens T, and the rank.
 
 Processes: extract_log.py on full blocks of Python's manual, as one process and as two (accelerate launch), each with
-one thread. Measured is the time from the first shard's manifest to the last one's (modification times in
-gradients/*.json), for the tokens of all shards but each process's first: no start-up, tokenising or Hessian.
+one thread. The clock runs from the first shard's manifest to the last one's (modification times of gradients/*.json).
+The tokens are those of all shards but the first one of each process. So start-up, tokenising and Hessian are left out.
 
-N, T and rank: seconds and peak memory of the gradients of N random examples of T tokens, MLP only, all threads, after
-a whole batch as warm-up, each point in a fresh process. One varies, the others stay at --base. Peak memory is the
-process's, from its start (ru_maxrss), with the weights and all imports; `before` is the same before the first example.
-With --repeats times are medians. Prints tables and one JSON line.
+N, T and rank: seconds and peak memory of the gradients of N random examples of T tokens, MLP only, with all threads,
+after a batch as warm-up. Each point has a process of its own. One of the three varies, the others stay at --base. Peak
+memory is that of the process since its start (ru_maxrss), with weights and imports; `before` is its peak before the
+first example. With --repeats times are medians. Prints tables and one JSON line.
 
     python benchmarks/scaling.py --N 8 32 64 --rank 16 64 256
 """
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -32,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from logra import projection
 from logra.hooks import GradientCapture
 from logra.inputs import model
-from logra.runtime import flags, settings
-from logra.runtime.settings import CPU_BATCH_TOKENS
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import CPU_BATCH_TOKENS, DEFAULT_MODEL, positive_int
 from logra.stages.gradients import Extractor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,52 +44,52 @@ SHARDS = 8  # in a run of extract_log.py
 PLOT = ROOT / "benchmarks/results/scaling.png"
 
 
-def build_parser() -> flags.Parser:
+def build_parser() -> Parser:
     """Return the command line's parser."""
-    parser = flags.Parser(description=__doc__)
-    several = {"type": settings.positive_int, "nargs": "+"}
-    parser.add_argument("--model_name", default=run.DEFAULT_MODEL, help="(%(default)s)")
+    parser = Parser(description=__doc__)
+    several: dict[str, Any] = {"type": positive_int, "nargs": "+"}
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="(%(default)s)")
     parser.add_argument(
-        "--shard_examples", type=settings.positive_int, default=4, help="for processes; 8 shards of (4)"
+        "--shard_examples", type=positive_int, default=4, help="for processes: examples in each of 8 shards (4)"
     )
-    parser.add_argument("--block_size", type=settings.positive_int, default=128, help="for processes (128)")
+    parser.add_argument("--block_size", type=positive_int, default=128, help="for processes (128)")
     parser.add_argument("--N", **several, default=[8, 32, 64], help="examples (8 32 64)")
     parser.add_argument("--T", **several, default=[64, 128, 256, 512], help="tokens in an example (64 128 256 512)")
     parser.add_argument("--rank", **several, default=[16, 64, 256], help="of both sides (16 64 256)")
-    three = {"type": settings.positive_int, "nargs": 3, "metavar": AXES}
-    parser.add_argument("--base", **three, default=[8, 128, 64], help="(8 128 64)")
-    parser.add_argument("--point", **three, help="measure this point alone, in this process")
-    parser.add_argument("--repeats", type=settings.positive_int, default=1, help="of all, interleaved (1)")
+    point: dict[str, Any] = {"type": positive_int, "nargs": 3, "metavar": AXES}
+    parser.add_argument("--base", **point, default=[8, 128, 64], help="values of those that do not vary (8 128 64)")
+    parser.add_argument("--point", **point, help="measure only this point, in this process")
+    parser.add_argument("--repeats", type=positive_int, default=1, help="of everything, interleaved (1)")
     parser.add_argument("--plot", action="store_true", help="save benchmarks/results/scaling.png; needs matplotlib")
     return parser
 
 
-def start(words: list[str], **environment: str) -> str:
+def run_python(words: list[str], **environment: str) -> str:
     """Run this interpreter, without a GPU, and return what it prints."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    done = subprocess.run([sys.executable, *words], env=variables, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"expected status 0, got {done.returncode}: {' '.join(words)}: {done.stderr[-1000:]}")
     return done.stdout
 
 
-def processes(args: argparse.Namespace, count: int) -> float:
-    """Return the tokens a second of extract_log.py with 1 or 2 processes."""
+def extraction_speed(args: argparse.Namespace, processes: int) -> float:
+    """Return the tokens per second of extract_log.py with 1 or 2 processes."""
     with TemporaryDirectory() as folder:
         flags = "--data_name pydoc --pack --mlp_only --hessian ekfac --basis projected"
         flags += f" --max_examples {SHARDS * args.shard_examples} --shard_examples {args.shard_examples}"
         flags += f" --block_size {args.block_size}"
-        words = [*(LAUNCH.split() if count > 1 else []), str(ROOT / "extract_log.py"), *flags.split()]
-        start([*words, "--model_name", args.model_name, "--log_dir", f"{folder}/log"], OMP_NUM_THREADS="1")
-        times = [path.stat().st_mtime for path in Path(folder, "log/gradients").glob("*.json")]
+        words = [*(LAUNCH.split() if processes > 1 else []), str(ROOT / "extract_log.py"), *flags.split()]
+        run_python([*words, "--model_name", args.model_name, "--log_dir", f"{folder}/log"], OMP_NUM_THREADS="1")
+        written = [path.stat().st_mtime for path in Path(folder, "log/gradients").glob("*.json")]
         tokens = json.loads(Path(folder, "log/run.json").read_text())["data"]["tokens"]
     if tokens != SHARDS * args.shard_examples * args.block_size:
         raise ValueError(f"expected full blocks in {SHARDS} shards, got {tokens} tokens; lower --shard_examples")
-    return tokens * (1 - count / SHARDS) / (max(times) - min(times))
+    return tokens * (1 - processes / SHARDS) / (max(written) - min(written))
 
 
-def point(name: str, n: int, t: int, rank: int) -> dict:
-    """Return the seconds and peak bytes of the gradients of n examples of t tokens."""
+def measure(name: str, n: int, t: int, rank: int) -> dict:
+    """Return the seconds and the peak memory of the gradients of n examples of t tokens."""
     lm = model.load_model(name, torch.float32)
     shapes = model.choose_layers(lm, True, None)
     projections = projection.draw(shapes, projection.projected_shapes(shapes, rank, rank), seed=0)
@@ -106,7 +107,7 @@ def point(name: str, n: int, t: int, rank: int) -> dict:
 
 def plot(points: list[dict]) -> None:
     """Draw seconds and peak memory against each of the three."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not at the top: only --plot needs matplotlib
     from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(10, 5), layout="constrained")
@@ -126,9 +127,9 @@ def plot(points: list[dict]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run all in processes of their own, print tables and a JSON line."""
+    """Measure all, each in a process of its own; print tables and a JSON line."""
     if args.point:
-        print(json.dumps(point(args.model_name, *args.point)))
+        print(json.dumps(measure(args.model_name, *args.point)))
         return
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("expected matplotlib for --plot, got none; run pip install matplotlib, or leave --plot out")
@@ -141,11 +142,11 @@ def main(args: argparse.Namespace) -> None:
     results: dict[tuple, list[dict]] = {tuple(p[a] for a in AXES): [] for p in points}
     for _ in range(args.repeats):
         for count, values in speeds.items():
-            values.append(processes(args, count))
+            values.append(extraction_speed(args, count))
             print(f"{count} process{'es' * (count > 1)} of one thread: {values[-1]:.0f} tokens/s", flush=True)
         for sizes, values in results.items():
             words = [__file__, "--model_name", args.model_name, "--point", *map(str, sizes)]
-            values.append(json.loads(start(words).splitlines()[-1]))
+            values.append(json.loads(run_python(words).splitlines()[-1]))
     speedup = median(two / one for one, two in zip(*speeds.values(), strict=True))
     print(f"two processes are {speedup:.2f} times as fast as one")
     print("varied     N     T  rank  seconds  tokens/s  peak GB  before")
@@ -166,4 +167,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    run_script(main, build_parser())

@@ -1,9 +1,9 @@
-"""Soak: many small examples through stages 2 to 4; time, peak memory and number of files against their number.
+"""Soak: many small examples through stages 2 to 4; time, peak memory and files against the number of examples.
 
 A tiny Llama (1 layer, width 16, a vocabulary of 256 bytes) reads texts of 6 to 10 random letters. Each stage is a
-process of its own, as a user starts it; its peak memory is the kernel's (ru_maxrss). The exponent of a stage's time is
-the slope of log time over log examples between the two largest sizes, after the time of the smallest size (mostly
-imports) was taken off: 1 is linear. Prints a table and one JSON line.
+process of its own, as when a user starts it; its peak memory is the kernel's number (ru_maxrss). The exponent of a
+stage's time is the slope of log time over log examples between the two largest sizes, after the time of the smallest
+size (mostly imports) was subtracted. An exponent of 1 means linear. Prints a table and one JSON line.
 
     python benchmarks/soak.py --examples 1000 100000 300000 1000000
     python benchmarks/soak.py --examples 1000 10000 --queries 10000
@@ -26,25 +26,26 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra.runtime import flags, settings
+from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import positive_int
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("extract_log.py", "compute_influence.py", "analysis.py")
 
 
-def build_parser() -> flags.Parser:
+def build_parser() -> Parser:
     """Return the command line's parser."""
-    parser = flags.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     sizes = [1000, 10_000, 100_000]
-    parser.add_argument("--examples", type=settings.positive_int, nargs="+", default=sizes, help=f"({sizes})")
-    parser.add_argument("--queries", type=settings.positive_int, default=3, help="(3)")
+    parser.add_argument("--examples", type=positive_int, nargs="+", default=sizes, help=f"({sizes})")
+    parser.add_argument("--queries", type=positive_int, default=3, help="(3)")
     parser.add_argument("--flags", default="--preset best --shard_examples 8192", help="of stage 2 (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="where to (a temporary one)")
+    parser.add_argument("--folder", type=Path, help="where to write (a temporary folder)")
     return parser
 
 
 def make_model(folder: Path) -> None:
-    """Save a tiny Llama and a tokenizer of one token a byte."""
+    """Save a tiny Llama and a tokenizer with one token for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,7 +56,7 @@ def make_model(folder: Path) -> None:
 
 
 def write_texts(path: Path, count: int, seed: int) -> None:
-    """Write a text of 6 to 10 letters a row."""
+    """Write rows with a random text of 6 to 10 letters each."""
     draw = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(count):
@@ -68,13 +69,13 @@ def timed(command: list[str], folder: Path) -> dict[str, float]:
     process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     if status:
-        raise ValueError(f"expected {' '.join(command)} to end well, got status {os.waitstatus_to_exitcode(status)}")
+        raise ValueError(f"expected {' '.join(command)} to succeed, got status {os.waitstatus_to_exitcode(status)}")
     return {"seconds": time.perf_counter() - begin, "gb": used.ru_maxrss * 1024 / 1e9}
 
 
 def soak(folder: Path, count: int, args: argparse.Namespace) -> dict:
-    """Take `count` examples through the stages; return what each took."""
-    log = folder / f"log-{count}"
+    """Run the stages on `count` examples; return what each took."""
+    run_dir = folder / f"log-{count}"
     write_texts(folder / "texts.jsonl", count, 0)
     flags = {
         "extract_log.py": ["--model_name", "model", "--data_name", "texts.jsonl", *args.flags.split(), "--overwrite"],
@@ -83,15 +84,15 @@ def soak(folder: Path, count: int, args: argparse.Namespace) -> dict:
     }
     row: dict = {"examples": count, "queries": args.queries}
     for stage in STAGES:
-        row[stage] = timed([str(ROOT / stage), "--quiet", "--log_dir", str(log), *flags[stage]], folder)
+        row[stage] = timed([str(ROOT / stage), "--quiet", "--log_dir", str(run_dir), *flags[stage]], folder)
         print(f"{count} {stage} {row[stage]['seconds']:.1f} s {row[stage]['gb']:.2f} GB", flush=True)
-    row["files"] = sum(path.is_file() for path in log.rglob("*"))
-    row["disk_gb"] = sum(path.stat().st_size for path in log.rglob("*") if path.is_file()) / 1e9
+    sizes = [path.stat().st_size for path in run_dir.rglob("*") if path.is_file()]
+    row["files"], row["disk_gb"] = len(sizes), sum(sizes) / 1e9
     return row
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run each size, then print the table."""
+    """Run each size, then print the table and a JSON line."""
     with TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         make_model(folder / "model")
@@ -112,4 +113,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    run_script(main, build_parser())

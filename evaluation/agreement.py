@@ -1,9 +1,10 @@
-"""How far scores agree with reference scores of the same queries and examples, as uncompressed EK-FAC's.
+"""How well scores agree with reference scores of the same queries and examples, such as uncompressed EK-FAC's.
 
     python evaluation/agreement.py logs/full/scores/queries-* logs/other/scores/queries-*
 
-The first folder is the reference. Prints, for each other one, the mean over queries of Spearman's correlation and of
-the share of the reference's 10 best examples that are among its own, with 95% bootstrap intervals, and stored bytes.
+The first folder is the reference. Prints a row for each other folder: the mean over queries of Spearman's correlation,
+the mean share of the reference's 10 best examples that are among the folder's 10 best, both with 95% bootstrap
+intervals, and the stored bytes per example.
 """
 
 import argparse
@@ -13,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import scored
-from lds import describe, gradient_bytes, ranks
+from lds import gradient_bytes, ranks
 
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int
@@ -27,7 +27,7 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("reference", type=Path, help="a folder under logs/<run>/scores/")
     parser.add_argument("scores", nargs="+", type=Path, help="folders of the same queries and examples")
-    parser.add_argument("--k", type=positive_int, default=10, help="best examples that are compared (10)")
+    parser.add_argument("--k", type=positive_int, default=10, help="number of best examples to compare (10)")
     return parser
 
 
@@ -38,21 +38,18 @@ def overlap(one: np.ndarray, two: np.ndarray, k: int) -> np.ndarray:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print a row a folder."""
-    reference, *asked = scored.load(args.reference)[:3]
+    """Print a row for each folder."""
+    reference = scored.load(args.reference)
     for folder in args.scores:
-        scores, *found = scored.load(folder)[:3]
-        if found != asked:
+        other = scored.load(folder)
+        if (other.queries, other.documents) != (reference.queries, reference.documents):
             raise ValueError(
                 f"expected the queries and examples of {args.reference} in {folder}, got others; score them"
             )
-        found = (ranks(scores) * ranks(reference)).sum(axis=1), overlap(reference, scores, args.k)
-        shown = (describe(values.tolist(), values.tolist()) for values in found)
-        size = gradient_bytes(folder.parents[1], scores.shape[1])
-        print(
-            "  ".join(f"{about['mean']:.3f} [{about['low']:.3f}, {about['high']:.3f}]" for about in shown)
-            + f"  {size:12,.0f} bytes  {folder}"
-        )
+        correlation = (ranks(other.scores) * ranks(reference.scores)).sum(axis=1)
+        shared = overlap(reference.scores, other.scores, args.k)
+        size = gradient_bytes(folder.parents[1], len(other.documents))
+        print(f"{scored.interval(correlation)}  {scored.interval(shared)}  {size:12,.0f} bytes  {folder}")
 
 
 if __name__ == "__main__":

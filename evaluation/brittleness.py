@@ -2,28 +2,26 @@
 
     python evaluation/brittleness.py testbeds/gpt2 logs/lds/*/scores/queries-* --k 20
 
-Takes a testbed of evaluation/lds.py and scores of its queries and texts. Each of the first queries has a model of its
-own, trained from the same weights without the k texts that have the query's highest scores; so have some draws of k
-random texts, which all queries and folders share. The rise is against the model of all texts, in nats, summed over the
-query's tokens. Leaving texts out changes the order of the others, which alone changes the loss: the random draws say
-by how much, and the difference from them is what counts. Intervals are over queries.
+Takes a testbed of evaluation/lds.py and scores of its queries and texts. For each of the first queries a model is
+trained from the same initial weights without the k texts that have the query's highest scores. A few more models are
+trained without k random texts; all queries and folders share these. The rise is the query's loss under such a model
+minus its loss under the model of all texts, in nats, summed over the query's tokens. Removing texts also changes the
+order of the others, which alone changes the loss. The models without random texts show by how much, so the result is
+the difference from them. Intervals are over queries.
 
-A model's losses are kept in <testbed>/brittleness/<hash of its removed texts and the testbed's settings>.npy [Q], so
-that a stopped start goes on there, and further queries, folders and draws train just the models that are missing.
+The losses of a model are kept in <testbed>/brittleness/<hash of its removed texts and the testbed's settings>.npy [Q].
+So a command continues after a stop, and further queries, folders and draws train only the models that are missing.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 import xxhash
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,8 +41,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "scores", nargs="+", type=Path, help="folders under logs/<run>/scores/, of its queries and texts"
     )
-    parser.add_argument("--k", type=positive_int, default=20, help="texts to remove (20)")
-    parser.add_argument("--num_queries", type=positive_int, default=10, help="the first ones (10)")
+    parser.add_argument("--k", type=positive_int, default=20, help="number of texts to remove (20)")
+    parser.add_argument("--num_queries", type=positive_int, default=10, help="use the first ones only (10)")
     parser.add_argument("--num_random", type=positive_int, default=5, help="draws of random texts (5)")
     parser.add_argument("--seed", type=seed_int, default=0, help="of the draws (0)")
     return parser
@@ -59,55 +57,54 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"expected --{flag} of at most {limit} for {args.testbed}, got {getattr(args, flag)}; lower it"
             )
-    draws = np.random.default_rng(args.seed)
-    removed = [[]] + [draws.choice(len(texts), args.k, replace=False) for _ in range(args.num_random)]
+    generator = np.random.default_rng(args.seed)
+    removed = [[]] + [generator.choice(len(texts), args.k, replace=False) for _ in range(args.num_random)]
     for folder in args.scores:
-        run = scored.load(folder)
-        if run.documents != [row["id"] for row in texts] or run.queries != [row["id"] for row in queries]:
+        found = scored.load(folder)
+        if found.documents != [row["id"] for row in texts] or found.queries != [row["id"] for row in queries]:
             raise ValueError(
                 f"expected scores of {args.testbed}'s queries and texts in {folder}, got others; score these"
             )
-        removed += list(np.argsort(-run.scores[: args.num_queries], axis=1, kind="stable")[:, : args.k])
+        removed += list(np.argsort(-found.scores[: args.num_queries], axis=1, kind="stable")[:, : args.k])
     losses = retrain(args.testbed, settings, texts, queries, [sorted(map(int, ids)) for ids in removed])
-    first, number = 1 + args.num_random, np.arange(args.num_queries)
-    random = (losses[1:first] - losses[0]).mean(axis=0)[number]
+    of_all, of_random, of_folders = np.split(losses, [1, 1 + args.num_random])
+    number = np.arange(args.num_queries)
+    random = (of_random - of_all).mean(axis=0)[number]
     rows = [[f"{args.k} random texts, mean of {args.num_random} draws", random, "", ""]]
-    for folder, part in zip(args.scores, np.split(losses[first:], len(args.scores)), strict=True):
-        rise = part[number, number] - losses[0, number]
+    for folder, part in zip(args.scores, np.split(of_folders, len(args.scores)), strict=True):
+        rise = part[number, number] - of_all[0, number]
         rows.append([folder, rise, rise - random, rise > random])
     scored.print_table([f"without the top {args.k} of", "rise of the loss", "minus random", "above random"], rows)
 
 
 def retrain(
-    folder: Path, settings: dict, texts: list[dict], queries: list[dict], removed: list[list[int]]
+    folder: Path, settings: dict[str, Any], texts: list[dict], queries: list[dict], removed: list[list[int]]
 ) -> np.ndarray:
-    """Return the losses [len(removed), Q] of models without some texts; train those missing, one a core at a time."""
+    """Return the losses [len(removed), Q] of the models without the removed texts; train those that are missing.
+
+    Args:
+        folder, settings: The testbed's.
+        texts, queries: Its rows.
+        removed: The numbers of the texts that each model is trained without, in order.
+    """
     hashes = [xxhash.xxh3_64_hexdigest(json.dumps([ids, settings], sort_keys=True).encode()) for ids in removed]
-    files = [folder / "brittleness" / f"{name}.npy" for name in hashes]
-    if jobs := {file: ids for file, ids in zip(files, removed, strict=True) if not file.exists()}:
+    paths = [folder / "brittleness" / f"{name}.npy" for name in hashes]
+    if jobs := {path: ids for path, ids in zip(paths, removed, strict=True) if not path.exists()}:
         tokenizer = load_tokenizer(str(folder / "model"))
         tokens = [tokenizer([row["text"] for row in rows])["input_ids"] for rows in (texts, queries)]
-        with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, len(jobs)), one_thread) as pool:
-            done = pool.imap_unordered(partial(train_one, settings, *tokens), jobs.items())
-            for _ in tqdm(done, total=len(jobs), desc="training", unit="model"):
-                pass
-    return np.stack([np.load(file) for file in files])
+        testbed.train_in_parallel(partial(train_one, settings, *tokens), list(jobs.items()))
+    return np.stack([np.load(path) for path in paths])
 
 
-def one_thread() -> None:
-    """Leave the other cores to the other processes."""
-    torch.set_num_threads(1)
-
-
-def train_one(settings: dict, train: list[list[int]], queries: list[list[int]], job: tuple[Path, list[int]]) -> None:
+def train_one(
+    settings: dict[str, Any], train: list[list[int]], queries: list[list[int]], job: tuple[Path, list[int]]
+) -> None:
     """Train the model without some texts, and write its losses."""
-    file, removed = job
-    sizes = settings["num_layers"], settings["width"], settings["vocabulary"]
-    config = testbed.make_config(settings["architecture"], *sizes, 2 * testbed.TOKENS)
+    path, removed = job
     kept = [ids for i, ids in enumerate(train) if i not in set(removed)]
-    model = testbed.train(config, kept, settings["epochs"], order_seed=settings["seed"], init_seed=settings["seed"])
-    with files.atomic(file) as made, open(made, "wb") as opened:
-        np.save(opened, testbed.losses(model, queries))
+    model = testbed.train_with_settings(settings, kept, order_seed=settings["seed"])
+    with files.atomic(path) as made, open(made, "wb") as file:
+        np.save(file, testbed.losses(model, queries))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The table and the two plots of lds.py's numbers: LDS against bytes, and against the damping.
+"""The table and the two plots of the numbers of lds.py: LDS against stored bytes, and LDS against the damping.
 
     python evaluation/lds_plot.py testbeds/results
 
-Reads <folder>/<testbed>.json (lds.py --json). Writes lds.md, lds_bytes.png and lds_damping.png there. The first row of
-each file is what the others are compared with.
+Reads <folder>/<testbed>.json (lds.py --json). Writes lds.md, lds_bytes.png and lds_damping.png there. Ratios are to the
+first row of each file.
 """
 
 import argparse
@@ -16,26 +16,33 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra.hessian import default_damping
+from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 
-PATTERN = re.compile(r"(?P<run>[^/]+)/scores/.*-(?P<mode>dot|cosine|l2)-(?P<hessian>\w+)-(?P<damping>[\d.e-]+)$")
-LABELS = {  # run of lds_table.sh -> what it stores, where its name does not say
+SCORES_PATTERN = re.compile(r"(?P<run>[^/]+)/scores/.*-(?P<mode>dot|cosine|l2)-(?P<hessian>\w+)-(?P<damping>[\d.e-]+)$")
+LABELS = {  # run of lds_table.sh -> its label in the table, where the name of the run does not give it
     "full": "uncompressed",
     "full-kfac": "uncompressed",
     "full-int1": "unprojected, int1",
     "best": "rank 136, int1 (--preset best)",
+}
+MARKS = {  # Hessian -> marker and colour
+    "raw": ("s", "tab:gray"),
+    "kfac": ("^", "tab:green"),
+    "ekfac": ("o", "tab:blue"),
+    "none": ("x", "tab:red"),
 }
 
 
 def build_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="of the .json files; the table and the plots go there too")
+    parser.add_argument("folder", type=Path, help="of the .json files; the table and the plots are written there too")
     return parser
 
 
 def label(run: str) -> str:
-    """Return how a run of lds_table.sh is called in the table."""
+    """Return the name of a run of lds_table.sh in the table."""
     if run in LABELS:
         return LABELS[run]
     match = re.fullmatch(r"([a-z]+(?:\d+-)?)(\d+)", run)  # eigen64, int4-128
@@ -47,15 +54,18 @@ def label(run: str) -> str:
 
 
 def methods(rows: list[dict]) -> list[dict]:
-    """Return a dict a method (label, hessian, mode, bytes, rows by damping, default damping) from lds.py's rows."""
+    """Return a dict for each method, the best first, from the rows of lds.py.
+
+    Its keys are label, mode, hessian, bytes, uncompressed (bool), rows (damping -> row of lds.py) and default (the
+    damping that the table shows).
+    """
     found: dict[tuple, dict] = {}
     for row in rows:
-        match = PATTERN.search(row["scores"])
+        match = SCORES_PATTERN.search(row["scores"])
         name, mode, kind, damping = match.groups() if match else (Path(row["scores"]).name, "", "", "0")
         about = {"label": label(name) if match else name, "mode": mode, "hessian": kind, "bytes": row["bytes"]}
-        method = found.setdefault(
-            (name, mode, kind), about | {"rows": {}, "full": name.startswith("full") and "int" not in name}
-        )
+        about |= {"uncompressed": name.startswith("full") and "int" not in name, "rows": {}}
+        method = found.setdefault((name, mode, kind), about)
         method["rows"][float(damping)] = row
         bits = re.search(r"int\d", LABELS.get(name, name))
         default = default_damping(kind, bits[0] if bits else "float32") if kind not in ("", "none") else float(damping)
@@ -64,7 +74,7 @@ def methods(rows: list[dict]) -> list[dict]:
 
 
 def table(name: str, found: list[dict]) -> str:
-    """Return a Markdown table of a testbed's methods, the best first."""
+    """Return a Markdown table of a testbed's methods."""
     lines = [
         f"### {name}",
         "",
@@ -75,7 +85,7 @@ def table(name: str, found: list[dict]) -> str:
         row = method["rows"][method["default"]]
         best = max(method["rows"], key=lambda damping: method["rows"][damping]["mean"])
         shown = f"{best:g}: {method['rows'][best]['mean']:.3f}" if len(method["rows"]) > 1 else ""
-        size = "none" if method["full"] or not method["hessian"] else f"{row['bytes']:,.0f}"
+        size = "none" if method["uncompressed"] or not method["hessian"] else f"{row['bytes']:,.0f}"
         lines.append(
             f"| {method['hessian']} | {method['label']} | {method['mode']} | {size} | {row['mean']:.3f} "
             f"({row['low']:.3f} to {row['high']:.3f}) | {row['ratio']:.2f} ({row['ratio_low']:.2f} to "
@@ -85,37 +95,31 @@ def table(name: str, found: list[dict]) -> str:
 
 
 def plot_bytes(folder: Path, testbeds: dict[str, list[dict]]) -> None:
-    """Draw LDS against stored bytes, a panel a testbed."""
+    """Draw LDS against stored bytes, one panel for each testbed."""
     figure = Figure(figsize=(5.5 * len(testbeds), 4.2), layout="constrained")
     for axes, (name, found) in zip(figure.subplots(1, len(testbeds), squeeze=False)[0], testbeds.items(), strict=True):
-        marks = {
-            "raw": ("s", "tab:gray"),
-            "kfac": ("^", "tab:green"),
-            "ekfac": ("o", "tab:blue"),
-            "none": ("x", "tab:red"),
-        }
-        for method in (m for m in found if m["hessian"] and m["mode"] == "dot" and not m["full"]):
+        for method in (m for m in found if m["hessian"] and m["mode"] == "dot" and not m["uncompressed"]):
             row = method["rows"][method["default"]]
-            mark, colour = marks[method["hessian"]]
+            mark, colour = MARKS[method["hessian"]]
             error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
             axes.errorbar(row["bytes"], row["mean"], error, fmt=mark, color=colour, ecolor="lightgray", markersize=5)
             short = method["label"].replace("rank ", "").replace(", float32", "").replace("--preset ", "")
             if method["hessian"] == "kfac":
-                continue  # lies on ekfac
+                continue  # its points are at those of ekfac
             axes.annotate(short, (row["bytes"], row["mean"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
-        for method in (m for m in found if m["full"]):
-            axes.axhline(method["rows"][method["default"]]["mean"], ls="--", lw=0.8, color=marks[method["hessian"]][1])
+        for method in (m for m in found if m["uncompressed"]):
+            axes.axhline(method["rows"][method["default"]]["mean"], ls="--", lw=0.8, color=MARKS[method["hessian"]][1])
         axes.margins(x=0.14)
         axes.set(xscale="log", xlabel="stored bytes an example", ylabel="LDS", title=f"{name} (dashed: uncompressed)")
         axes.legend(
-            handles=[axes.plot([], [], mark, color=colour, label=kind)[0] for kind, (mark, colour) in marks.items()],
+            handles=[axes.plot([], [], mark, color=colour, label=kind)[0] for kind, (mark, colour) in MARKS.items()],
             fontsize=8, loc="lower right",
         )  # fmt: skip
     figure.savefig(folder / "lds_bytes.png", dpi=150)
 
 
 def plot_damping(folder: Path, testbeds: dict[str, list[dict]]) -> None:
-    """Draw LDS against the relative damping, a line a method."""
+    """Draw LDS against the relative damping, one line for each method."""
     figure = Figure(figsize=(6.5 * len(testbeds), 4.6), layout="constrained")
     for axes, (name, found) in zip(figure.subplots(1, len(testbeds), squeeze=False)[0], testbeds.items(), strict=True):
         for method in (m for m in found if len(m["rows"]) > 1 and m["mode"] == "dot" and m["hessian"] != "kfac"):
@@ -130,12 +134,12 @@ def plot_damping(folder: Path, testbeds: dict[str, list[dict]]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Read the numbers, write the table and the plots."""
-    files = sorted(args.folder.glob("*.json"))
-    if not files:
+    paths = sorted(args.folder.glob("*.json"))
+    if not paths:
         raise ValueError(
             f"expected .json files of lds.py --json in {args.folder}, got none; run evaluation/lds_table.sh"
         )
-    testbeds = {path.stem: methods(files.read_json(path, "run lds.py again")["rows"]) for path in files}
+    testbeds = {path.stem: methods(files.read_json(path, "run lds.py again")["rows"]) for path in paths}
     text = "\n".join(table(name, found) for name, found in testbeds.items())
     with files.atomic(args.folder / "lds.md") as path:
         path.write_text(text, "utf-8")

@@ -1,29 +1,31 @@
-"""Planted-fact recall: are the documents that taught a model an invented fact found for a question about the fact?
+"""Planted-fact recall: do scores find the documents that taught a model an invented fact, given a question about it?
 
     python evaluation/planted.py data/planted                                   # makes corpus and model
     python evaluation/planted.py data/planted logs/planted_*/scores/queries-*   # recall of these scores
 
-Each fact joins an invented name to another ("The capital of Zobalur is Mivetan ..."), told in a few wordings of
-relations.jsonl. A query is the beginning of another wording, in which other facts are told; its response is the
-answer. The documents hide among passages of Python's manual and distractors, which hold the same names (the answer
-first, where both) and not the fact: words alone do not tell them apart. The folder holds
+Each fact joins two invented names ("The capital of Zobalur is Mivetan ..."). Its documents state it in a few wordings
+of relations.jsonl. Its query is the beginning of another wording, which the model knows from other facts; the response
+is the answer. The other documents are passages of Python's manual, and distractors: these hold the same names but not
+the fact. A distractor with both names has the answer first, so that words alone do not separate it from the fact's
+documents. The folder holds
 
-    planted.json    its settings, checked on each use; written last: a start that was stopped begins anew
+    planted.json    the settings; later commands must agree with them. It is written last: without it, all is made anew
     corpus.jsonl, queries.jsonl, model/    for the pipeline's --data_name, --split and --model_name
-    facts.json      query id -> ids of the documents that tell its fact
+    facts.json      query id -> ids of the documents that state its fact
 
-Notation: Q queries, D documents, k planted documents a query. A document's score is that of its best example.
+Notation: Q queries, D documents, k planted documents per query. A document's score is that of its best example.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,24 +42,26 @@ from logra.runtime.settings import positive_int, seed_int
 from logra.tools.report import bm25_scores
 
 RELATIONS = Path(__file__).parent / "relations.jsonl"
-WORDS, LONGEST = 12, 128  # words of a passage, about as many as of a fact's document, and bytes; a token is 1 or more
-SMALL = {"architecture": "gpt2", "layers": 2, "width": 256, "vocabulary": 3072, "context": 128}  # a name is one token
-RATE = 1e-4  # of fine-tuning; it falls linearly to 0
-BATCH = 16  # texts, of fine-tuning
-SYLLABLES = ("bdfgklmnprstvz", "aeiou") * 3 + ("bdfgklmnprstvz",)  # as long as each other, so none begins with another
+FILLER_WORDS = 12  # of a passage of Python's manual: about as many as in the document of a fact
+# A name is one token of this vocabulary. A passage fits the context, since a token is at least one byte.
+SMALL_MODEL: dict[str, Any] = {"architecture": "gpt2", "layers": 2, "width": 256, "vocabulary": 3072, "context": 128}
+MAX_FILLER_BYTES = SMALL_MODEL["context"]
+LEARNING_RATE = 1e-4  # of fine-tuning; it falls linearly to 0
+BATCH_TEXTS = 16  # of fine-tuning
+NAME_LETTERS = ("bdfgklmnprstvz", "aeiou") * 3 + ("bdfgklmnprstvz",)  # names are equally long: none begins with another
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="of corpus and model")
+    parser.add_argument("folder", type=Path, help="where corpus and model are")
     parser.add_argument("scores", nargs="*", type=Path, help="folders under logs/<run>/scores/, of its queries")
     group = parser.add_argument_group("a new corpus and model")
     group.add_argument("--num_facts", type=positive_int, default=40, help="(40)")
-    group.add_argument("--paraphrases", type=positive_int, default=3, help="documents a fact, 3 at most (3)")
+    group.add_argument("--paraphrases", type=positive_int, default=3, help="documents per fact, 3 at most (3)")
     group.add_argument("--num_filler", type=positive_int, default=800, help="passages of Python's manual (800)")
-    group.add_argument("--model_name", help="to fine-tune (without it a small model is trained from scratch)")
+    group.add_argument("--model_name", help="model to fine-tune (without it a small one is trained from scratch)")
     group.add_argument("--epochs", type=positive_int, help="(60; 5 of fine-tuning)")
     group.add_argument("--seed", type=seed_int, default=0, help="of corpus and training (0)")
     return parser
@@ -65,45 +69,42 @@ def build_parser() -> Parser:
 
 def main(args: argparse.Namespace) -> None:
     """Make what the folder lacks, then print the table."""
-    make(args)
+    make_folder(args)
     corpus, queries = (scored.read_rows(args.folder / f"{name}.jsonl") for name in ("corpus", "queries"))
     facts, ids = files.read_json(args.folder / "facts.json", "delete the folder"), [row["id"] for row in corpus]
     planted = np.array([np.isin(ids, facts[query["id"]]) for query in queries])
-    found = {str(folder): by_document(folder, ids, list(facts)) for folder in args.scores}
+    scores = {str(folder): by_document(folder, ids, list(facts)) for folder in args.scores}
     model = load_model(str(args.folder / "model"), torch.float32, DEVICE)
     tokenizer = load_tokenizer(str(args.folder / "model"))
-    known = np.array([learned(model, tokenizer, query) for query in queries])
-    print(f"Share of the {len(queries)} facts that the model has learned: {scored.interval(known)}\n")
+    learned = np.array([knows_answer(model, tokenizer, query) for query in queries])
+    print(f"Share of the {len(queries)} facts that the model has learned: {scored.interval(learned)}\n")
     texts, asked = [row["text"] for row in corpus], [query["prompt"] + query["response"] for query in queries]
-    found["BM25"] = np.stack(list(bm25_scores(texts, asked)))
-    found["cosine of mean last hidden states"] = embed(model, tokenizer, asked) @ embed(model, tokenizer, texts).T
-    found["random"] = np.random.default_rng(0).random(planted.shape)
-    rows = {name: measures(scores, planted) for name, scores in found.items()}
+    scores["BM25"] = np.stack(list(bm25_scores(texts, asked)))
+    scores["cosine of mean last hidden states"] = embed(model, tokenizer, asked) @ embed(model, tokenizer, texts).T
+    scores["random"] = np.random.default_rng(0).random(planted.shape)
+    rows = {name: measures(values, planted) for name, values in scores.items()}
     scored.print_table(["scores", *rows["random"]], [[name, *row.values()] for name, row in rows.items()])
 
 
-def make(args: argparse.Namespace) -> None:
-    """Make corpus and model, or check that those there have these settings."""
-    path, others = args.folder / "planted.json", ("folder", "scores")
-    settings = {name: value for name, value in vars(args).items() if name not in others}
+def make_folder(args: argparse.Namespace) -> None:
+    """Make corpus and model, or check that those in the folder have these settings."""
+    path = args.folder / "planted.json"
+    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "scores")}
     if path.exists():
-        known = files.read_json(path, "delete the folder")
-        for name, value in settings.items():
-            if value not in (known[name], build_parser().get_default(name)):
-                raise ValueError(f"expected --{name} {known[name]} (from {path}), got {value}; use another folder")
+        scored.made_with(path, settings, build_parser())
         return
     corpus, queries, facts = make_corpus(args.num_facts, args.paraphrases, args.num_filler, args.seed)
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        with files.atomic(args.folder / f"{name}.jsonl") as made:
-            made.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    scored.write_rows(args.folder / "corpus.jsonl", corpus)
+    scored.write_rows(args.folder / "queries.jsonl", queries)
     files.write_json(args.folder / "facts.json", facts)
     texts = [row["text"] for row in corpus]
     if args.model_name:
         model, tokenizer = load_model(args.model_name, torch.float32, DEVICE), load_tokenizer(args.model_name)
         fine_tune(model, tokenizer(texts)["input_ids"], args.epochs or 5, args.seed)
     else:
-        tokenizer, config = testbed.make_tokenizer(texts, SMALL["vocabulary"]), testbed.make_config(**SMALL)
-        model = testbed.train(config, tokenizer(texts)["input_ids"], args.epochs or 60, args.seed, args.seed)
+        tokenizer = testbed.make_tokenizer(texts, SMALL_MODEL["vocabulary"])
+        config, token_ids = testbed.make_config(**SMALL_MODEL), tokenizer(texts)["input_ids"]
+        model = testbed.train(config, token_ids, args.epochs or 60, order_seed=args.seed, init_seed=args.seed)
     with files.atomic(args.folder / "model") as made:
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
@@ -111,14 +112,20 @@ def make(args: argparse.Namespace) -> None:
 
 
 def make_corpus(num_facts: int, paraphrases: int, num_filler: int, seed: int) -> tuple[list, list, dict]:
-    """Return the rows of corpus.jsonl and of queries.jsonl, and facts.json; the same ones for the same arguments."""
+    """Return the rows of corpus.jsonl, those of queries.jsonl, and the content of facts.json.
+
+    Raises:
+        ValueError: relations.jsonl has fewer wordings, or Python's manual fewer passages.
+    """
     random, relations = np.random.default_rng(seed), scored.read_rows(RELATIONS)
-    drawn = ("".join(random.choice(list(letters)) for letters in SYLLABLES).capitalize() for _ in range(4 * num_facts))
+    drawn = (
+        "".join(random.choice(list(letters)) for letters in NAME_LETTERS).capitalize() for _ in range(4 * num_facts)
+    )
     texts, queries, facts, names = {}, [], {}, iter(dict.fromkeys(drawn))  # each name once
-    most = min(len(relation["wordings"]) for relation in relations) - 1
-    filler = dict.fromkeys(" ".join(text.split()[:WORDS]) for text in testbed.passages("pydoc"))
-    filler = [text for text in filler if len(text.encode()) <= LONGEST]
-    for flag, got, limit in (("paraphrases", paraphrases, most), ("num_filler", num_filler, len(filler))):
+    max_paraphrases = min(len(relation["wordings"]) for relation in relations) - 1
+    filler = list(dict.fromkeys(" ".join(text.split()[:FILLER_WORDS]) for text in testbed.passages("pydoc")))
+    filler = [text for text in filler if len(text.encode()) <= MAX_FILLER_BYTES]
+    for flag, got, limit in (("paraphrases", paraphrases, max_paraphrases), ("num_filler", num_filler, len(filler))):
         if got > limit:
             raise ValueError(f"expected --{flag} of at most {limit}, got {got}; lower it")
     for number in range(num_facts):
@@ -136,10 +143,11 @@ def make_corpus(num_facts: int, paraphrases: int, num_filler: int, seed: int) ->
 
 
 def fine_tune(model: torch.nn.Module, token_ids: list[list[int]], epochs: int, seed: int) -> None:
-    """Train a model on texts: AdamW, the mean loss a token, no dropout."""
-    optimizer, order = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01), np.random.default_rng(seed)
+    """Train a model on texts: AdamW, mean loss per token, no dropout."""
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
+    order = np.random.default_rng(seed)
     shuffled = [order.permutation(len(token_ids)) for _ in range(epochs)]
-    batches = [rows[i : i + BATCH] for rows in shuffled for i in range(0, len(rows), BATCH)]
+    batches = [rows[i : i + BATCH_TEXTS] for rows in shuffled for i in range(0, len(rows), BATCH_TEXTS)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     for rows in tqdm(batches, desc="fine-tuning", unit="batch"):
         batch = make_batch([token_ids[i] for i in rows], device=model.device)
@@ -152,34 +160,34 @@ def fine_tune(model: torch.nn.Module, token_ids: list[list[int]], epochs: int, s
 
 
 @torch.no_grad()
-def learned(model: torch.nn.Module, tokenizer, query: dict) -> bool:
-    """Say whether each token of the answer is the likeliest one after what comes before it: the greedy continuation."""
+def knows_answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, query: dict) -> bool:
+    """Say whether the answer is the greedy continuation of the query's prompt."""
     ids, counted = (torch.tensor(part) for part in encode_prompt(tokenizer, query["prompt"], query["response"]))
     best = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].argmax(dim=1).cpu()
     return bool((best[:-1] == ids[1:])[counted[1:]].all())
 
 
 def by_document(folder: Path, ids: list[str], queries: list[str]) -> np.ndarray:
-    """Return the scores [Q, D] of a folder, of each document's best example."""
-    run = scored.load(folder)
-    if set(run.documents) != set(ids) or run.queries != queries:
+    """Return a folder's scores [Q, D] of these documents (of each that of its best example) and queries."""
+    found = scored.load(folder)
+    if set(found.documents) != set(ids) or found.queries != queries:
         raise ValueError(f"expected scores of corpus.jsonl for queries.jsonl in {folder}, got others; score these")
     best, place = np.full((len(ids), len(queries)), -np.inf), {name: i for i, name in enumerate(ids)}
-    np.maximum.at(best, [place[name] for name in run.documents], run.scores.T)
+    np.maximum.at(best, [place[name] for name in found.documents], found.scores.T)
     return best.T
 
 
 @torch.no_grad()
-def embed(model: torch.nn.Module, tokenizer, texts: list[str]) -> np.ndarray:
+def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> np.ndarray:
     """Return the mean last hidden state of each text, of length 1, [len(texts), d]."""
     ids = [torch.tensor([row], device=model.device) for row in tokenizer(texts)["input_ids"]]
     return normalize(torch.cat([hidden_states(model, row).mean(dim=1) for row in ids]), dim=1).cpu().numpy()
 
 
 def measures(scores: np.ndarray, planted: np.ndarray) -> dict[str, np.ndarray]:
-    """Return recall@k, recall@10 and MRR (1 / rank of the first planted document), [Q] each, of scores [Q, D].
+    """Return recall@k, recall@10 and MRR (1 / rank of the first planted document), [Q] each.
 
-    planted [Q, D] bool has k in each row. Of equal scores the first counts as higher.
+    `planted` [Q, D] bool marks the k documents of each query. Of equal scores [Q, D] the first counts as higher.
     """
     k = int(planted[0].sum())
     hits = np.take_along_axis(planted, np.argsort(-scores, axis=1, kind="stable"), axis=1)

@@ -5,15 +5,17 @@ Notation: Q queries, N train examples.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from logra.run_dir import RunDir
 from logra.runtime import files
-from logra.stages.rank import check_scores, load_matrix, read_queries
+from logra.runtime.flags import Parser
+from logra.stages.rank import load_matrix, read_queries, read_record
+from logra.stages.score_files import ScoreRecord
 
-RESAMPLES = 2000
+BOOTSTRAP_SAMPLES = 2000
 
 
 class Scored(NamedTuple):
@@ -22,27 +24,43 @@ class Scored(NamedTuple):
     scores: np.ndarray
     queries: list[str]
     documents: list[str]
-    log: RunDir
-    about: dict
+    run: RunDir
+    record: ScoreRecord
 
 
 def load(folder: Path) -> Scored:
     """Read a folder under logs/<run>/scores/.
 
     Raises:
-        ValueError: It is none, holds the ends of the scores only (--top_k_only), was altered, or its run has other
-            examples now.
+        ValueError: It holds no scores, or only the highest and lowest ones (--top_k_only); it was altered; or the run
+            has other examples now.
     """
-    about = files.read_json(folder / "run.json", "give a folder under logs/<run>/scores/")
-    if "top_k_only" not in about:
-        raise ValueError(f"expected scores in {folder}, got something else; give a folder under logs/<run>/scores/")
-    if about["top_k_only"]:
-        raise ValueError(f"expected all scores in {folder}, got their ends; score without --top_k_only")
-    log = RunDir.load(folder.absolute().parents[1])
-    check_scores(folder, about, log)
-    scores = load_matrix(folder / "scores.npy", (about["num_queries"], log.examples))
-    queries = read_queries(folder / "queries.jsonl")
-    return Scored(scores, [row["id"] for row in queries], log.train()["document_id"][:], log, about)
+    remedy = "give a folder under logs/<run>/scores/"
+    content = files.read_json(folder / "run.json", remedy)
+    if "top_k_only" not in content:
+        raise ValueError(f"expected scores in {folder}, got something else; {remedy}")
+    if content["top_k_only"]:
+        raise ValueError(
+            f"expected all scores in {folder}, got the highest and lowest ones; score without --top_k_only"
+        )
+    run = RunDir.load(folder.absolute().parents[1])
+    record = read_record(folder, run)
+    scores = load_matrix(folder / "scores.npy", (record.num_queries, run.examples))
+    queries = [row["id"] for row in read_queries(folder / "queries.jsonl")]
+    return Scored(scores, queries, run.train()["document_id"][:], run, record)
+
+
+def made_with(path: Path, flags: dict[str, Any], parser: Parser) -> dict[str, Any]:
+    """Return the settings that a folder was made with. A flag has to be at its default, or to agree with them.
+
+    Raises:
+        ValueError: A flag differs from its setting, or the settings were altered.
+    """
+    settings = files.read_json(path, f"delete {path.parent}")
+    for name, value in flags.items():
+        if value not in (settings[name], parser.get_default(name)):
+            raise ValueError(f"expected --{name} {settings[name]} (from {path}), got {value}; use another folder")
+    return settings
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -50,15 +68,25 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in files.read_lines(path)]
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a .jsonl file."""
+    with files.atomic(path) as made:
+        made.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def bootstrap_samples(queries: int) -> np.ndarray:
+    """Return the numbers of the queries in each bootstrap sample, [BOOTSTRAP_SAMPLES, Q]; the same at each call."""
+    return np.random.default_rng(0).integers(0, queries, (BOOTSTRAP_SAMPLES, queries))
+
+
 def interval(values: np.ndarray) -> str:
-    """Return `mean [low, high]` of a value a query, with the 95% bootstrap interval over the queries."""
-    chosen = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(values[chosen].mean(axis=1), (2.5, 97.5))
+    """Return `mean [low, high]` of one value for each query, with the 95% bootstrap interval over the queries."""
+    low, high = np.percentile(values[bootstrap_samples(len(values))].mean(axis=1), (2.5, 97.5))
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
 def print_table(head: list[str], rows: list[list]) -> None:
-    """Print a table in Markdown; an array in it holds a value a query (see interval)."""
+    """Print a table in Markdown. A cell that is an array holds one value for each query (see interval)."""
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
         print(f"| {' | '.join(interval(cell) if isinstance(cell, np.ndarray) else str(cell) for cell in row)} |")

@@ -1,31 +1,39 @@
-"""Small language models that can be trained again many times: texts, tokenizer, shapes, training, losses.
+"""Small language models that can be trained many times: texts, tokenizer, configuration, training, losses.
 
-Notation: N train texts, Q queries. A model is GPT-2's or Llama's architecture from a config, with random weights.
+A model has the architecture of GPT-2 or Llama and starts from random weights.
 """
 
+import multiprocessing
+import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from logra.inputs.documents import load_documents
 
 ARCHITECTURES = ("gpt2", "llama")
-WORDS = (8, 32)  # in a passage, at least and at most
-TOKENS = 64  # in a passage at most
-BATCH = 32  # texts
-RATE = 2e-3  # AdamW's learning rate at the beginning; it falls linearly to 0
+MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 8, 32
+MAX_PASSAGE_TOKENS = 64
+BATCH_TEXTS = 32
+LEARNING_RATE = 2e-3  # after the warm-up; it falls linearly to 0
+WARM_UP_STEPS = 20
+IGNORED_LABEL = -100  # of transformers
 
 
 def passages(source: str) -> list[str]:
-    """Cut a data set's documents into passages of at most 32 words; those of fewer than 8 are left out.
+    """Cut a data set's documents into passages of at most 32 words; leave out passages of fewer than 8 words.
 
     Args:
-        source: As --data_name of the pipeline; in a .txt file, lines of a single % separate documents, if it has any.
+        source: As --data_name of the pipeline. In a .txt file, lines with a single % separate documents, if there are
+            such lines.
     """
     if source.endswith(".txt") and "\n%\n" in (text := Path(source).read_text("utf-8")):
         documents = text.split("\n%\n")
@@ -35,15 +43,15 @@ def passages(source: str) -> list[str]:
     for document in documents:
         for paragraph in re.split(r"\n\s*\n", document):
             words = paragraph.split()
-            for start in range(0, len(words), WORDS[1]):
-                if len(part := words[start : start + WORDS[1]]) >= WORDS[0]:
+            for start in range(0, len(words), MAX_PASSAGE_WORDS):
+                if len(part := words[start : start + MAX_PASSAGE_WORDS]) >= MIN_PASSAGE_WORDS:
                     found[" ".join(part)] = None
     return list(found)
 
 
 def shorten(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Leave out the last words until the text has at most 64 tokens."""
-    while len(tokenizer(text)["input_ids"]) > TOKENS:
+    """Remove words from the end until the text has at most 64 tokens."""
+    while len(tokenizer(text)["input_ids"]) > MAX_PASSAGE_TOKENS:
         text = text.rsplit(" ", 1)[0] if " " in text else text[: len(text) // 2]
     return text
 
@@ -62,7 +70,7 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def make_config(architecture: str, layers: int, width: int, vocabulary: int, context: int) -> PretrainedConfig:
-    """Return the config of a small model without dropout, with 4 heads (Llama: 2 groups of them)."""
+    """Return the configuration of a small model without dropout and with 4 attention heads (Llama: in 2 groups)."""
     if architecture == "gpt2":
         return GPT2Config(
             vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=context,
@@ -76,30 +84,59 @@ def make_config(architecture: str, layers: int, width: int, vocabulary: int, con
 
 
 def _pad(token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return input ids [B, T] and labels, -100 in the padding."""
+    """Return input ids [B, T] and labels [B, T], IGNORED_LABEL in the padding."""
     rows = [torch.tensor(ids) for ids in token_ids]
-    return pad_sequence(rows, batch_first=True), pad_sequence(rows, batch_first=True, padding_value=-100)
+    return pad_sequence(rows, batch_first=True), pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
 
 
 def train(
     config: PretrainedConfig, token_ids: list[list[int]], epochs: int, order_seed: int, init_seed: int = 0
 ) -> torch.nn.Module:
-    """Train a model from its config on texts (AdamW, batches of 32 texts, mean loss a token) and return it."""
+    """Return a model that is trained on texts: AdamW, batches of 32 texts, mean loss per token.
+
+    Args:
+        config: See make_config.
+        token_ids: Of each text.
+        epochs: Passes over the texts.
+        order_seed: Of the order of the texts.
+        init_seed: Of the initial weights.
+    """
     torch.manual_seed(init_seed)
     model = AutoModelForCausalLM.from_config(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.01, fused=True)
-    order, steps = np.random.default_rng(order_seed), epochs * -(-len(token_ids) // BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
+    order, steps = np.random.default_rng(order_seed), epochs * -(-len(token_ids) // BATCH_TEXTS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / steps)
+    )
     for _ in range(epochs):
         shuffled = order.permutation(len(token_ids)).tolist()
-        for first in range(0, len(shuffled), BATCH):
-            inputs, labels = _pad([token_ids[i] for i in shuffled[first : first + BATCH]])
+        for first in range(0, len(shuffled), BATCH_TEXTS):
+            inputs, labels = _pad([token_ids[i] for i in shuffled[first : first + BATCH_TEXTS]])
             model(input_ids=inputs, labels=labels, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
     return model.eval()
+
+
+def train_with_settings(settings: dict[str, Any], token_ids: list[list[int]], order_seed: int) -> torch.nn.Module:
+    """Return a model that is trained on texts with the settings of a testbed (testbed.json of lds.py)."""
+    sizes = settings["num_layers"], settings["width"], settings["vocabulary"]
+    config = make_config(settings["architecture"], *sizes, context=2 * MAX_PASSAGE_TOKENS)
+    return train(config, token_ids, settings["epochs"], order_seed=order_seed, init_seed=settings["seed"])
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def train_in_parallel(train_one: Callable[[Any], object], jobs: Sequence[Any]) -> None:
+    """Call train_one(job) for each job, in as many processes as there are cores, each with one thread."""
+    processes = min(os.cpu_count() or 1, len(jobs))
+    with multiprocessing.get_context("spawn").Pool(processes, _use_one_thread) as pool:
+        for _ in tqdm(pool.imap_unordered(train_one, jobs), total=len(jobs), desc="training", unit="model"):
+            pass
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""How often the right topic of Python's manual is among the first k examples of a question about it.
+"""How often the first k examples for a question about Python are of the right topic of Python's manual.
 
-Reads score folders of queries whose ids are topics (topics.jsonl) over `pydoc`. Prints a row a folder, and what a
-random order would give.
+Reads folders of scores over `pydoc` of queries whose ids are topics (topics.jsonl). Prints a row for each folder, and
+one for a random order of the examples.
 
     python evaluation/topic_recall.py logs/*/scores/queries-*
 """
@@ -25,28 +25,29 @@ def build_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(description=__doc__)
     parser.add_argument("scores", nargs="+", type=Path, help="folders under logs/<run>/scores/")
-    parser.add_argument("--k", type=positive_int, default=10, help="(10)")
+    parser.add_argument("--k", type=positive_int, default=10, help="number of first examples (10)")
     return parser
 
 
 def recall(folder: Path, k: int) -> tuple[float, float, float, int]:
-    """Return (share of questions with their topic in the first k, in the first, mean of 1 / rank, questions)."""
-    run = scored.load(folder)
-    documents, queries = np.array(run.documents), run.queries
-    if unknown := set(queries) - set(run.documents):
+    """Return the share of questions with their topic in the first k examples, in the first one, mean 1 / rank, Q."""
+    found = scored.load(folder)
+    documents, queries = np.array(found.documents), found.queries
+    if unknown := set(queries) - set(found.documents):
         raise ValueError(
             f"expected query ids that are topics in {folder}, got {sorted(unknown)}; use evaluation/topics.jsonl"
         )
-    ranked = documents[np.argsort(-run.scores, axis=1, kind="stable")]
+    ranked = documents[np.argsort(-found.scores, axis=1, kind="stable")]
     ranks = 1 + (ranked == np.array(queries)[:, None]).argmax(axis=1)
     return (ranks <= k).mean(), (ranks == 1).mean(), (1 / ranks).mean(), len(queries)
 
 
 def chance(folder: Path, k: int) -> float:
-    """Return the share that a random order of the examples would give."""
-    _, queries, documents, *_ = scored.load(folder)
-    total = len(documents)
-    return float(np.mean([1 - comb(total - documents.count(topic), k) / comb(total, k) for topic in queries]))
+    """Return the share of questions with their topic in the first k of a random order of the examples."""
+    found = scored.load(folder)
+    total = len(found.documents)
+    others = [total - found.documents.count(topic) for topic in found.queries]
+    return float(np.mean([1 - comb(other, k) / comb(total, k) for other in others]))
 
 
 def main(args: argparse.Namespace) -> None:
