@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from logra import influence
 from logra.inputs import model
-from logra.inputs.queries import Query, group_queries, load_queries, merged, query_hash
+from logra.inputs.queries import Query, group_queries, load_queries, merge_group, query_hash
 from logra.run_dir import RunDir
 from logra.runtime import flags, processes, progress
 from logra.runtime.settings import QuerySettings, ScoreSettings
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     context = model.context_length(lm.config)
     name, queries = load_queries(query_settings, run.settings, tokenizer, context, args.cache_dir)
     groups = group_queries(queries, query_settings.group_by)
-    queries = [merged(group) for group in groups] if query_settings.group_by else queries
+    queries = [merge_group(group) for group in groups] if query_settings.group_by else queries
 
     blocks = {layer: block_name(layer) if options.layerwise else "" for layer in layers}
     record = describe_scores(run, kind, layers, queries, query_settings, options)
