@@ -174,6 +174,11 @@ def merge_group(group: list[Query]) -> Query:
     return Query(group[0].row["group"], token_ids, counted, {"text": text})
 
 
+def query_rows(queries: list[Query]) -> list[dict]:
+    """Return the rows of queries.jsonl in a folder of scores."""
+    return [{"id": q.id, **q.row, "tokens": len(q.token_ids), "counted": sum(q.counted)} for q in queries]
+
+
 def query_hash(queries: list[Query]) -> str:
     """Return a hash of the queries' ids, tokens and counted positions."""
     return xxhash.xxh3_64_hexdigest(json.dumps([query[:3] for query in queries]).encode())[:8]
