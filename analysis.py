@@ -29,7 +29,9 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--log_dir", type=Path, help="the run's folder (the one with the newest scores under logs/)")
     parser.add_argument("--split", help="only scores of this query set, as given to compute_influence.py")
     parser.add_argument("--top_k", type=positive_int, default=20, help="examples per query (20)")
-    parser.add_argument("--bottom", action="store_true", help="also list the lowest scores in top_k.* (as the report)")
+    parser.add_argument(
+        "--bottom", action="store_true", help="also list the lowest scores in top_k.* (the report always has them)"
+    )
     parser.add_argument("--by", choices=["example", "document"], default="example", help="what to rank (example)")
     parser.add_argument(
         "--combine", choices=["sum", "max"], default="sum", help="a document's score from its examples' scores (sum)"

@@ -93,7 +93,8 @@ def set_up(
     execution: Execution, accelerator: processes.Accelerator,
 ) -> tuple[nn.Module, RunDir]:  # fmt: skip
     """Load the model, and write what is missing of run.json, train/ (or an extension) and projections.safetensors."""
-    lm, tokenizer, described = open_run.load_model(settings, execution, accelerator.device, progress.say)
+    lm, tokenizer, described = open_run.load_model(settings, execution, accelerator.device)
+    open_run.say_ranks(described, settings)
     if run:
         run.check_model(described)
     if accelerator.is_main_process and run:

@@ -6,7 +6,7 @@ cut into full blocks. Row numbers are example ids.
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logra.inputs.rows import make_encoder, row_form, row_problem
+from logra.inputs.rows import encode_rows, row_form, row_problem
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
 
@@ -83,12 +83,6 @@ def _tokenise(
     Returns:
         Tokenised slices (blocks; with `pack` whole documents), and the number of dropped rows.
     """
-    response = settings.train_loss == "response"
-    form, columns = row_form(documents.column_names, settings.text_column, response)
-    block_arguments = {
-        "encode": make_encoder(form, tokenizer), "columns": columns, "response": response,
-        "block_size": None if settings.pack else settings.block_size,
-    }  # fmt: skip
     max_tokens, max_examples = settings.max_tokens or np.inf, settings.max_examples or np.inf
     if settings.pack:  # the number of examples is not known yet
         max_tokens, max_examples = min(max_tokens, max_examples * settings.block_size), np.inf
@@ -100,15 +94,14 @@ def _tokenise(
     with progress.bar(total=settings.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE_DOCUMENTS):
             row_numbers = order[start : start + SLICE_DOCUMENTS]
-            rows = _rows_with_text(documents, row_numbers, form, columns, settings, first_row)
+            rows = _rows_with_text(documents, row_numbers, settings, first_row)
             dropped_rows += len(row_numbers) - len(rows)
             if len(rows) == 0:
                 continue
             cache = str(work / f"part-{start // SLICE_DOCUMENTS:06d}.arrow")
-            blocks = rows.map(
-                _to_blocks, fn_kwargs=block_arguments, remove_columns=rows.column_names, cache_file_name=cache,
-                **map_options,
-            )  # fmt: skip
+            arguments = {"tokenizer": tokenizer, "settings": settings}
+            options = map_options | {"fn_kwargs": arguments, "remove_columns": rows.column_names}
+            blocks = rows.map(_to_blocks, cache_file_name=cache, **options)
             slices.append(blocks)
             slice_tokens = int(token_counts(blocks).sum())
             tokens, examples = tokens + slice_tokens, examples + len(blocks)
@@ -118,15 +111,13 @@ def _tokenise(
     return slices, dropped_rows
 
 
-def _rows_with_text(
-    documents: Dataset,
-    row_numbers: np.ndarray,
-    form: str,
-    columns: Sequence[str],
-    settings: RunSettings,
-    first_row: int,
-) -> Dataset:
+def _row_form(column_names: list[str], settings: RunSettings) -> tuple[str, tuple[str, ...]]:
+    return row_form(column_names, settings.text_column, settings.train_loss == "response")
+
+
+def _rows_with_text(documents: Dataset, row_numbers: np.ndarray, settings: RunSettings, first_row: int) -> Dataset:
     """Return those of the given rows that hold text, with their document ids. Refuse the others, or drop them."""
+    form, columns = _row_form(documents.column_names, settings)
     selected = documents.select(row_numbers)
     ids = selected["id"][:] if "id" in documents.column_names else (row_numbers + first_row).tolist()
     if None in ids:
@@ -151,13 +142,15 @@ def _has_blank_rows(data_name: str) -> bool:
     return "wikitext" in name or name.endswith(".txt")
 
 
-def _to_blocks(batch: dict, encode: Callable, columns: Sequence[str], response: bool, block_size: int | None) -> dict:
-    """Tokenise a batch of rows and cut each document into blocks (None: one block), for Dataset.map."""
+def _to_blocks(batch: dict, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> dict:
+    """Tokenise a batch of rows and cut each document into blocks (with `pack` one block), for Dataset.map."""
+    form, columns = _row_form(list(batch), settings)
+    response = settings.train_loss == "response"
     blocks: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
-    encoded = encode(list(zip(*(batch[column] for column in columns), strict=True)))
+    encoded = encode_rows(form, tokenizer, list(zip(*(batch[column] for column in columns), strict=True)))
     for (ids, counted), document_id in zip(encoded, batch["document_id"], strict=True):
         length = max(len(ids), 1)  # a document without tokens is an example too
-        size = block_size or length
+        size = length if settings.pack else settings.block_size
         for number, start in enumerate(range(0, length, size)):
             blocks["input_ids"].append(ids[start : start + size])
             blocks["document_id"].append(document_id)

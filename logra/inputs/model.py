@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -255,11 +254,7 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def describe(
-    model: PreTrainedModel,
-    weights_hash: str,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RunSettings,
-    say: Callable[[str], object],
+    model: PreTrainedModel, weights_hash: str, tokenizer: PreTrainedTokenizerBase, settings: RunSettings
 ) -> dict[str, Any]:
     """Return the entries of run.json that identify a model.
 
@@ -268,7 +263,6 @@ def describe(
         weights_hash: Fingerprint of its weights.
         tokenizer: Its tokenizer.
         settings: Of the run; they choose layers and ranks.
-        say: Called with each line for the user.
 
     Returns:
         `model` (class, fingerprint), `tokenizer` (fingerprint), `layers` (name -> [d_out, d_in, r_out, r_in]).
@@ -278,11 +272,7 @@ def describe(
     if settings.bytes_per_example:
         layer_bytes = partial(stored_bytes, store_dtype=settings.store_dtype)
         rank_in = rank_out = rank_for_bytes(shapes, settings.bytes_per_example, layer_bytes)
-        say(f"--bytes_per_example {settings.bytes_per_example}: rank {rank_in}")
     projected = projected_shapes(shapes, rank_in, rank_out)
-    unprojected = sum(r == d for layer in shapes for r, d in zip(projected[layer], shapes[layer], strict=True))
-    if unprojected and settings.lora != "none":
-        say(f"{unprojected} of {2 * len(shapes)} sides of layers are not projected: they are no wider than the rank")
     return {
         "model": {"class": type(model).__name__, "fingerprint": weights_hash},
         "tokenizer": tokenizer_fingerprint(tokenizer),

@@ -3,7 +3,7 @@
 A row has one of three forms: `text`; `prompt` and `response`; or `messages`, a list of {role, content}.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -98,15 +98,10 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) ->
     return ids, counted
 
 
-def make_encoder(form: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[tuple]], list[Encoded]]:
-    """Return a function that tokenises rows, given as the values of the form's columns."""
-
-    def encode(rows: list[tuple]) -> list[Encoded]:
-        if form == "prompt":
-            return [encode_prompt(tokenizer, *row) for row in rows]
-        if form == "messages":
-            return [encode_messages(tokenizer, *row) for row in rows]
+def encode_rows(form: str, tokenizer: PreTrainedTokenizerBase, rows: list[tuple]) -> list[Encoded]:
+    """Tokenise rows, given as the values of the form's columns."""
+    if form == "text":
         encoded = tokenizer([text for (text,) in rows], return_attention_mask=False)["input_ids"]
         return [(ids, [True] * len(ids)) for ids in encoded]
-
-    return encode
+    encode = encode_prompt if form == "prompt" else encode_messages
+    return [encode(tokenizer, *row) for row in rows]

@@ -1,6 +1,5 @@
 """Find the run of a command line, complete its settings, and load its model."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,13 @@ def run_name(settings: RunSettings) -> str:
         projection += f"{settings.bytes_per_example}B"
     elif settings.lora != "none":
         projection += f"{settings.rank_out}x{settings.rank_in}"
-    parts = [
-        short_name(settings.model_name),
-        short_name(settings.data_name),
-        short_name(settings.data_config) if settings.data_config else "",
-        projection,
-        "eigen" if settings.basis == "eigen" else "",
-        "mlp" if settings.mlp_only else "all",
-        settings.store_dtype if settings.store_dtype in INTEGER_BITS else "",
-        f"layers-{xxhash.xxh32_hexdigest(settings.layers.encode())}" if settings.layers else "",
-    ]
-    return "_".join(filter(None, parts))
+    sources = (settings.model_name, settings.data_name, settings.data_config)
+    parts = [short_name(source) for source in sources if source] + [projection]
+    parts += ["eigen"] if settings.basis == "eigen" else []
+    parts += ["mlp" if settings.mlp_only else "all"]
+    parts += [settings.store_dtype] if settings.store_dtype in INTEGER_BITS else []
+    parts += [f"layers-{xxhash.xxh32_hexdigest(settings.layers.encode())}"] if settings.layers else []
+    return "_".join(parts)
 
 
 def find_folder(flags: RunFlags, must_exist: bool) -> Path:
@@ -150,8 +145,18 @@ def new_settings(flags: RunFlags, execution: Execution, accelerator: Accelerator
     return completed
 
 
+def say_ranks(described: dict[str, Any], settings: RunSettings) -> None:
+    """Print the rank that --bytes_per_example chose, and how many sides of layers are not projected."""
+    layers = described["layers"].values()  # [d_out, d_in, r_out, r_in]
+    if settings.bytes_per_example:
+        say(f"--bytes_per_example {settings.bytes_per_example}: rank {max(max(sizes[2:]) for sizes in layers)}")
+    unprojected = sum((d_out == r_out) + (d_in == r_in) for d_out, d_in, r_out, r_in in layers)
+    if unprojected and settings.lora != "none":
+        say(f"{unprojected} of {2 * len(layers)} sides of layers are not projected: they are no wider than the rank")
+
+
 def load_model(
-    settings: RunSettings, execution: Execution, device: torch.device, say: Callable[[str], object] = lambda text: None
+    settings: RunSettings, execution: Execution, device: torch.device
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
     """Return a run's model, its tokenizer, and their entries in run.json (see inputs.model.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
@@ -166,4 +171,4 @@ def load_model(
         weights_hash = model.fingerprint(lm)
     if execution.gradient_checkpointing or execution.device_map:  # or the graph would keep all offloaded weights
         model.checkpoint_blocks(lm)
-    return lm, tokenizer, model.describe(lm, weights_hash, tokenizer, settings, say)
+    return lm, tokenizer, model.describe(lm, weights_hash, tokenizer, settings)

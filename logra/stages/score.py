@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from logra import hessian, influence
 from logra.hessian import Damping
 from logra.hooks import GradientCapture, ScoreCapture
-from logra.influence import QuadraticForm
 from logra.inputs.queries import Query
 from logra.projection import Projection, identity
 from logra.run_dir import RunDir
@@ -27,7 +26,7 @@ from logra.stages.score_files import SelfInfluence
 
 ShardScores = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
 FactoredQueries = dict[str, tuple[Tensor, Tensor]]  # layer -> left [rows, R, r_out], right [rows, R, r_in]
-NO_LIMIT = 2**31
+QuadraticForms = dict[str, list[influence.QuadraticForm]]  # layer -> one for each damping, or none
 
 
 def block_name(layer: str) -> str:
@@ -117,7 +116,7 @@ class Scorer:
         query_bytes = 4 * sum(r_out * r_in for r_out, r_in in self.run.projected.values()) * (1 + len(task.dampings))
         memory = int(available_memory() / 4 / processes.processes_here())
         self.queries_per_step = min(processes.gather_list([max(1, memory // query_bytes)], accelerator))
-        self.queries_per_pass = NO_LIMIT if task.query_rank else self.queries_per_step
+        self.queries_per_pass = 2**31 if task.query_rank else self.queries_per_step  # factored queries are small
         self.capture = GradientCapture(lm, self.projections)
         with self.capture:
             self.extractor = make_extractor(lm, self.capture, execution, self.run)
@@ -145,20 +144,20 @@ class Scorer:
                 task.blocks,
             )  # fmt: skip
         projections = identity(run.shapes) if full_width else self.projections
-        return self._score_with_model(queries, {layer: projections[layer] for layer in queries}, quadratic_forms)
+        capture = ScoreCapture(self.lm, {layer: projections[layer] for layer in queries}, queries, quadratic_forms)
+        return self._score_with_model(capture, len(task.dampings) * len(groups))
 
-    def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], dict[str, list[QuadraticForm]]]:
+    def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], QuadraticForms]:
         """Return (C + lambda I)^-1 q of the groups' mean gradients q.
 
         Returns:
-            Layer -> [S * len(groups), k]; and layer -> S functions that compute self-influence from gradients, or
-            none if it is not streamed.
+            Layer -> [S * len(groups), k]; and functions that compute self-influence, if it is streamed.
         """
         grads = self._query_gradients(groups)
         own_layers = processes.share(len(grads), self.accelerator)
         statistics = self.run.statistics(self.task.kind)
         queries: dict[str, Tensor] = {}
-        quadratic_forms: dict[str, list[QuadraticForm]] = {layer: [] for layer in grads}
+        quadratic_forms: QuadraticForms = {layer: [] for layer in grads}
         layers = progress.bar(list(grads), desc=f"Hessian {self.task.kind}", unit="layer")
         for number, layer in enumerate(layers):
             q, is_own = grads.pop(layer), number in own_layers  # a rank solves its layers
@@ -220,17 +219,10 @@ class Scorer:
             layer: (join(left, more[layer][0]), join(right, more[layer][1])) for layer, (left, right) in queries.items()
         }
 
-    def _score_with_model(
-        self,
-        queries: dict[str, Tensor] | FactoredQueries,
-        projections: dict[str, Projection],
-        quadratic_forms: dict[str, list[QuadraticForm]],
-    ) -> ShardScores:
+    def _score_with_model(self, capture: ScoreCapture, rows: int) -> ShardScores:
         """Score a run that stores no gradients: run the model on the train examples again."""
         examples = self.run.train()
-        first = next(iter(queries.values()))
-        rows = len(first[0]) if isinstance(first, tuple) else len(first)
-        with ScoreCapture(self.lm, projections, queries, quadratic_forms) as capture:
+        with capture:
             extractor = make_extractor(self.lm, capture, self.execution, self.run)
             for shard in self.own_shards:
                 ids = self.run.shards[shard]

@@ -163,9 +163,9 @@ class ScoreFile:
             matrix.flush()
         if self.top_k_only is None:
             return
-        own = [(key, running.scores, running.ids) for key, running in self.extremes.items()]
+        own_parts = [(key, running.scores, running.ids) for key, running in self.extremes.items()]
         merged: dict[tuple[int, str], RunningTopK] = {}
-        for key, scores, ids in gather_list(own, accelerator):
+        for key, scores, ids in gather_list(own_parts, accelerator):
             running = RunningTopK(len(scores), self.top_k_only, key[1] == "top")
             merged.setdefault(key, running).add(scores, ids)
         for end in ("top", "bottom") if accelerator.is_main_process else ():

@@ -35,20 +35,12 @@ from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
 from logra.stages.calibrate import calibration_size
 from logra.stages.gradients import make_extractor
-from logra.stages.open_run import find_folder, load_model, new_settings
+from logra.stages.open_run import find_folder, load_model, new_settings, say_ranks
 from logra.store import layout_bytes
 
 SAMPLE = 1000  # documents that are tokenised
 PROCESSES = (1, 2, 4, 8)
 TRIAL_EXAMPLES = 16  # examples between two looks at the clock
-
-
-class ModelMemory(NamedTuple):
-    """Bytes of a model: of its weights, and of the graph of one batch of `batch_tokens` tokens."""
-
-    weights: int
-    graph: int
-    batch_tokens: int
 
 
 class DataSize(NamedTuple):
@@ -58,14 +50,6 @@ class DataSize(NamedTuple):
     tokens: float
     bytes: float
     seconds: float
-
-
-class Trial(NamedTuple):
-    """What a trial measured: tokens per second, seconds of loading the model, and peak memory in bytes."""
-
-    tokens_per_second: float
-    loading_seconds: float
-    peak_bytes: int
 
 
 def estimate(
@@ -80,7 +64,8 @@ def estimate(
     settings.check_hessian(kind, kind)
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     tokenizer = model.load_tokenizer(settings.model_name, **hub)
-    run, memory = empty_run(flags, settings, execution, tokenizer)
+    batch_tokens = execution.batch_tokens or CPU_BATCH_TOKENS
+    run, weight_bytes, batch_bytes = empty_run(flags, settings, execution, tokenizer, batch_tokens)
     documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
     size, sample = data_size(documents, tokenizer, settings)
     run = with_examples(run, size.examples)
@@ -89,26 +74,26 @@ def estimate(
     say_layers(run)
     say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples of {len(documents):,} documents\n")
     say_disk(run, kind, size.bytes)
-    say_memory(run, memory, on_gpu)
+    say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
     if trial_seconds:
-        say_hours(run, size, trial(run, execution, sample, trial_seconds, accelerator), on_gpu)
+        tokens_per_second, loading_seconds = trial(run, execution, sample, trial_seconds, accelerator)
+        say_hours(run, size, tokens_per_second, loading_seconds, on_gpu)
 
 
 def empty_run(
-    flags: RunFlags, settings: RunSettings, execution: Execution, tokenizer: PreTrainedTokenizerBase
-) -> tuple[RunDir, ModelMemory]:
-    """Return the run without its examples, and the memory of its model, from the model's configuration."""
+    flags: RunFlags, settings: RunSettings, execution: Execution, tokenizer: PreTrainedTokenizerBase, batch_tokens: int
+) -> tuple[RunDir, int, int]:
+    """Return the run without its examples, the bytes of its model's weights, and those of the graph of one batch."""
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     config = model.load_config(settings.model_name, **hub)
-    batch_tokens = execution.batch_tokens or CPU_BATCH_TOKENS
     with FakeTensorMode():
         lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
-        described = model.describe(lm, "", tokenizer, settings, say)
+        described = model.describe(lm, "", tokenizer, settings)
+        say_ranks(described, settings)
         record = RunRecord(settings, {"hessian": flags.hessian}, **described)
         run = RunDir(find_folder(flags, must_exist=False), record)
-        weights = sum(p.numel() * p.element_size() for p in lm.parameters())
-        graph = graph_bytes(lm, run.projected, batch_tokens, settings.block_size)
-    return run, ModelMemory(weights, graph, batch_tokens)
+        weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
+        return run, weight_bytes, graph_bytes(lm, run.projected, batch_tokens, settings.block_size)
 
 
 def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, length: int) -> int:
@@ -162,8 +147,10 @@ def with_examples(run: RunDir, examples: int) -> RunDir:
     return RunDir(run.folder, replace(run.record, parts=(part,)))
 
 
-def trial(run: RunDir, execution: Execution, examples: Dataset, seconds: float, accelerator: Accelerator) -> Trial:
-    """Load the model and extract gradients for some seconds."""
+def trial(
+    run: RunDir, execution: Execution, examples: Dataset, seconds: float, accelerator: Accelerator
+) -> tuple[float, float]:
+    """Load the model and extract gradients for some seconds; return tokens per second, and seconds of loading."""
     begin = time.perf_counter()
     lm, _, _ = load_model(run.settings, execution, accelerator.device)
     loading_seconds = time.perf_counter() - begin
@@ -183,8 +170,7 @@ def trial(run: RunDir, execution: Execution, examples: Dataset, seconds: float, 
         begin, tokens, first = time.perf_counter(), 0, 0
         while time.perf_counter() - begin < seconds:
             tokens, first = tokens + extract(first), first + TRIAL_EXAMPLES
-        measured_seconds = time.perf_counter() - begin
-    return Trial(tokens / measured_seconds, loading_seconds, peak_memory())
+        return tokens / (time.perf_counter() - begin), loading_seconds
 
 
 def gigabytes(size: float) -> str:
@@ -221,28 +207,26 @@ def say_disk(run: RunDir, kind: str, train_bytes: float) -> None:
         say(f"WARNING: {gigabytes(free)} of disk are free; use a lower --rank, --store_dtype or another --log_dir")
 
 
-def say_memory(run: RunDir, memory: ModelMemory, on_gpu: bool) -> None:
+def say_memory(run: RunDir, weight_bytes: int, batch_bytes: int, batch_tokens: int, on_gpu: bool) -> None:
     """Print the memory of the Hessians and of the model; warn if it is not free."""
     for kind in ("raw", "kfac", "ekfac"):
         size = hessian.memory_bytes(kind, run.projected, run.examples)
         say(f"memory for the Hessian {kind:6s} {gigabytes(size)}")
-    peak = memory.weights + memory.graph + 8 * loss.CHUNK_LOGITS  # two float32 chunks of logits
-    graph = f"{gigabytes(memory.graph)} of graph with {memory.batch_tokens} tokens in a batch"
-    weights = f"{gigabytes(memory.weights)} of weights"
-    say(f"memory for the model: {weights}, {graph}; at least {gigabytes(peak)} a process")
+    peak = weight_bytes + batch_bytes + 8 * loss.CHUNK_LOGITS  # two float32 chunks of logits
+    graph = f"{gigabytes(batch_bytes)} of graph with {batch_tokens} tokens in a batch"
+    say(f"memory for the model: {gigabytes(weight_bytes)} of weights, {graph}; at least {gigabytes(peak)} a process")
     free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
     if peak > free:
         remedy = "use --gradient_checkpointing, --fsdp or a smaller --batch_tokens"
         say(f"WARNING: {gigabytes(free)} of memory are free; {remedy}")
 
 
-def say_hours(run: RunDir, size: DataSize, measured: Trial, on_gpu: bool) -> None:
-    """Print the predicted hours of the run."""
+def say_hours(run: RunDir, size: DataSize, tokens_per_second: float, loading_seconds: float, on_gpu: bool) -> None:
+    """Print the speed and the peak memory of a trial, and the predicted hours of the run."""
     calibrated = calibration_size(run) / run.examples if run.rotated else 0
-    hours = size.tokens * (1 + calibrated) / measured.tokens_per_second / 3600
-    fixed_hours = (size.seconds + measured.loading_seconds) / 3600
-    rate, peak = measured.tokens_per_second, gigabytes(measured.peak_bytes)
-    say(f"\ntrial: {rate:,.0f} tokens/s, peak memory {peak}")
+    hours = size.tokens * (1 + calibrated) / tokens_per_second / 3600
+    fixed_hours = (size.seconds + loading_seconds) / 3600
+    say(f"\ntrial: {tokens_per_second:,.0f} tokens/s, peak memory {gigabytes(peak_memory())}")
     for processes in PROCESSES if on_gpu else (1,):
         say(f"{processes} process{'es' * (processes > 1):2s} {hours / processes + fixed_hours:10.3g} hours")
     say("each with a GPU of its own" if on_gpu else "more processes on this machine share its cores: no faster")

@@ -120,7 +120,7 @@ def render(content: dict, queries: list[dict], top_k: int) -> str:
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shade": shade, "bars": bars}
+    environment.filters.update(shade=shade, bars=bars)
     template = environment.get_template("report.html.j2")
     cards, count = top_k, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
     while True:

@@ -130,12 +130,13 @@ class TokenSplitter:
         extractor = Extractor(self.lm, capture, CPU_BATCH_TOKENS)
         parts, _ = extractor.gradients([text.token_ids], [text.counted]).wait()  # {layer: [1, P, T]}
         token_shares = scale * sum(part[0].double() for part in parts.values())
-        block_shares: list[dict[str, float]] = [{} for _ in token_shares]
+        block_shares: dict[str, Tensor] = {}  # block -> [P]
         for layer, block in self.scorer.task.blocks.items():  # in the model's order, not the backward pass's
-            layer_shares = scale * parts[layer][0].double().sum(dim=1)
-            for shares, value in zip(block_shares, layer_shares.tolist(), strict=True):
-                shares[block] = shares.get(block, 0.0) + value
-        return [PairShares(tokens, blocks) for tokens, blocks in zip(token_shares, block_shares, strict=True)]
+            block_shares[block] = block_shares.get(block, 0) + scale * parts[layer][0].double().sum(dim=1)
+        return [
+            PairShares(tokens, {block: shares[p].item() for block, shares in block_shares.items()})
+            for p, tokens in enumerate(token_shares)
+        ]
 
 
 def _as_query(train: Dataset, example: int) -> Query:
