@@ -2,7 +2,7 @@
 
     python analysis.py --top_k 5 --tokens
 
-With no arguments: the newest scores under logs/. --tokens runs the model on the examples shown, for their shading.
+Without --log_dir: the newest scores under logs/. --tokens runs the model on the examples shown, to shade their tokens.
 """
 
 import argparse
@@ -19,22 +19,26 @@ from logra.stages.score_files import ScoreRecord
 from logra.tools import report
 from logra.tools.diagnose import diagnose
 
-PRINTED = 3  # documents per query in the printed table
+TABLE_ROWS = 3  # documents per query in the printed table
 FORMATS = ("html", "jsonl", "csv", "txt")
 
 
 def build_parser() -> flags.Parser:
-    """Return the command line's parser."""
+    """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--log_dir", type=Path, help="the run's folder (the one with the newest scores under logs/)")
-    parser.add_argument("--split", help="scores of this query set only, as it was given to compute_influence.py")
+    parser.add_argument("--split", help="only scores of this query set, as given to compute_influence.py")
     parser.add_argument("--top_k", type=positive_int, default=20, help="examples per query (20)")
-    parser.add_argument("--bottom", action="store_true", help="also the lowest scores in top_k.* (the report has them)")
-    parser.add_argument("--by", choices=["example", "document"], default="example", help="what is ranked (example)")
-    parser.add_argument("--combine", choices=["sum", "max"], default="sum", help="a document's examples' scores (sum)")
+    parser.add_argument(
+        "--bottom", action="store_true", help="also list the lowest scores in top_k.* (the report always has them)"
+    )
+    parser.add_argument("--by", choices=["example", "document"], default="example", help="what to rank (example)")
+    parser.add_argument(
+        "--combine", choices=["sum", "max"], default="sum", help="a document's score from its examples' scores (sum)"
+    )
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
     parser.add_argument("--diagnose", action="store_true", help="also show Hessian, odd examples and duplicates")
-    parser.add_argument("--tokens", action="store_true", help="run the model: each token's share of the scores shown")
+    parser.add_argument("--tokens", action="store_true", help="show each token's share of the scores; runs the model")
     flags.add_common_flags(parser)
     return parser
 
@@ -42,21 +46,27 @@ def build_parser() -> flags.Parser:
 def main(args: argparse.Namespace) -> None:
     """Rank the examples, or documents, of each query; write the lists and the report."""
     if args.tokens and "html" not in args.format:
-        raise ValueError(f"expected html in --format with --tokens, got {' '.join(args.format)}; add it")
+        raise ValueError(f"expected html in --format with --tokens, got {' '.join(args.format)}; add html")
+
+    # Open the scores and their run
     folder = rank.newest_scores(args.log_dir, args.split)
     run = RunDir.load(folder.parents[1])
     record = rank.read_record(folder, run)
     progress.keep_log(run.folder)
-    examples, rows = run.train(), rank.read_queries(folder / "queries.jsonl")
-    scores = rank.StoredScores(folder, len(rows), run.examples, record.top_k_only)
-    if args.by == "document" and (run.settings.pack or (scores.extremes and args.combine == "sum")):
+    examples, query_rows = run.train(), rank.read_queries(folder / "queries.jsonl")
+    scores = rank.StoredScores(folder, len(query_rows), run.examples, record.top_k_only)
+    if args.by == "document" and (run.settings.pack or (record.top_k_only and args.combine == "sum")):
         raise ValueError(
             "expected all scores, and examples of one document each, for --by document, got --top_k_only or --pack; "
             "leave --by out, or (--top_k_only) give --combine max"
         )
-    queries, table = rank_queries(rows, scores, examples, args.top_k, args.by, args.combine)
+
+    # Rank, and write the lists
+    queries, table = rank_queries(query_rows, scores, examples, args.top_k, args.by, args.combine)
     rank.write_lists(folder, queries, ("top", "bottom") if args.bottom else ("top",), args.format)
-    diagnosis = diagnose(run, record, scores, rows, examples) if args.diagnose else ""
+    diagnosis = diagnose(run, record, scores, query_rows, examples) if args.diagnose else ""
+
+    # Write the report
     if "html" in args.format:
         report.add_layers(queries, folder, record)
         if args.tokens:
@@ -65,43 +75,44 @@ def main(args: argparse.Namespace) -> None:
         content = report.header(run, record, args.tokens) | {"diagnosis": diagnosis}
         with files.atomic(folder / "report.html") as path:
             path.write_text(report.render(content, queries, args.top_k), "utf-8")
+
     print_table(queries, table)
     if diagnosis:
         progress.say(diagnosis)
-    for kind in args.format:
-        progress.say(str(folder / ("report.html" if kind == "html" else f"top_k.{kind}")))
+    for name in args.format:
+        progress.say(str(folder / ("report.html" if name == "html" else f"top_k.{name}")))
 
 
 def rank_queries(
-    rows: list[dict], scores: rank.StoredScores, examples: rank.Dataset, top_k: int, by: str, combine: str
+    query_rows: list[dict], scores: rank.StoredScores, examples: rank.Dataset, top_k: int, by: str, combine: str
 ) -> tuple[list[dict[str, Any]], list[list[tuple[str, float]]]]:
-    """Return what the lists and the report show of each query, and the documents of the printed table."""
+    """Return what the lists and the report show for each query, and the (document, score) rows of the printed table."""
     encoded = examples.data["document_id"].dictionary_encode()  # one dictionary for all chunks
     documents, owners = encoded.chunk(0).dictionary, np.concatenate([chunk.indices for chunk in encoded.chunks])
     queries, table = [], []
-    for number, query in enumerate(rows):
-        ranked = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
-        first = rank.by_document(ranked["top"], owners, True, "max")
-        best = zip(first.examples[:PRINTED], first.scores, strict=False)
-        table.append([(documents[owners[i]].as_py(), score) for i, score in best])
+    for number, query in enumerate(query_rows):
+        rankings = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
+        best = rank.by_document(rankings["top"], owners, True, "max")
+        best_rows = zip(best.examples[:TABLE_ROWS], best.scores, strict=False)
+        table.append([(documents[owners[i]].as_py(), score) for i, score in best_rows])
         if by == "document":
-            ranked = {side: rank.by_document(part, owners, side == "top", combine) for side, part in ranked.items()}
-        known = len(ranked["top"].scores)
+            rankings = {side: rank.by_document(r, owners, side == "top", combine) for side, r in rankings.items()}
+        known = len(rankings["top"].scores)
         if known < min(top_k, len(documents)):
             progress.say(f"query {query['id']}: {known} of {top_k}: --top_k_only kept no more")
-        values = None if scores.extremes else ranked["top"].scores
-        shown = {side: rank.ranked_rows(query, side, part, top_k, examples, values) for side, part in ranked.items()}
-        marks = {side: [row["score"] for row in part] for side, part in shown.items()}
-        histogram = None if values is None else report.histogram(values, marks)
-        queries.append(rank.query_text(query) | {"number": number, "rows": shown, "histogram": histogram})
+        values = None if scores.matrix is None else rankings["top"].scores
+        rows = {side: rank.ranked_rows(query, side, r, top_k, examples, values) for side, r in rankings.items()}
+        marked = {side: [row["score"] for row in rows[side]] for side in rows}
+        histogram = None if values is None else report.histogram(values, marked)
+        queries.append(rank.query_text(query) | {"number": number, "rows": rows, "histogram": histogram})
     return queries, table
 
 
 def add_token_shares(
     queries: list[dict], run: RunDir, record: ScoreRecord, examples: rank.Dataset, trust_remote_code: bool
 ) -> None:
-    """Run the model on the examples shown, and add each token's share of the score."""
-    from logra.tools import tokens  # here, because the models of transformers take three seconds to import
+    """Run the model on the examples shown, and add each token's share of the scores."""
+    from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
 
     splitter = tokens.TokenSplitter(run, record, trust_remote_code, processes.start())
     tokens.add_shares(queries, splitter, examples)
@@ -109,9 +120,9 @@ def add_token_shares(
 
 def print_table(queries: list[dict], table: list[list[tuple[str, float]]]) -> None:
     """Print the first documents of each query."""
-    for query, best in zip(queries, table, strict=True):
+    for query, rows in zip(queries, table, strict=True):
         progress.say(f"\n{' '.join(query['id'].split())}: {' '.join(query['prompt'].split())[:90]}")
-        for number, (document, score) in enumerate(best, 1):
+        for number, (document, score) in enumerate(rows, 1):
             progress.say(f"  {number}. {score:+.4g}  {' '.join(document.split())}")
     progress.say("")
 

@@ -2,8 +2,8 @@
 
     python extract_log.py --lora random --hessian ekfac --mlp_only --data_name pydoc --data_config short
 
-The long step; on several GPUs: accelerate launch --num_processes 8 --num_machines 1 --multi_gpu extract_log.py ...
-Run the same command again after a stop: it continues, on any number of processes.
+The long step. On several GPUs: accelerate launch --num_processes 8 --num_machines 1 --multi_gpu extract_log.py ...
+To resume after a stop, run the same command again, on any number of processes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from logra.tools import estimate, verify
 
 
 def build_parser() -> flags.Parser:
-    """Return the command line's parser."""
+    """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
     flags.add_run_flags(parser)
     group = flags.add_execution_flags(parser)
@@ -28,11 +28,11 @@ def build_parser() -> flags.Parser:
     )
     group.add_argument("--overwrite", action="store_true", help="delete the run's folder first")
     group.add_argument("--extend", action="store_true", help="add the documents of --data_name to the run in --log_dir")
-    group = parser.add_argument_group("before the run (each does nothing else)")
-    group.add_argument("--dry_run", action="store_true", help="print what the run will need")
+    group = parser.add_argument_group("before the run (each one does nothing else)")
+    group.add_argument("--dry_run", action="store_true", help="print what the run needs")
     group.add_argument(
         "--trial", type=number(float, 1, "1 to 86400 seconds", 86400), nargs="?", const=30, metavar="SECONDS",
-        help="like --dry_run, with the predicted hours, from extracting for 30 seconds",
+        help="like --dry_run, and predict the hours from an extraction of 30 seconds",
     )  # fmt: skip
     group.add_argument(
         "--verify", type=positive_int, nargs="?", const=4, metavar="EXAMPLES",
@@ -42,7 +42,7 @@ def build_parser() -> flags.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Make what the run still lacks: run.json, train/, projections, gradient shards, Hessian."""
+    """Write what the run still lacks: run.json, train/, projections, gradient shards, Hessian."""
     if args.extend and not (args.log_dir and args.data_name and not args.overwrite):
         raise ValueError(
             "expected --extend with --log_dir and --data_name, and not --overwrite; give the run and the data"
@@ -55,18 +55,23 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run or args.trial:
         estimate.estimate(run_flags, execution, args.trial, args.cache_dir, accelerator)
         return
+
     folder = open_run.find_folder(run_flags, must_exist=args.extend)
     with extract.locked(folder, accelerator):
+        # Find the run, or complete the settings of a new one
         run = open_run.find_run(folder, run_flags, must_exist=args.extend)
-        accelerator.wait_for_everyone()  # all have looked before rank 0 writes
+        accelerator.wait_for_everyone()  # all ranks have looked before rank 0 writes
         if run:
             open_run.say_kept_settings(run, run_flags)
         settings = run.settings if run else open_run.new_settings(run_flags, execution, accelerator)
-        kind = args.hessian or (run.first_hessian if run else "raw")
-        settings.check_hessian(kind, run.first_hessian if run else kind)
+        first_hessian = run.first_hessian if run else args.hessian or "raw"
+        kind = args.hessian or first_hessian
+        settings.check_hessian(kind, first_hessian)
         further = run_flags.documents if args.extend and not extract.has_documents(run, run_flags.documents) else None
 
-        pending, tokens = extract.unfinished_shards(run, accelerator) if run and not further else None, 0
+        # Write examples, projections and gradients, unless all shards exist and are whole
+        pending = extract.unfinished_shards(run, accelerator) if run and not further else None
+        tokens = 0
         if pending != []:
             lm, run = set_up(args, folder, settings, run, further, execution, accelerator)
             if accelerator.is_main_process:
@@ -75,6 +80,7 @@ def main(args: argparse.Namespace) -> None:
             pending = extract.unfinished_shards(run, accelerator) if pending is None else pending
             tokens = extract.write_shards(lm, run, pending, execution, accelerator)
             del lm
+
         progress.keep_log(folder)
         extract.write_hessian(kind, run, accelerator)
     documents = sum(part.documents for part in run.parts)
@@ -86,15 +92,16 @@ def set_up(
     args: argparse.Namespace, folder: Path, settings: RunSettings, run: RunDir | None, further: DataSettings | None,
     execution: Execution, accelerator: processes.Accelerator,
 ) -> tuple[nn.Module, RunDir]:  # fmt: skip
-    """Load the model; write run.json, train/ (or an extension) and projections.safetensors where they are missing."""
-    lm, tokenizer, described = open_run.load_model(settings, execution, accelerator.device, progress.say)
+    """Load the model, and write what is missing of run.json, train/ (or an extension) and projections.safetensors."""
+    lm, tokenizer, described = open_run.load_model(settings, execution, accelerator.device)
+    open_run.say_ranks(described, settings)
     if run:
         run.check_model(described)
     if accelerator.is_main_process and run:
         extract.check_source(run)
     if accelerator.is_main_process and (further or not run):
-        started = run or RunDir(folder, RunRecord(settings, vars(args), **described))
-        extract.write_train(started, tokenizer, further, args.cache_dir, args.num_proc)
+        new_or_extended = run or RunDir(folder, RunRecord(settings, vars(args), **described))
+        extract.write_train(new_or_extended, tokenizer, further, args.cache_dir, args.num_proc)
     run = open_run.reload(folder, accelerator)
     if run.record.projections is None:
         calibrate.make_projections(lm, run, execution, accelerator)

@@ -1,4 +1,4 @@
-"""Stage 1/4 (plain continuation). Reads prompts. Writes data/generated/<model>/queries.jsonl, one row a response.
+"""Stage 1/4 (plain continuation). Reads prompts. Writes data/generated/<model>/queries.jsonl, one row per response.
 
 Works for any causal language model:
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from logra.runtime import flags, progress
 from logra.runtime.settings import Sampling
-from logra.stages.generate import write_queries
+from logra.stages.generate import ModelSource, write_queries
 
 MODEL = "EleutherAI/pythia-1.4b"
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/continuation.txt"
 
 
 def build_parser() -> flags.Parser:
-    """Return the command line's parser."""
+    """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
     flags.add_generation_flags(parser, MODEL, PROMPTS, Sampling(max_new_tokens=128, temperature=0.8, top_p=0.95))
     return parser
@@ -32,10 +32,11 @@ def encode(tokenizer, prompt: str) -> list[int]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Generate continuations and say where they are."""
+    """Generate continuations and write them as queries."""
     sampling = flags.read_settings(Sampling, args)
-    model = args.model_name, args.dtype, args.revision, args.trust_remote_code
-    progress.say(f"Wrote {write_queries(args.prompts, args.output, encode, sampling, *model)}")
+    source = ModelSource(args.model_name, args.dtype, args.revision, args.trust_remote_code)
+    path = write_queries(args.prompts, args.output, source, encode, sampling)
+    progress.say(f"Wrote {path}")
     progress.summary("extract_log.py")
 
 

@@ -1,4 +1,4 @@
-"""Stage 1/4 (chat). Reads prompts. Writes data/generated/<model>/queries.jsonl, one row a response.
+"""Stage 1/4 (chat). Reads prompts. Writes data/generated/<model>/queries.jsonl, one row per response.
 
 Works for any model that has a chat template:
 
@@ -11,29 +11,30 @@ from pathlib import Path
 from logra.inputs.rows import chat_tokens
 from logra.runtime import flags, progress
 from logra.runtime.settings import Sampling
-from logra.stages.generate import write_queries
+from logra.stages.generate import ModelSource, write_queries
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/chat.txt"
 
 
 def build_parser() -> flags.Parser:
-    """Return the command line's parser."""
+    """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
     flags.add_generation_flags(parser, MODEL, PROMPTS, Sampling(max_new_tokens=256, temperature=0.6, top_p=0.9))
     return parser
 
 
 def encode(tokenizer, prompt: str) -> list[int]:
-    """Return the token ids of the prompt as a user's turn, ready for the assistant's answer."""
+    """Return the token ids of the prompt as a user's turn, followed by what opens the assistant's turn."""
     return chat_tokens(tokenizer, [{"role": "user", "content": prompt}], prompt=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Generate responses and say where they are."""
+    """Generate responses and write them as queries."""
     sampling = flags.read_settings(Sampling, args)
-    model = args.model_name, args.dtype, args.revision, args.trust_remote_code
-    progress.say(f"Wrote {write_queries(args.prompts, args.output, encode, sampling, *model)}")
+    source = ModelSource(args.model_name, args.dtype, args.revision, args.trust_remote_code)
+    path = write_queries(args.prompts, args.output, source, encode, sampling)
+    progress.say(f"Wrote {path}")
     progress.summary("extract_log.py")
 
 

@@ -1,1 +1,1 @@
-"""What comes in: documents, their rows and examples, queries, batches, the model and its tokenizer."""
+"""Inputs: documents, rows, train examples, queries, batches, the model and its tokenizer."""

@@ -1,12 +1,12 @@
-"""Documents to train examples: token ids in blocks, with stable ids.
+"""Turn documents into train examples: blocks of token ids with stable ids.
 
-An example is a block of at most block_size tokens of one document; with pack, documents are joined end to end into
-full blocks. Example ids are row numbers.
+An example is a block of at most block_size tokens of one document. With `pack`, documents are joined end to end and
+cut into full blocks. Row numbers are example ids.
 """
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,129 +17,11 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logra.inputs.rows import ROW_COLUMNS, make_encoder, row_form, row_problem
+from logra.inputs.rows import encode_rows, row_form, row_problem
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
 
-SLICE_DOCUMENTS = 10_000  # documents that are tokenised at a time
-
-
-def _blank_rows_are_usual(data_name: str) -> bool:
-    """Say whether blank rows are dropped, and counted, without --skip_bad_rows: of wikitext and of text files."""
-    name = Path(data_name).name
-    return "wikitext" in name or name.endswith(".txt")
-
-
-def _good_rows(form: str, rows: list[tuple], ids: list[str], settings: RunSettings) -> list[int]:
-    """Return the rows that hold text; refuse bad ones unless they are to be skipped."""
-    bad = {i: problem for i, row in enumerate(rows) if (problem := row_problem(form, row))}
-    blank_is_usual = _blank_rows_are_usual(settings.data_name)
-    unusual = [i for i, problem in bad.items() if not (blank_is_usual and problem == "empty")]
-    if unusual and not settings.skip_bad_rows:
-        raise ValueError(
-            f"expected text in every row, got {len(unusual)} empty or other rows among {len(rows)}, the first ones: "
-            f"{', '.join(f'{ids[i]} ({bad[i]})' for i in unusual[:5])}; mend them or give --skip_bad_rows"
-        )
-    return [i for i in range(len(rows)) if i not in bad]
-
-
-def _tokenise(
-    encode: Callable, columns: Sequence[str], block_size: int | None, response: bool
-) -> Callable[[dict], dict]:
-    """Return a function for Dataset.map: documents to blocks (whole documents where block_size is None)."""
-
-    def tokenise(batch: dict) -> dict:
-        rows: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
-        encoded = encode(list(zip(*(batch[column] for column in columns), strict=True)))
-        for (ids, counted), document in zip(encoded, batch["document_id"], strict=True):
-            size = block_size or max(len(ids), 1)
-            for block, start in enumerate(range(0, max(len(ids), 1), size)):
-                rows["input_ids"].append(ids[start : start + size])
-                rows["document_id"].append(document)
-                rows["block"].append(block)
-                if response:
-                    rows["counted"].append(counted[start : start + size])
-        return rows
-
-    return tokenise
-
-
-def _pack(documents: Dataset, block_size: int):
-    """Yield full blocks of documents joined end to end, the last one as long as it gets, with what each holds."""
-    kept = [name for name in ("input_ids", "counted") if name in documents.column_names]
-    block, names, starts = {name: [] for name in kept}, [], []
-    for row in documents:
-        used = 0
-        while used < len(row["input_ids"]):
-            filled = len(block["input_ids"])
-            names, starts = [*names, row["document_id"]], [*starts, filled]
-            block = {name: block[name] + row[name][used : used + block_size - filled] for name in kept}
-            used += block_size - filled
-            if len(block["input_ids"]) == block_size:
-                yield block | {"document_id": names[0], "document_ids": names, "document_starts": starts}
-                block, names, starts = {name: [] for name in kept}, [], []
-    if names:
-        yield block | {"document_id": names[0], "document_ids": names, "document_starts": starts}
-
-
-def _cut(examples: Dataset, settings: RunSettings) -> Dataset:
-    """Keep the first examples, up to max_examples and max_tokens."""
-    total = np.cumsum(token_counts(examples))
-    keep = int((total <= settings.max_tokens).sum()) if settings.max_tokens is not None else len(total)
-    keep = min(keep, settings.max_examples if settings.max_examples is not None else keep)
-    if keep == 0:
-        raise ValueError(
-            f"expected at least one example within the limits, got none of {len(total)}; raise --max_tokens"
-        )
-    return examples if keep == len(examples) else examples.select(range(keep))
-
-
-def _tokenised(
-    documents: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RunSettings,
-    options: dict,
-    work: Path,
-    first_row: int,
-) -> tuple[list[Dataset], int]:
-    """Return (tokenised slices of the chosen documents, number of dropped rows)."""
-    order = np.arange(len(documents))
-    if settings.shuffle_seed is not None:
-        order = np.random.default_rng(settings.shuffle_seed).permutation(order)
-    response = settings.train_loss == "response"
-    form = row_form(documents.column_names, settings.text_column, response)
-    columns = ROW_COLUMNS.get(form, (settings.text_column,))
-    size = None if settings.pack else settings.block_size
-    function = _tokenise(make_encoder(form, tokenizer), columns, size, response)
-    parts, tokens, examples, dropped = [], 0, 0, 0
-    limit = (settings.max_examples or np.inf) * (settings.block_size if settings.pack else 1)
-    with progress.bar(total=settings.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
-        for start in range(0, len(order), SLICE_DOCUMENTS):
-            part, ids = _slice(documents, order[start : start + SLICE_DOCUMENTS], first_row)
-            rows = list(zip(*(part[column][:] for column in columns), strict=True))
-            good = _good_rows(form, rows, ids, settings)
-            dropped += len(rows) - len(good)
-            if not good:
-                continue
-            table = {column: [rows[i][c] for i in good] for c, column in enumerate(columns)}
-            part = Dataset.from_dict(table | {"document_id": [ids[i] for i in good]})
-            cache = str(work / f"part-{start // SLICE_DOCUMENTS:06d}.arrow")
-            parts.append(part.map(function, remove_columns=part.column_names, cache_file_name=cache, **options))
-            count = int(token_counts(parts[-1]).sum())
-            tokens, examples = tokens + count, examples + len(parts[-1])
-            bar.update(count)
-            if (tokens if settings.pack else examples) >= limit or tokens >= (settings.max_tokens or np.inf):
-                break
-    return parts, dropped
-
-
-def _slice(documents: Dataset, numbers: np.ndarray, first_row: int) -> tuple[Dataset, list[str]]:
-    """Return some rows and their documents' ids."""
-    part = documents.select(numbers)
-    ids = part["id"][:] if "id" in documents.column_names else (numbers + first_row).tolist()
-    if None in ids:
-        raise ValueError(f"expected an id in every row, got none in row {numbers[ids.index(None)]}; add it")
-    return part, [str(i) for i in ids]
+SLICE_DOCUMENTS = 10_000  # documents tokenised at a time
 
 
 def build_examples(
@@ -153,40 +35,164 @@ def build_examples(
     """Tokenise documents into examples.
 
     Args:
-        documents: Rows of text, of prompt and response, or of messages (see rows.row_form), and perhaps with `id`,
-            which becomes the document id (else the row number).
-        tokenizer: Adds the tokens that it adds itself, and no others.
-        settings: Which documents, and how they become examples.
-        num_proc: Processes that tokenise.
+        documents: Rows of one form (see rows.row_form). A column `id` becomes the document id, else the row number.
+        tokenizer: Adds its own special tokens; no others are added.
+        settings: Which documents to take, and how to cut them into examples.
+        num_proc: Number of processes that tokenise.
         work: Folder for intermediate files.
-        first_row: Number of the first row: an extension continues the run's numbers.
+        first_row: Number of the first row. An extension continues the run's numbers.
 
     Returns:
-        Examples with columns input_ids, document_id, text, counted (with --train_loss response: which tokens count),
-        and block (its number in the document) or, packed, document_ids and document_starts; and counts,
-        {"documents", "dropped_rows", "rows"}.
+        Examples, and the counts {"documents", "dropped_rows", "rows"}. The columns are input_ids, document_id and
+        text; `counted` with --train_loss response; `block`, the number of the block in its document, or, packed,
+        document_ids and document_starts.
 
     Raises:
-        ValueError: No such column, bad rows, or nothing left.
+        ValueError: The column is missing, rows are bad, or no example is left.
     """
-    options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
+    map_options = {"batched": True, "num_proc": num_proc, "load_from_cache_file": False}
     try:
-        parts, dropped = _tokenised(documents, tokenizer, settings, options, work, first_row)
-    except UnicodeDecodeError as error:  # Arrow's JSON reader lets it pass
+        slices, dropped_rows = _tokenise(documents, tokenizer, settings, map_options, work, first_row)
+    except UnicodeDecodeError as error:  # Arrow's JSON reader accepts bytes that are not UTF-8
         raise ValueError(f"expected UTF-8 in every row, got {error.object[:40]!r}; convert the file") from error
-    if not parts:
-        raise ValueError(f"expected rows with text, got {dropped} empty ones and no other; check --text_column")
-    rows = datasets.concatenate_datasets(parts)
+    if not slices:
+        raise ValueError(f"expected rows with text, got {dropped_rows} empty ones and no other; check --text_column")
+    examples = datasets.concatenate_datasets(slices)
     if settings.pack:
-        packed = {"documents": rows, "block_size": settings.block_size}
-        rows = Dataset.from_generator(_pack, gen_kwargs=packed, cache_dir=str(work))
-    rows = _cut(rows, settings).map(
+        arguments = {"documents": examples, "block_size": settings.block_size}
+        examples = Dataset.from_generator(_pack, gen_kwargs=arguments, cache_dir=str(work))
+    examples = _within_limits(examples, settings).map(
         lambda batch: {"text": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)},
         cache_file_name=str(work / "text.arrow"),
-        **options,
+        **map_options,
     )
-    names = chain.from_iterable(rows["document_ids"][:]) if settings.pack else rows["document_id"][:]
-    return rows, {"documents": len(set(names)), "dropped_rows": dropped, "rows": len(documents)}
+    ids = chain.from_iterable(examples["document_ids"][:]) if settings.pack else examples["document_id"][:]
+    return examples, {"documents": len(set(ids)), "dropped_rows": dropped_rows, "rows": len(documents)}
+
+
+def _tokenise(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RunSettings,
+    map_options: dict,
+    work: Path,
+    first_row: int,
+) -> tuple[list[Dataset], int]:
+    """Tokenise slices of documents until max_examples or max_tokens is reached.
+
+    Returns:
+        Tokenised slices (blocks; with `pack` whole documents), and the number of dropped rows.
+    """
+    max_tokens, max_examples = settings.max_tokens or np.inf, settings.max_examples or np.inf
+    if settings.pack:  # the number of examples is not known yet
+        max_tokens, max_examples = min(max_tokens, max_examples * settings.block_size), np.inf
+    order = np.arange(len(documents))
+    if settings.shuffle_seed is not None:
+        order = np.random.default_rng(settings.shuffle_seed).permutation(order)
+
+    slices, tokens, examples, dropped_rows = [], 0, 0, 0
+    with progress.bar(total=settings.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
+        for start in range(0, len(order), SLICE_DOCUMENTS):
+            row_numbers = order[start : start + SLICE_DOCUMENTS]
+            rows = _rows_with_text(documents, row_numbers, settings, first_row)
+            dropped_rows += len(row_numbers) - len(rows)
+            if len(rows) == 0:
+                continue
+            cache = str(work / f"part-{start // SLICE_DOCUMENTS:06d}.arrow")
+            arguments = {"tokenizer": tokenizer, "settings": settings}
+            options = map_options | {"fn_kwargs": arguments, "remove_columns": rows.column_names}
+            blocks = rows.map(_to_blocks, cache_file_name=cache, **options)
+            slices.append(blocks)
+            slice_tokens = int(token_counts(blocks).sum())
+            tokens, examples = tokens + slice_tokens, examples + len(blocks)
+            bar.update(slice_tokens)
+            if examples >= max_examples or tokens >= max_tokens:
+                break
+    return slices, dropped_rows
+
+
+def _row_form(column_names: list[str], settings: RunSettings) -> tuple[str, tuple[str, ...]]:
+    return row_form(column_names, settings.text_column, settings.train_loss == "response")
+
+
+def _rows_with_text(documents: Dataset, row_numbers: np.ndarray, settings: RunSettings, first_row: int) -> Dataset:
+    """Return those of the given rows that hold text, with their document ids. Refuse the others, or drop them."""
+    form, columns = _row_form(documents.column_names, settings)
+    selected = documents.select(row_numbers)
+    ids = selected["id"][:] if "id" in documents.column_names else (row_numbers + first_row).tolist()
+    if None in ids:
+        raise ValueError(f"expected an id in every row, got none in row {row_numbers[ids.index(None)]}; add it")
+    ids = [str(document_id) for document_id in ids]
+    rows = list(zip(*(selected[column][:] for column in columns), strict=True))
+    problems = {i: problem for i, row in enumerate(rows) if (problem := row_problem(form, row))}
+    unexpected = [i for i in problems if not (problems[i] == "empty" and _has_blank_rows(settings.data_name))]
+    if unexpected and not settings.skip_bad_rows:
+        raise ValueError(
+            f"expected text in every row, got {len(unexpected)} empty or other rows among {len(rows)}, the first ones: "
+            f"{', '.join(f'{ids[i]} ({problems[i]})' for i in unexpected[:5])}; fix them or give --skip_bad_rows"
+        )
+    good = [i for i in range(len(rows)) if i not in problems]
+    table = {column: [rows[i][number] for i in good] for number, column in enumerate(columns)}
+    return Dataset.from_dict(table | {"document_id": [ids[i] for i in good]})
+
+
+def _has_blank_rows(data_name: str) -> bool:
+    """Return whether the data usually has blank rows (wikitext, text files), which are dropped without a flag."""
+    name = Path(data_name).name
+    return "wikitext" in name or name.endswith(".txt")
+
+
+def _to_blocks(batch: dict, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> dict:
+    """Tokenise a batch of rows and cut each document into blocks (with `pack` one block), for Dataset.map."""
+    form, columns = _row_form(list(batch), settings)
+    response = settings.train_loss == "response"
+    blocks: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
+    encoded = encode_rows(form, tokenizer, list(zip(*(batch[column] for column in columns), strict=True)))
+    for (ids, counted), document_id in zip(encoded, batch["document_id"], strict=True):
+        length = max(len(ids), 1)  # a document without tokens is an example too
+        size = length if settings.pack else settings.block_size
+        for number, start in enumerate(range(0, length, size)):
+            blocks["input_ids"].append(ids[start : start + size])
+            blocks["document_id"].append(document_id)
+            blocks["block"].append(number)
+            if response:
+                blocks["counted"].append(counted[start : start + size])
+    return blocks
+
+
+def _pack(documents: Dataset, block_size: int) -> Iterator[dict]:
+    """Join documents end to end and yield full blocks; the last one may be shorter.
+
+    Each block names its documents and the positions where they start.
+    """
+    columns = [name for name in ("input_ids", "counted") if name in documents.column_names]
+    block, ids, starts = {name: [] for name in columns}, [], []
+    for row in documents:
+        used = 0
+        while used < len(row["input_ids"]):
+            start = len(block["input_ids"])
+            end = used + block_size - start
+            block = {name: block[name] + row[name][used:end] for name in columns}
+            ids, starts, used = [*ids, row["document_id"]], [*starts, start], end
+            if len(block["input_ids"]) == block_size:
+                yield block | {"document_id": ids[0], "document_ids": ids, "document_starts": starts}
+                block, ids, starts = {name: [] for name in columns}, [], []
+    if ids:
+        yield block | {"document_id": ids[0], "document_ids": ids, "document_starts": starts}
+
+
+def _within_limits(examples: Dataset, settings: RunSettings) -> Dataset:
+    """Keep the first examples, up to max_examples and max_tokens."""
+    kept = len(examples)
+    if settings.max_tokens is not None:
+        kept = int((np.cumsum(token_counts(examples)) <= settings.max_tokens).sum())
+    if settings.max_examples is not None:
+        kept = min(kept, settings.max_examples)
+    if kept == 0:
+        raise ValueError(
+            f"expected at least one example within the limits, got none of {len(examples)}; raise --max_tokens"
+        )
+    return examples if kept == len(examples) else examples.select(range(kept))
 
 
 def write_examples(
@@ -197,7 +203,7 @@ def write_examples(
     num_proc: int | None,
     first_row: int = 0,
 ) -> dict[str, Any]:
-    """Build the examples (see build_examples) into the folder `path`; return their counts, fingerprint and files."""
+    """Write the examples (see build_examples) to the folder `path`; return their counts, fingerprint and files."""
     work = path.with_name("work.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -208,7 +214,7 @@ def write_examples(
         del examples
     except datasets.exceptions.DatasetGenerationError as error:
         raise OSError(f"packing failed: {error.__cause__}") from error
-    except ValueError as error:  # of closing a file that could not be written
+    except ValueError as error:  # closing a file that could not be written raises one
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         gc.collect()  # a network file system keeps files that are still mapped
@@ -218,7 +224,7 @@ def write_examples(
     return counts | {"fingerprint": examples_fingerprint(examples), "files": files.file_checksums(path)}
 
 
-def _lists(examples: Dataset, column: str) -> Iterator:
+def _arrow_lists(examples: Dataset, column: str) -> Iterator:
     """Yield a column as Arrow list arrays, a thousand examples at a time."""
     for table in examples.with_format("arrow").select_columns([column]).iter(1000):
         yield table[column].combine_chunks()
@@ -226,15 +232,15 @@ def _lists(examples: Dataset, column: str) -> Iterator:
 
 def token_counts(examples: Dataset) -> np.ndarray:
     """Return the number of tokens of each example, [N] int64."""
-    counts = [np.diff(np.asarray(lists.offsets)) for lists in _lists(examples, "input_ids")]
+    counts = [np.diff(np.asarray(lists.offsets)) for lists in _arrow_lists(examples, "input_ids")]
     return np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
 
 
 def examples_fingerprint(examples: Dataset) -> str:
-    """Return a hash of all token ids, lengths, document ids and what counts in a response's loss, in order."""
+    """Return a hash of all token ids, counted tokens, lengths and document ids, in order."""
     checksum = xxhash.xxh3_64()
     for column in ("input_ids", "counted"):
-        for lists in _lists(examples, column) if column in examples.column_names else ():
+        for lists in _arrow_lists(examples, column) if column in examples.column_names else ():
             checksum.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).data)
     checksum.update(token_counts(examples).data)
     checksum.update("\0".join(examples["document_id"][:]).encode())

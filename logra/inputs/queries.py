@@ -1,7 +1,7 @@
-"""Query sets: the sentences whose training examples are looked for.
+"""Read queries: texts for which influential train examples are sought.
 
-A row holds `text` (every token counts), or `prompt` and `response` (the response's tokens count), or `messages` (the
-assistant's turns count), or also prompt_ids and response_ids, the exact tokens that stage 1 generated.
+A row holds `text` (every token counts), `prompt` and `response` (the response's tokens count) or `messages` (the
+assistant's turns count). Rows of stage 1 also hold prompt_ids and response_ids, the exact tokens.
 """
 
 import json
@@ -18,14 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import build_examples
 from logra.inputs.rows import Encoded, encode_messages, encode_prompt, row_problem
-from logra.runtime.files import read_lines, read_row, same_name, short_name
+from logra.runtime.files import has_shape, read_lines, read_row, same_name, short_name
 from logra.runtime.settings import QuerySettings, RunSettings
 
 SPLITS = ("train", "validation", "test")
+IDS = [lambda value: type(value) is int and value >= 0]  # see files.has_shape
 
 
 class Query(NamedTuple):
-    """One query: its id, token ids, whether each of them counts, and its row."""
+    """One query: id, token ids, which of them count, and the row that it was read from."""
 
     id: str
     token_ids: list[int]
@@ -33,106 +34,41 @@ class Query(NamedTuple):
     row: dict
 
 
-def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
-
-
-def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase, query_loss: str) -> Encoded:
-    """Return a row's token ids and which count, or raise a ValueError that starts with what the row has."""
-    if _is_ids(row.get("prompt_ids")) and _is_ids(row.get("response_ids")):
-        if not same_name(str(row.get("model")), model_name):
-            raise ValueError(
-                f"token ids of the model {row.get('model')}, not of {model_name}; generate with that model"
-            )
-        prompt, response = row["prompt_ids"], row["response_ids"]
-        ids, counted = prompt + response, [False] * len(prompt) + [True] * len(response)
-    elif isinstance(row.get("text"), str):
-        ids = tokenizer(row["text"])["input_ids"]
-        counted = [True] * len(ids)
-    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        ids, counted = encode_prompt(tokenizer, row["prompt"], row["response"])
-    elif not row_problem("messages", (row.get("messages"),)):
-        ids, counted = encode_messages(tokenizer, row["messages"])
-    else:
-        raise ValueError("neither `text`, nor `prompt` and `response`, nor `messages` with an answer; add them")
-    return ids, counted if query_loss == "response" else [True] * len(ids)
-
-
-def read_query_file(
-    path: Path, model_name: str, tokenizer: PreTrainedTokenizerBase, wanted: QuerySettings
-) -> list[Query]:
-    """Read a .jsonl file of queries.
-
-    Raises:
-        ValueError: No such file, or a row that is no query or has no token that counts.
-    """
-    if not path.is_file():
-        raise ValueError(f"expected queries in {path}, got no such file; run generate.py or generate_llama3.py first")
-    queries = []
-    for number, line in enumerate(read_lines(path)[: wanted.max_queries]):
-        try:
-            row = read_row(line)
-            row = row if isinstance(row, dict) else {}
-            token_ids, counted = _encode(row, model_name, tokenizer, wanted.query_loss)
-        except ValueError as error:
-            raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
-        shown = {key: value for key, value in row.items() if key not in ("id", "model", "prompt_ids", "response_ids")}
-        queries.append(Query(str(row.get("id", number)), token_ids, counted, shown))
-    return queries
-
-
-def split_queries(
-    settings: RunSettings, queries: QuerySettings, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None
-) -> list[Query]:
-    """Take a split of the run's data set as queries: each example of at most block_size tokens is one."""
-    documents = load_documents(settings.data_name, settings.data_config, queries.split, cache_dir)
-    settings = replace(settings, pack=False, skip_bad_rows=True)
-    settings = replace(settings, max_examples=queries.max_queries, max_tokens=None, shuffle_seed=None)
-    with tempfile.TemporaryDirectory() as work:
-        rows = build_examples(documents, tokenizer, settings, None, Path(work))[0].to_list()
-    found = []
-    for row in rows:
-        every = [True] * len(row["input_ids"])
-        counted = row.get("counted", every) if queries.query_loss == "response" else every
-        name = f"{row['document_id']}-{row['block']}"
-        found.append(Query(name, row["input_ids"], counted, {"text": row["text"]}))
-    return found
-
-
 def load_queries(
-    wanted: QuerySettings,
+    query_settings: QuerySettings,
     settings: RunSettings,
     tokenizer: PreTrainedTokenizerBase,
     context: int | None = None,
     cache_dir: str | None = None,
 ) -> tuple[str, list[Query]]:
-    """Return (name of the query set, queries).
+    """Return the name of the query set, and its queries.
 
     Args:
-        wanted: Which queries. Its split is `generated` (stage 1's file), train, validation or test (of the run's data
-            set), or a .jsonl file.
+        query_settings: Which queries. The split is `generated` (stage 1's file), train, validation or test (of the
+            run's data set), or a .jsonl file.
         settings: Of the run.
         tokenizer: Of the run's model.
-        context: The most tokens that the model can read.
+        context: The model's context length in tokens.
         cache_dir: Where downloaded data sets are kept.
 
     Raises:
-        ValueError: No queries, or one that is empty or too long.
+        ValueError: There is no query, or one is empty or too long.
     """
-    split = wanted.split
+    split = query_settings.split
     if split in SPLITS:
-        name, queries = split, split_queries(settings, wanted, tokenizer, cache_dir)
+        name, queries = split, _read_split(settings, query_settings, tokenizer, cache_dir)
     else:
         path = Path(split)
         if split == "generated":
             path = Path("data/generated") / short_name(settings.model_name) / "queries.jsonl"
         elif path.suffix != ".jsonl":
             raise ValueError(f"expected --split generated, {', '.join(SPLITS)} or a .jsonl file, got {split!r}")
-        name, queries = path.stem, read_query_file(path, settings.model_name, tokenizer, wanted)
+        name, queries = path.stem, _read_file(path, settings.model_name, tokenizer, query_settings)
     if not queries:
         raise ValueError(f"expected queries in {split}, got none; check the file or the split")
-    if double := [name for name, count in Counter(query.id for query in queries).items() if count > 1]:
-        raise ValueError(f"expected a different id for each query of {split}, got {double[0]!r} twice; change one")
+    query_id, count = Counter(query.id for query in queries).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"expected a different id for each query of {split}, got {query_id!r} twice; change one")
     for query in queries:
         if split not in SPLITS and not any(query.counted[1:]):
             raise ValueError(f"expected a token that counts in every query, got none in query {query.id}; remove it")
@@ -144,8 +80,77 @@ def load_queries(
     return name, queries
 
 
+def _read_split(
+    settings: RunSettings, query_settings: QuerySettings, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None
+) -> list[Query]:
+    """Read a split of the run's data set. Each example of at most block_size tokens is a query."""
+    documents = load_documents(settings.data_name, settings.data_config, query_settings.split, cache_dir)
+    settings = replace(
+        settings, pack=False, skip_bad_rows=True, max_examples=query_settings.max_queries, max_tokens=None,
+        shuffle_seed=None,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as work:
+        rows = build_examples(documents, tokenizer, settings, None, Path(work))[0].to_list()
+    queries = []
+    for row in rows:
+        counted = [True] * len(row["input_ids"])
+        if query_settings.query_loss == "response":
+            counted = row.get("counted", counted)
+        query_id = f"{row['document_id']}-{row['block']}"
+        queries.append(Query(query_id, row["input_ids"], counted, {"text": row["text"]}))
+    return queries
+
+
+def _read_file(
+    path: Path, model_name: str, tokenizer: PreTrainedTokenizerBase, query_settings: QuerySettings
+) -> list[Query]:
+    """Read a .jsonl file of queries.
+
+    Raises:
+        ValueError: There is no such file, or a row is not a query.
+    """
+    if not path.is_file():
+        raise ValueError(f"expected queries in {path}, got no such file; run generate.py or generate_llama3.py first")
+    queries = []
+    for number, line in enumerate(read_lines(path)[: query_settings.max_queries]):
+        try:
+            row = read_row(line)
+            row = row if isinstance(row, dict) else {}
+            token_ids, counted = _encode(row, model_name, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
+        if query_settings.query_loss == "all":
+            counted = [True] * len(token_ids)
+        shown = {key: value for key, value in row.items() if key not in ("id", "model", "prompt_ids", "response_ids")}
+        queries.append(Query(str(row.get("id", number)), token_ids, counted, shown))
+    return queries
+
+
+def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Return a row's token ids, and which of them count.
+
+    Raises:
+        ValueError: The row is not a query; the message says what it holds instead.
+    """
+    if has_shape(row, {"prompt_ids": IDS, "response_ids": IDS}):
+        if not same_name(str(row.get("model")), model_name):
+            raise ValueError(
+                f"token ids of the model {row.get('model')}, not of {model_name}; generate with that model"
+            )
+        prompt, response = row["prompt_ids"], row["response_ids"]
+        return prompt + response, [False] * len(prompt) + [True] * len(response)
+    if isinstance(row.get("text"), str):
+        ids = tokenizer(row["text"])["input_ids"]
+        return ids, [True] * len(ids)
+    if has_shape(row, {"prompt": str, "response": str}):
+        return encode_prompt(tokenizer, row["prompt"], row["response"])
+    if not row_problem("messages", (row.get("messages"),)):
+        return encode_messages(tokenizer, row["messages"])
+    raise ValueError("neither `text`, nor `prompt` and `response`, nor `messages` with an answer; add them")
+
+
 def group_queries(queries: list[Query], column: str | None) -> list[list[Query]]:
-    """Return the queries one by one, or those with the same value of a column of their rows together.
+    """Group queries by the value of a column of their rows; without a column each query is a group.
 
     Raises:
         ValueError: A row lacks the column.
@@ -160,12 +165,18 @@ def group_queries(queries: list[Query], column: str | None) -> list[list[Query]]
     return [[query._replace(row=query.row | {"group": name}) for query in group] for name, group in groups.items()]
 
 
-def merged(group: list[Query]) -> Query:
-    """Return a group as one query, for the lists: its name, all tokens, and its members' ids as text."""
+def merge_group(group: list[Query]) -> Query:
+    """Return a group as one query: its name, all its tokens, and its queries' ids as the text."""
     ids = [query.id for query in group]
     text = f"{len(ids)} queries: {', '.join(ids)}"
-    tokens, counted = (list(chain(*parts)) for parts in zip(*(query[1:3] for query in group), strict=True))
-    return Query(group[0].row["group"], tokens, counted, {"text": text})
+    token_ids = list(chain.from_iterable(query.token_ids for query in group))
+    counted = list(chain.from_iterable(query.counted for query in group))
+    return Query(group[0].row["group"], token_ids, counted, {"text": text})
+
+
+def query_rows(queries: list[Query]) -> list[dict]:
+    """Return the rows of queries.jsonl in a folder of scores."""
+    return [{"id": q.id, **q.row, "tokens": len(q.token_ids), "counted": sum(q.counted)} for q in queries]
 
 
 def query_hash(queries: list[Query]) -> str:

@@ -1,47 +1,45 @@
-"""A row of text, of prompt and response, or of chat messages, as token ids, and which of them count in the loss.
+"""Turn a row of data into token ids, and mark the tokens that count in the loss.
 
-A row is in one of three forms: `text`; `prompt` and `response`; `messages`, a list of {role, content}.
+A row has one of three forms: `text`; `prompt` and `response`; or `messages`, a list of {role, content}.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-ROW_COLUMNS = {"prompt": ("prompt", "response"), "messages": ("messages",)}
-Encoded = tuple[list[int], list[bool]]  # token ids, and whether each counts in the response's loss
+from logra.runtime.files import has_shape
+
+ROW_COLUMNS: dict[str, tuple[str, ...]] = {"prompt": ("prompt", "response"), "messages": ("messages",)}
+Encoded = tuple[list[int], list[bool]]  # token ids, and whether each one counts in the response's loss
 
 
-def row_form(columns: Sequence[str], text_column: str, response: bool) -> str:
-    """Return the form of a data set's rows: text, prompt or messages.
+def row_form(column_names: Sequence[str], text_column: str, response: bool) -> tuple[str, tuple[str, ...]]:
+    """Return the form of a data set's rows (text, prompt or messages), and the columns that hold it.
 
     Args:
-        columns: What the rows have.
+        column_names: Columns of the data set.
         text_column: The column that holds a text.
-        response: The response's tokens only are to count, so a text does not do.
+        response: Only the tokens of a response count, so rows of text are not enough.
 
     Raises:
-        ValueError: The columns are of none of the forms.
+        ValueError: The columns fit none of the forms.
     """
-    forms = {} if response else {"text": (text_column,)}
-    for form, needed in (forms | ROW_COLUMNS).items():
-        if set(needed) <= set(columns):
-            return form
-    if response:
-        wanted, remedy = "columns prompt and response, or messages", "leave --train_loss response out"
-    else:
-        wanted, remedy = f"a text column {text_column!r}", "give --text_column"
-    raise ValueError(f"expected {wanted}, got {', '.join(columns)}; {remedy}")
+    forms = ROW_COLUMNS if response else {"text": (text_column,)} | ROW_COLUMNS
+    for form, needed in forms.items():
+        if set(needed) <= set(column_names):
+            return form, needed
+    expected = "columns prompt and response, or messages" if response else f"a text column {text_column!r}"
+    remedy = "leave --train_loss response out" if response else "give --text_column"
+    raise ValueError(f"expected {expected}, got {', '.join(column_names)}; {remedy}")
 
 
 def row_problem(form: str, row: tuple) -> str | None:
-    """Say what is wrong with the values of a row's columns; None where they hold text."""
+    """Return what is wrong with the values of a row's columns; None if they hold text."""
     if form == "messages":
-        (turns,) = row
-        whole = isinstance(turns, list) and all(
-            isinstance(t, dict) and isinstance(t.get("content"), str) and isinstance(t.get("role"), str) for t in turns
-        )
-        return None if whole and any(t["role"] == "assistant" for t in turns) else "no assistant's turn"
+        (messages,) = row
+        valid = has_shape(messages, [{"role": str, "content": str}])
+        return None if valid and any(turn["role"] == "assistant" for turn in messages) else "no assistant's turn"
     for value in row:
         if not isinstance(value, str):
             return type(value).__name__
@@ -51,14 +49,19 @@ def row_problem(form: str, row: tuple) -> str | None:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Encoded:
-    """Return prompt and response joined, as the tokenizer turns each into tokens; the response's count."""
-    before = tokenizer(prompt)["input_ids"]
-    after = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return before + after, [False] * len(before) + [True] * len(after)
+    """Tokenise prompt and response separately and join them. The response's tokens count."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)
 
 
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict], prompt: bool = False) -> list[int]:
-    """Return a chat in the tokenizer's template; with `prompt`, up to where the assistant's next turn begins.
+    """Return the token ids of a chat in the tokenizer's template.
+
+    Args:
+        tokenizer: Of a chat model.
+        turns: {role, content} of each turn.
+        prompt: End with what opens the assistant's next turn.
 
     Raises:
         ValueError: There is no template, or it refuses these turns.
@@ -70,21 +73,21 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict], prompt: b
     try:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
     except (TemplateError, TypeError) as error:
-        raise ValueError(f"expected turns that the model's chat template takes, got: {error}; change them") from error
+        raise ValueError(f"expected turns that fit the model's chat template, got: {error}; change them") from error
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Encoded:
-    """Return a chat in the tokenizer's template; the tokens of the assistant's turns count, the ends of turn included.
+    """Tokenise a chat with the tokenizer's template. The assistant's turns count, end-of-turn tokens included.
 
     Raises:
-        ValueError: As chat_tokens; or the template changes earlier turns, so that a turn's tokens are not known.
+        ValueError: As chat_tokens. Or the template changes earlier turns, so that a turn's tokens can't be found.
     """
     ids = chat_tokens(tokenizer, messages)
     counted = [False] * len(ids)
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        before = chat_tokens(tokenizer, messages[:i], True) if i else []
+        before = chat_tokens(tokenizer, messages[:i], prompt=True) if i else []
         after = chat_tokens(tokenizer, messages[: i + 1])
         if ids[: len(after)] != after or after[: len(before)] != before:
             raise ValueError(
@@ -95,15 +98,10 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) ->
     return ids, counted
 
 
-def make_encoder(form: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[tuple]], list[Encoded]]:
-    """Return a function from rows (the values of the form's columns) to token ids and what counts in them."""
-
-    def encode(rows: list[tuple]) -> list[Encoded]:
-        if form == "prompt":
-            return [encode_prompt(tokenizer, *row) for row in rows]
-        if form == "messages":
-            return [encode_messages(tokenizer, *row) for row in rows]
-        encoded = tokenizer([row[0] for row in rows], return_attention_mask=False)["input_ids"]
+def encode_rows(form: str, tokenizer: PreTrainedTokenizerBase, rows: list[tuple]) -> list[Encoded]:
+    """Tokenise rows, given as the values of the form's columns."""
+    if form == "text":
+        encoded = tokenizer([text for (text,) in rows], return_attention_mask=False)["input_ids"]
         return [(ids, [True] * len(ids)) for ids in encoded]
-
-    return encode
+    encode = encode_prompt if form == "prompt" else encode_messages
+    return [encode(tokenizer, *row) for row in rows]

@@ -1,1 +1,1 @@
-"""What the five scripts call, stage by stage."""
+"""The steps of the five scripts, stage by stage."""

@@ -1,4 +1,4 @@
-"""Stage 2, step by step: train examples, gradient shards, Hessian. extract_log.py calls the steps in order."""
+"""Stage 2: write train examples, gradient shards and the Hessian. extract_log.py calls these steps in order."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,14 +24,15 @@ from logra.runtime import files, processes, progress
 from logra.runtime.settings import DataSettings, Execution
 from logra.stages.calibrate import check_memory
 from logra.stages.gradients import HostGradients, make_extractor
+from logra.store import Shard
 
 
 @contextmanager
 def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other commands out of a run's folder: rank 0 holds a lock beside it while all ranks are inside.
+    """Keep other commands out of a run's folder. Rank 0 holds a lock file beside it while any rank is in the block.
 
     Raises:
-        ValueError: Another command is at work there.
+        ValueError: Another command works on this run.
     """
     lock = files.locked(folder.with_name(f"{folder.name}.lock"), str(folder))
     with lock if accelerator.is_main_process else nullcontext():
@@ -41,52 +42,58 @@ def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def has_documents(run: RunDir, documents: DataSettings) -> bool:
-    """Say whether the run holds these documents already (--extend).
+    """Return whether the run already holds these documents (--extend).
 
     Raises:
         ValueError: It holds documents of the same name with other content or limits.
     """
     for part in run.parts:
-        before = part.settings
-        if files.same_name(before.data_name, documents.data_name) and (before.data_config, before.data_split) == (
-            documents.data_config, documents.data_split,
-        ):  # fmt: skip
-            same = replace(before, data_name=documents.data_name) == documents
-            if same and part.source in (None, source_fingerprint(documents.data_name)):
-                return True
-            raise ValueError(
-                f"expected further documents for {run.folder}, got {documents.data_name}, which it was extracted from "
-                "with other content or limits; put the further ones into a file of their own"
-            )
+        known = part.settings
+        same_place = files.same_name(known.data_name, documents.data_name)
+        if not same_place or (known.data_config, known.data_split) != (documents.data_config, documents.data_split):
+            continue
+        same_limits = replace(known, data_name=documents.data_name) == documents
+        if same_limits and part.source in (None, source_fingerprint(documents.data_name)):
+            return True
+        raise ValueError(
+            f"expected further documents for {run.folder}, got {documents.data_name}, which it already holds with "
+            "other content or limits; put further documents into a file of their own"
+        )
     return False
 
 
 def check_source(run: RunDir) -> None:
-    """Raise a ValueError where the local data files of a run have changed."""
+    """Raise a ValueError if the local data files of a run have changed. Files that are gone are not needed again."""
     for part in run.parts:
         name = part.settings.data_name
-        if part.source and source_fingerprint(name) not in (part.source, None):  # None: moved away, and not needed
+        if part.source and source_fingerprint(name) not in (part.source, None):
             raise ValueError(
-                f"expected {name} as it was when {run.folder} was begun, got other files; use another --log_dir"
+                f"expected {name} as it was when {run.folder} was started, got other files; use another --log_dir"
             )
 
 
 def check_disk(run: RunDir) -> None:
-    """Raise a ValueError where a run's gradients don't fit on the disk."""
+    """Raise a ValueError if the disk is too small for the run's gradients."""
     sizes = run.shard_sizes(run.examples)
-    need = run.examples * sizes["bytes_per_example"] + len(run.shards) * sizes["factor_bytes_per_shard"]
-    need -= sum(file.stat().st_size for file in (run.folder / "gradients").glob("*") if file.suffix != ".tmp")
+    total = run.examples * sizes["bytes_per_example"] + len(run.shards) * sizes["factor_bytes_per_shard"]
+    written = sum(file.stat().st_size for file in (run.folder / "gradients").glob("*") if file.suffix != ".tmp")
     free = shutil.disk_usage(run.folder).free
-    if need > free:
+    if total - written > free:
         raise ValueError(
-            f"expected {need / 1e9:.3g} GB of free disk for the gradients, got {free / 1e9:.3g}; use a lower "
-            "--rank, --store_dtype int1 (or none) or another --log_dir"
+            f"expected {(total - written) / 1e9:.3g} GB of free disk for the gradients, got {free / 1e9:.3g}; use a "
+            "lower --rank, --store_dtype int1 (or none) or another --log_dir"
         )
 
 
 def check_hessian_memory(run: RunDir, kind: str) -> int:
-    """Return an upper bound of the bytes that a process needs for a Hessian, or raise a ValueError."""
-    return check_memory(hessian.memory_bytes(kind, run.projected, run.examples), f"the Hessian {kind} of a layer")
+    """Return an upper bound of the bytes that a process needs for a Hessian.
+
+    Raises:
+        ValueError: This machine lacks them.
+    """
+    needed = hessian.memory_bytes(kind, run.projected, run.examples)
+    check_memory(needed, f"the Hessian {kind} of a layer")
+    return needed
 
 
 def write_train(
@@ -96,49 +103,52 @@ def write_train(
     cache_dir: str | None,
     num_proc: int | None,
 ) -> None:
-    """Write run.json, tokenise into train/, then enter the counts in run.json; on one rank.
+    """Write run.json, tokenise documents into train/, and add their counts to run.json. Runs on one rank.
 
     Args:
-        run: A new run; with `further`, one that is there.
-        further: Documents to add to it (--extend), in a folder of their own.
-        cache_dir, num_proc: See load_documents, build_examples.
+        run: A new run; with `further`, an existing one.
+        tokenizer: Of the run's model.
+        further: Documents to add to the run (--extend); they get a folder of their own.
+        cache_dir, num_proc: See load_documents and build_examples.
 
     Raises:
-        ValueError: Documents that can't be read, or that the run has already. Nothing of them is left on the disk.
+        ValueError: Documents can't be read, or the run already holds them. Nothing is left on the disk.
     """
     settings = run.settings.with_data(further) if further else run.settings
     documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
-    row_form(documents.column_names, settings.text_column, settings.train_loss == "response")
-    first_row = sum(part.rows for part in run.parts) if further else 0
-    folder = run.train_folder(len(run.parts) if further else 0)
-    made = folder if further else run.folder
-    files.remove(made)
+    row_form(documents.column_names, settings.text_column, settings.train_loss == "response")  # refuses other rows
+    parts = run.parts if further else ()
+    train_folder = run.train_folder(len(parts))
+    created = train_folder if further else run.folder
+    files.remove(created)
     try:
         if not further:
             run.save()
-        counts = write_examples(folder, documents, tokenizer, settings, num_proc, first_row)
+        first_row = sum(part.rows for part in parts)
+        counts = write_examples(train_folder, documents, tokenizer, settings, num_proc, first_row)
         if further:
-            _check_new_documents(run, folder)
+            _check_new_documents(run, train_folder)
     except BaseException:
-        files.remove(made)
+        files.remove(created)
         raise
     counts |= run.shard_sizes(counts["examples"])
     part = TrainPart(settings.data, source_fingerprint(settings.data_name), **counts)
-    run.save(parts=(*run.parts, part) if further else (part,))
+    run.save(parts=(*parts, part))
     if part.dropped_rows:
         progress.say(f"dropped {part.dropped_rows} rows without text")
 
 
-def _check_new_documents(run: RunDir, folder: Path) -> None:
-    if double := set(run.train()["document_id"][:]) & set(load_from_disk(folder)["document_id"][:]):
+def _check_new_documents(run: RunDir, further: Path) -> None:
+    """Raise a ValueError if the examples in a folder are of documents that the run holds."""
+    if known := set(run.train()["document_id"][:]) & set(load_from_disk(further)["document_id"][:]):
         raise ValueError(
-            f"expected further documents, got {len(double)} that {run.folder} has already, e.g. "
-            f"{min(double)}; leave them out, or give them other ids"
+            f"expected further documents, got {len(known)} that {run.folder} already holds, e.g. {min(known)}; "
+            "leave them out, or give them other ids"
         )
 
 
 def unfinished_shards(run: RunDir, accelerator: Accelerator) -> list[int]:
-    """Return the shards that are missing or altered, on every rank; each rank checks its share."""
+    """Return the shards that are missing or altered, on every rank. Each rank checks its share of the shards."""
     if run.record.projections is None:
         return list(range(len(run.shards)))
     problems = {index: run.shard(index).problem() for index in processes.share(len(run.shards), accelerator)}
@@ -149,60 +159,66 @@ def unfinished_shards(run: RunDir, accelerator: Accelerator) -> list[int]:
 
 
 def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Execution, accelerator: Accelerator) -> int:
-    """Compute and write this rank's share of the pending shards; a thread writes one while the next is computed.
+    """Compute and write this rank's share of the pending shards. A thread writes one while the next is computed.
 
     Returns:
-        The tokens of all ranks.
+        The number of tokens in all pending shards.
     """
-    examples, projections, dtype = run.train(), run.projections(), run.settings.store_dtype
-    mine = [pending[i] for i in processes.share(len(pending), accelerator)]
-    counts, bytes_written = token_counts(examples), []
+    examples, projections, store_dtype = run.train(), run.projections(), run.settings.store_dtype
+    own_shards = [pending[i] for i in processes.share(len(pending), accelerator)]
+    lengths = token_counts(examples)
+    tokens = {index: int(lengths[list(run.shards[index])].sum()) for index in pending}
     eigenvalues = {layer: (p.values_in, p.values_out) for layer, p in projections.items()}
-    damping = hessian.default_damping("ekfac", dtype)
+    damping = hessian.default_damping("ekfac", store_dtype)
     bar = progress.bar(
-        total=sum(int(counts[list(run.shards[index])].sum()) for index in mine), unit="tok", unit_scale=True,
+        total=sum(tokens[index] for index in own_shards), unit="tok", unit_scale=True,
         desc=f"extracting (1 of {accelerator.num_processes})",
     )  # fmt: skip
-
-    def write(index: int, result: HostGradients) -> None:
-        error = {"relative_score_error": round(result.error.result(), 4)} if result.error else {}
-        shard = run.shard(index)
-        shard.folder.mkdir(exist_ok=True)  # not its parents: the run's folder may have been removed
-        grads, factors = result.wait()
-        bytes_written.append(shard.write(grads, factors, **error))
-        bar.set_postfix_str(f"{sum(bytes_written) / 1e9:.3g} GB written")
-
     capturing = GradientCapture(lm, projections, factors=True, squares_only=run.squares_only)
     with capturing as capture, bar, ThreadPoolExecutor(1) as writer:
-        extractor = make_extractor(lm, capture, execution, run.settings.block_size, max(map(len, run.shards)))
-        written: Future = Future()
-        written.set_result(None)
-        for index in mine:
+        extractor = make_extractor(lm, capture, execution, run)
+        writing: Future | None = None
+        bytes_written = 0
+        for index in own_shards:
             ids = run.shards[index]
             rows = examples[ids.start : ids.stop]
-            error = ScoreErrorEstimate(eigenvalues, dtype, damping) if run.settings.bits else None
-            result = extractor.gradients(rows["input_ids"], rows.get("counted"), ids.start, dtype, bar.update, error)
-            written.result()
-            written = writer.submit(write, index, result)
+            score_error = ScoreErrorEstimate(eigenvalues, store_dtype, damping) if run.settings.bits else None
+            gradients = extractor.gradients(
+                rows["input_ids"], rows.get("counted"), ids.start, store_dtype, bar.update, score_error
+            )
+            if writing:
+                bytes_written += writing.result()
+                bar.set_postfix_str(f"{bytes_written / 1e9:.3g} GB written")
+            writing = writer.submit(_write_shard, run.shard(index), gradients)
         extractor.finish()
-        written.result()
-    return sum(int(counts[list(run.shards[index])].sum()) for index in pending)
+        if writing:
+            writing.result()
+    return sum(tokens.values())
+
+
+def _write_shard(shard: Shard, gradients: HostGradients) -> int:
+    """Write one shard; return its bytes."""
+    shard.folder.mkdir(exist_ok=True)  # not its parents: another command may have removed the run's folder
+    grads, factors = gradients.wait()
+    if gradients.score_error is None:
+        return shard.write(grads, factors)
+    return shard.write(grads, factors, relative_score_error=round(gradients.score_error.result(), 4))
 
 
 def write_hessian(kind: str, run: RunDir, accelerator: Accelerator) -> None:
-    """Sum the Hessian's statistics over all shards, and write them, unless that has been done."""
+    """Sum the Hessian's statistics over all shards and write them, unless a whole Hessian of this kind exists."""
     accelerator.wait_for_everyone()
     if kind == "none" or run.hessian_problem(kind) is None:
         return
-    progress.say(f"Hessian {kind}: at most {check_hessian_memory(run, kind) / 1e6:,.0f} MB of memory a process")
-    mine = processes.share(len(run.shards), accelerator)
-    total = partial(processes.sum_over_ranks, accelerator=accelerator)
+    progress.say(f"Hessian {kind}: at most {check_hessian_memory(run, kind) / 1e6:,.0f} MB of memory per process")
+    own_shards = processes.share(len(run.shards), accelerator)
+    sum_over_ranks = partial(processes.sum_over_ranks, accelerator=accelerator)
     tensors = progress.bar(
-        hessian.statistics(kind, run, mine, total, run.settings.basis == "eigen", accelerator.device),
+        hessian.statistics(kind, run, own_shards, sum_over_ranks, run.settings.basis == "eigen", accelerator.device),
         total=len(run.hessian_layout(kind)), desc=f"Hessian {kind}", unit="tensor",
     )  # fmt: skip
     if accelerator.is_main_process:
         run.save_hessian(kind, tensors)
     else:
-        for _ in tensors:
+        for _ in tensors:  # takes part in the sums
             pass

@@ -1,6 +1,7 @@
-"""From token ids to projected gradients: batches that fit in memory, calibration sums, the gradients of a shard.
+"""Compute the projected gradients of examples, in batches that fit in memory.
 
-Notation: k = r_in * r_out of a layer, n examples. `counted` says for each token of an example whether it counts.
+Notation: n examples, B examples of a batch, k = r_in * r_out of a layer. `counted` marks the tokens that count in an
+example's loss.
 """
 
 import gc
@@ -16,68 +17,76 @@ from logra.hooks import GradientCapture
 from logra.inputs.batches import length_batches, make_batch
 from logra.loss import example_losses, input_device
 from logra.quantise import ScoreErrorEstimate, stored_tensors
+from logra.run_dir import RunDir
 from logra.runtime.fsdp import Lockstep
 from logra.runtime.memory import is_out_of_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import Execution
 
 ROUNDING_SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
+MIN_SPEEDUP = 1.03  # a larger batch must be this much faster to be chosen
 Counted = list[list[bool]] | None
 
 
 def run_batch(
     model: nn.Module, capture: GradientCapture, token_ids: list[list[int]], counted: Counted = None
 ) -> dict[str, Tensor]:
-    """Return {layer: [B, k]} of the summed losses of some examples, over the tokens that count."""
+    """Return the gradients of some examples' losses, {layer: [B, k]}."""
     batch = make_batch(token_ids, counted, input_device(model))
     return capture.backward(example_losses(model, batch.input_ids, batch.targets, batch.rows), batch.positions)
 
 
 class HostGradients:
-    """Gradients of n examples on their way to the CPU, and the factor sums that go with them.
+    """The gradients of n examples while they are copied to the CPU, and their factor sums.
 
-    On a GPU the copies run on a stream of their own, into pinned memory, while the next batch is computed.
+    On a GPU the copies run in a stream of their own, into pinned memory, while the next batch is computed.
+
+    Args:
+        examples: n.
+        store_dtype: Of the result; see quantise.stored_tensors.
+        first_id: Id of the first example, for error messages.
+        score_error: Takes the first examples before they are rounded.
     """
 
-    def __init__(self, examples: int, store_dtype: str, first_id: int, error: ScoreErrorEstimate | None):
-        self.examples, self.store_dtype, self.first_id, self.error = examples, store_dtype, first_id, error
+    def __init__(self, examples: int, store_dtype: str, first_id: int, score_error: ScoreErrorEstimate | None):
+        self.examples, self.store_dtype, self.first_id, self.score_error = examples, store_dtype, first_id, score_error
         self.grads: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
-        self.order: list[int] = []
+        self.rows: list[int] = []  # row of each copied gradient
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def add(self, rows: list[int], grads: dict[str, Tensor]) -> None:
-        """Begin to copy the gradients of these rows, {layer: [len(rows), k]}."""
-        begin, end = len(self.order), len(self.order) + len(rows)
+        """Start to copy the gradients of these rows, {layer: [len(rows), k]}."""
+        begin, end = len(self.rows), len(self.rows) + len(rows)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for layer, grad in grads.items():
-                if self.error and not begin:
-                    self.error.add(layer, grad[:ROUNDING_SAMPLE])
-                for name, part in stored_tensors(layer, grad, self.store_dtype).items():
+                if self.score_error and begin == 0:
+                    self.score_error.add(layer, grad[:ROUNDING_SAMPLE])
+                for name, tensor in stored_tensors(layer, grad, self.store_dtype).items():
                     if name not in self.grads:
-                        size, pinned = (self.examples, *part.shape[1:]), self.stream is not None
-                        self.grads[name] = torch.empty(size, dtype=part.dtype, pin_memory=pinned)
-                    self.grads[name][begin:end].copy_(part, non_blocking=True)
+                        shape, pinned = (self.examples, *tensor.shape[1:]), self.stream is not None
+                        self.grads[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned)
+                    self.grads[name][begin:end].copy_(tensor, non_blocking=True)
                 if self.stream:
                     grad.record_stream(self.stream)
-        self.order += rows
+        self.rows += rows
 
     def wait(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the gradients {layer: [n, k]}, rows in their own order, and the factor sums, on the CPU.
+        """Return the gradients {layer: [n, k]}, in the order of the examples, and the factor sums, on the CPU.
 
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
         if self.stream:
             self.stream.synchronize()
-        places = torch.from_numpy(np.argsort(self.order))
+        order = torch.from_numpy(np.argsort(self.rows))
         result = {}
         for name in list(self.grads):
-            result[name] = grad = self.grads.pop(name)[places]
+            result[name] = grad = self.grads.pop(name)[order]
             if not grad.is_floating_point():
-                continue  # its scale tells
+                continue  # whole numbers; their scale shows NaN
             bad = (~grad.view(len(grad), -1).sum(dim=1, dtype=torch.float32).isfinite()).nonzero()
             if len(bad):
                 raise ValueError(
@@ -89,14 +98,14 @@ class HostGradients:
 
 
 class Extractor:
-    """Runs examples through a model in batches that fit: a batch that memory runs out for is halved.
+    """Runs examples through a model. A batch for which memory runs out is split in halves.
 
     Args:
-        model: Of transformers; with `together` one of fsdp.load_sharded, and every rank calls the same methods.
-        capture: Of the model, and entered.
-        batch_tokens: In a batch at most, with padding (an example that is longer is a batch of its own).
+        model: A model of transformers.
+        capture: Of the model, entered.
+        batch_tokens: Tokens in a batch at most, padding included. A longer example is a batch of its own.
         batch_size: Examples in a batch at most.
-        together: The model is sharded over the ranks, which step together.
+        sharded: The model is sharded over the ranks (runtime.fsdp.shard). Every rank calls the same methods.
         say: Called with a line when batches become smaller.
     """
 
@@ -106,22 +115,67 @@ class Extractor:
         capture: GradientCapture,
         batch_tokens: int,
         batch_size: int | None = None,
-        together: bool = False,
+        sharded: bool = False,
         say: Callable[[str], object] = print,
     ):
         self.model, self.capture, self.say = model, capture, say
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.lockstep = Lockstep(model, self._run_empty_batch) if together else None
+        self.lockstep = Lockstep(model, self._run_empty_batch) if sharded else None
 
-    def _run_empty_batch(self) -> dict[str, Tensor]:
-        """Run a batch without a loss, for the sake of the other ranks."""
-        grads = run_batch(self.model, self.capture, [[0]])
-        self.capture.rollback()
-        return grads
+    def gradients(
+        self,
+        token_ids: list[list[int]],
+        counted: Counted = None,
+        first_id: int = 0,
+        store_dtype: str = "float32",
+        on_batch: Callable[[int], object] = lambda tokens: None,
+        score_error: ScoreErrorEstimate | None = None,
+    ) -> HostGradients:
+        """Compute the gradients of n examples, in batches of similar length; see HostGradients.wait.
+
+        Args:
+            token_ids, counted: Of each example. Without `counted`, all tokens count.
+            first_id, store_dtype, score_error: See HostGradients.
+            on_batch: Called with the number of tokens after each batch.
+
+        Raises:
+            ValueError: A token id is not in the model's vocabulary, or memory runs out for a single example.
+        """
+        self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
+        result = HostGradients(len(token_ids), store_dtype, first_id, score_error)
+        for batch in length_batches([len(ids) for ids in token_ids], self.batch_tokens, self.batch_size):
+            batch_ids = [token_ids[i] for i in batch]
+            for rows, grads in self.run(batch_ids, [counted[i] for i in batch] if counted else None):
+                result.add([batch[row] for row in rows], grads)
+            on_batch(sum(map(len, batch_ids)))
+        if self.capture.want_factors:
+            result.factors = self.capture.take_factors()
+        return result
+
+    def run(self, token_ids: list[list[int]], counted: Counted = None) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Run a batch, in parts if it does not fit in memory; yield each part's rows and gradients {layer: [B, k]}.
+
+        Raises:
+            ValueError: Memory runs out for a single example.
+        """
+        parts = [list(range(len(token_ids)))]
+        while parts:
+            rows = parts.pop(0)
+            tokens = len(rows) * max(len(token_ids[i]) for i in rows)
+            if len(rows) == 1 or tokens <= self.batch_tokens:
+                if self.lockstep:
+                    self.lockstep.any(True)  # tells the other ranks that this one has a batch; see finish
+                grads = self._try_batch([token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None)
+                if grads is not None:
+                    yield rows, grads
+                    continue
+                self._shrink_batches(tokens, len(rows))
+            half = len(rows) // 2
+            parts[:0] = [part for part in (rows[:half], rows[half:]) if part]
 
     def _try_batch(self, token_ids: list[list[int]], counted: Counted) -> dict[str, Tensor] | None:
-        """Return a batch's gradients, or None where memory ran out, on this rank or, in step, on any."""
+        """Return a batch's gradients, or None if memory ran out (with a sharded model, on any rank)."""
 
         def batch() -> dict[str, Tensor]:
             return run_batch(self.model, self.capture, token_ids, counted)
@@ -144,135 +198,84 @@ class Extractor:
                 torch.cuda.empty_cache()
         return grads
 
-    def run(self, token_ids: list[list[int]], counted: Counted = None) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Yield (rows, {layer: [len(rows), k]}) of the parts of a batch that fit in memory; each row once.
+    def _shrink_batches(self, tokens: int, examples: int) -> None:
+        """Halve the size of later batches after memory ran out for one of `tokens` tokens.
 
-        Raises:
-            ValueError: Memory runs out for a single example.
-        """
-        parts = [list(range(len(token_ids)))]
-        while parts:
-            rows = parts.pop(0)
-            size = len(rows) * max(len(token_ids[i]) for i in rows)
-            fits, grads = len(rows) == 1 or size <= self.batch_tokens, None
-            if fits:
-                if self.lockstep:
-                    self.lockstep.any(True)  # this rank goes on; see finish
-                grads = self._try_batch([token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None)
-            if grads is not None:
-                yield rows, grads
-                continue
-            if fits:
-                self._shrink_batches(size, len(rows))
-            half = len(rows) // 2
-            parts[:0] = [part for part in (rows[:half], rows[half:]) if part]
-
-    def _shrink_batches(self, size: int, examples: int) -> None:
-        """Make batches smaller after memory ran out for one of `size` tokens; in step, on this rank or on another.
-
-        Ranks with a single example try again as long as another one can halve its batch.
+        With a sharded model, a rank whose batch is a single example tries again while another rank can halve its own.
         """
         can_halve = examples > 1
         if not (self.lockstep.any(can_halve) if self.lockstep else can_halve):
             raise ValueError(
-                f"expected memory for an example of {size} tokens, got too little; use --gradient_checkpointing, "
+                f"expected memory for an example of {tokens} tokens, got too little; use --gradient_checkpointing, "
                 "--fsdp, --device_map auto or a smaller --block_size"
             )
         if can_halve:
-            self.batch_tokens = size // 2
-            self.say(f"out of memory with {size} tokens in a batch; going on with {size // 2}")
+            self.batch_tokens = tokens // 2
+            self.say(f"out of memory with {tokens} tokens in a batch; going on with {tokens // 2}")
 
-    def gradients(
-        self,
-        token_ids: list[list[int]],
-        counted: Counted = None,
-        first_id: int = 0,
-        store_dtype: str = "float32",
-        done: Callable[[int], object] = lambda tokens: None,
-        error: ScoreErrorEstimate | None = None,
-    ) -> HostGradients:
-        """Compute the gradients of n examples, in batches of like length; see HostGradients.wait.
-
-        Args:
-            token_ids, counted: Of the examples; without `counted` all tokens count.
-            first_id: Id of the first example, for messages.
-            store_dtype: Of the result; see quantise.stored_tensors.
-            done: Called with the number of tokens after each batch.
-            error: Takes the first examples, before they are rounded.
-
-        Raises:
-            ValueError: A token id is not in the model's vocabulary, or memory runs out for a single example.
-        """
-        self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
-        result = HostGradients(len(token_ids), store_dtype, first_id, error)
-        for batch in length_batches([len(ids) for ids in token_ids], self.batch_tokens, self.batch_size):
-            ids, counts = [token_ids[i] for i in batch], [counted[i] for i in batch] if counted else None
-            for rows, grads in self.run(ids, counts):
-                result.add([batch[i] for i in rows], grads)
-            done(sum(map(len, ids)))
-        if self.capture.want_factors:
-            result.factors = self.capture.take_factors()
-        return result
+    def _run_empty_batch(self) -> dict[str, Tensor]:
+        """Run a batch without a loss: with a sharded model, the other ranks need this rank's part."""
+        grads = run_batch(self.model, self.capture, [[0]])
+        self.capture.rollback()
+        return grads
 
     def finish(self) -> None:
-        """Run empty batches as long as another rank has examples."""
+        """With a sharded model, run empty batches until no rank has examples left."""
         while self.lockstep and self.lockstep.any(False):
             if self.lockstep.step(self._run_empty_batch) is None:
                 self._shrink_batches(1, 1)
 
-    def check_vocabulary(self, token_ids: list[list[int]], examples: Sequence[int]) -> None:
-        """Raise a ValueError where a token id is not in the model's vocabulary; `examples` are ids for the message."""
-        for example, ids in zip(examples, token_ids, strict=True):
-            if max(ids, default=0) >= self.vocabulary:
+    def check_vocabulary(self, token_ids: list[list[int]], ids: Sequence[int]) -> None:
+        """Raise a ValueError if a token id is not in the model's vocabulary; `ids` are the examples'."""
+        for example, tokens in zip(ids, token_ids, strict=True):
+            if max(tokens, default=0) >= self.vocabulary:
                 raise ValueError(
-                    f"expected token ids below {self.vocabulary}, the model's vocabulary, got {max(ids)} in example "
+                    f"expected token ids below {self.vocabulary}, the model's vocabulary, got {max(tokens)} in example "
                     f"{example}; use the model's own tokenizer"
                 )
 
-    def find_batch_tokens(self, length: int, most: int) -> int:
-        """Set, and return, the largest batch_tokens that fit, by trying 1, 2, 4 ... examples of a length.
+    def find_batch_tokens(self, length: int, max_examples: int) -> int:
+        """Measure batches of 1, 2, 4 ... examples, set batch_tokens to the best size, and return it.
+
+        The search stops at the first size for which memory runs out or that is not faster (MIN_SPEEDUP).
 
         Args:
             length: Tokens of each example.
-            most: Examples at most.
-
-        It ends at the first size that memory runs out for, or that is not 3% faster than the one before.
+            max_examples: Examples in a batch at most.
         """
-        best, fastest, examples = length, 0.0, 1
-        while examples <= most:
-            begin, self.batch_tokens = 0.0, examples * length
-            for _ in range(2):  # the first one warms up
-                begin = time.perf_counter()
-                grads = self._try_batch([[i % self.vocabulary for i in range(length)]] * examples, None)
-                self.capture.take_factors()
-                if grads is None:
-                    break
-                if grads:
-                    next(iter(grads.values())).sum().item()  # waits for the device
-            seconds = time.perf_counter() - begin
-            seconds = self.lockstep.largest(seconds) if self.lockstep else seconds
-            speed = examples / seconds
-            if grads is None or speed < 1.03 * fastest:
+        best_tokens, best_speed, examples = length, 0.0, 1
+        while examples <= max_examples:
+            self.batch_tokens = examples * length
+            seconds = self._time_batch(length, examples)
+            if seconds is None or examples / seconds < MIN_SPEEDUP * best_speed:
                 break
-            best, fastest, examples = self.batch_tokens, speed, 2 * examples
-        self.batch_tokens = best
-        return best
+            best_tokens, best_speed, examples = self.batch_tokens, examples / seconds, 2 * examples
+        self.batch_tokens = best_tokens
+        return best_tokens
+
+    def _time_batch(self, length: int, examples: int) -> float | None:
+        """Return the seconds that a batch of this size takes, or None if memory runs out.
+
+        With a sharded model, the seconds are those of the slowest rank.
+        """
+        token_ids = [[i % self.vocabulary for i in range(length)]] * examples
+        for _ in range(2):  # the first run warms up
+            begin = time.perf_counter()
+            grads = self._try_batch(token_ids, None)
+            self.capture.take_factors()
+            if grads is None:
+                return None
+            if grads:
+                next(iter(grads.values())).sum().item()  # waits for the device
+        seconds = time.perf_counter() - begin
+        return self.lockstep.largest(seconds) if self.lockstep else seconds
 
 
-def make_extractor(
-    lm: nn.Module, capture: GradientCapture, execution: Execution, block_size: int, most_examples: int
-) -> Extractor:
-    """Return what runs the model, with the size of batch that the user gave, or the largest that fits.
-
-    Args:
-        lm, capture: See Extractor.
-        execution: How the model is executed.
-        block_size: Tokens of an example, to find the size of a batch with.
-        most_examples: Examples of a batch at most.
-    """
-    tokens = execution.batch_tokens
-    extractor = Extractor(lm, capture, tokens or 0, execution.batch_size, execution.fsdp, say)
-    if tokens is None:
-        found = extractor.find_batch_tokens(block_size, min(execution.batch_size or 2**20, most_examples))
-        say(f"--batch_tokens {found}")
+def make_extractor(lm: nn.Module, capture: GradientCapture, execution: Execution, run: RunDir) -> Extractor:
+    """Return an Extractor for a run, with the batch size that the user gave, or with the best one by measurement."""
+    extractor = Extractor(lm, capture, execution.batch_tokens or 0, execution.batch_size, execution.fsdp, say)
+    if execution.batch_tokens is None:
+        max_examples = min(execution.batch_size or 2**20, max(map(len, run.shards)))
+        tokens = extractor.find_batch_tokens(run.settings.block_size, max_examples)
+        say(f"--batch_tokens {tokens}")
     return extractor

@@ -1,6 +1,5 @@
-"""Find the run that a command line means, resolve its settings, and load its model."""
+"""Find the run of a command line, complete its settings, and load its model."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,14 @@ from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettin
 
 def run_name(settings: RunSettings) -> str:
     """Return the folder name of a run: model, data, projection and layers."""
-    rank = "" if settings.lora == "none" else f"{settings.rank_out}x{settings.rank_in}"
-    rank = f"{settings.bytes_per_example}B" if settings.bytes_per_example else rank
-    parts = [short_name(settings.model_name), short_name(settings.data_name)]
-    parts += [short_name(settings.data_config)] if settings.data_config else []
-    parts += [settings.lora + rank] + (["eigen"] if settings.basis == "eigen" else [])
+    projection = settings.lora
+    if settings.bytes_per_example:
+        projection += f"{settings.bytes_per_example}B"
+    elif settings.lora != "none":
+        projection += f"{settings.rank_out}x{settings.rank_in}"
+    sources = (settings.model_name, settings.data_name, settings.data_config)
+    parts = [short_name(source) for source in sources if source] + [projection]
+    parts += ["eigen"] if settings.basis == "eigen" else []
     parts += ["mlp" if settings.mlp_only else "all"]
     parts += [settings.store_dtype] if settings.store_dtype in INTEGER_BITS else []
     parts += [f"layers-{xxhash.xxh32_hexdigest(settings.layers.encode())}"] if settings.layers else []
@@ -34,35 +36,31 @@ def run_name(settings: RunSettings) -> str:
 
 
 def find_folder(flags: RunFlags, must_exist: bool) -> Path:
-    """Return the run's folder: --log_dir, or the name that the flags make."""
+    """Return the run's folder: --log_dir, or logs/ and the name that follows from the flags.
+
+    If it must exist and does not, the run may have been started with a Hessian that has the other basis.
+    """
     if flags.log_dir:
         return Path(flags.log_dir)
     settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")
     folder = Path("logs") / run_name(settings)
     if must_exist and "basis" not in flags.user_flags and not (folder / "run.json").exists():
-        other_basis = "projected" if settings.basis == "eigen" else "eigen"  # it was started with another Hessian
+        other_basis = "projected" if settings.basis == "eigen" else "eigen"
         other = Path("logs") / run_name(replace(settings, basis=other_basis))
         folder = other if (other / "run.json").exists() else folder
     return folder
 
 
 def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
-    """Return the run in a folder, or None where it has to be made, or made anew.
+    """Return the run in a folder, or None if it is to be made, or made anew.
 
-    With --extend the flags of the data are about further documents, and may differ from run.json's.
+    With --extend the flags of the data describe further documents, which may differ from run.json's.
 
     Raises:
-        ValueError: A flag differs from run.json; or there is no such run although there must be one.
+        ValueError: A flag differs from run.json. Or the run must exist, and does not.
     """
     if not (folder / "run.json").exists():
-        if must_exist:
-            known = ", ".join(sorted(str(path.parent) for path in Path("logs").glob("*/run.json"))) or "none"
-            raise ValueError(
-                f"expected a run in {folder}, got none (runs here: {known}); run extract_log.py with the same flags "
-                "first, or give --log_dir"
-            )
-        if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
-            raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
+        _check_new_folder(folder, must_exist)
         return None
     run = RunDir.load(folder)
     if flags.overwrite:
@@ -73,27 +71,39 @@ def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
         return None
     for name, value in flags.user_flags.items():
         saved = getattr(run.settings, name)
-        if saved == value or (flags.extend and name in DATA_FIELDS):
-            continue
-        if not (name in ("model_name", "data_name") and same_name(saved, value)):
+        same = saved == value or (name in ("model_name", "data_name") and same_name(saved, value))
+        if not same and not (flags.extend and name in DATA_FIELDS):
             raise ValueError(
                 f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
-                "run's value or another --log_dir, or begin anew with extract_log.py --overwrite"
+                "run's value or another --log_dir, or start again with extract_log.py --overwrite"
             )
     return run
 
 
+def _check_new_folder(folder: Path, must_exist: bool) -> None:
+    """Raise a ValueError if a folder without run.json must hold a run, or holds other files."""
+    if must_exist:
+        known = ", ".join(sorted(str(path.parent) for path in Path("logs").glob("*/run.json"))) or "none"
+        raise ValueError(
+            f"expected a run in {folder}, got none (runs here: {known}); run extract_log.py with the same flags "
+            "first, or give --log_dir"
+        )
+    if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+        raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
+
+
 def say_kept_settings(run: RunDir, flags: RunFlags) -> None:
-    """Name the settings that the run was started with and that this command line leaves out."""
-    given = {*flags.user_flags} | ({"rank"} if {"rank_in", "rank_out"} <= {*flags.user_flags} else set())
-    names = {*RUN_FIELDS, "rank"} - given - set(DATA_FIELDS if flags.extend else ())
-    kept = [f"--{n} {v}" for n, v in run.record.arguments.items() if n in names and v is not None]
+    """Print the flags that the run was started with and that this command line leaves out."""
+    names = {*RUN_FIELDS, "rank"} - {*flags.user_flags} - set(DATA_FIELDS if flags.extend else ())
+    if {"rank_in", "rank_out"} <= {*flags.user_flags}:
+        names.discard("rank")
+    kept = [f"--{name} {v}" for name, v in run.record.arguments.items() if name in names and v is not None]
     if kept:
         say(f"As in {run.folder / 'run.json'}: {', '.join(kept)}")
 
 
 def reload(folder: Path, accelerator: Accelerator) -> RunDir:
-    """Return the run after rank 0 has written run.json; it does not write again before all ranks have read."""
+    """Read run.json on all ranks after rank 0 has written it, and before rank 0 writes it again."""
     accelerator.wait_for_everyone()
     run = RunDir.load(folder)
     accelerator.wait_for_everyone()
@@ -101,10 +111,10 @@ def reload(folder: Path, accelerator: Accelerator) -> RunDir:
 
 
 def usable_hessian(run: RunDir, hessian: str | None) -> str:
-    """Return the kind of Hessian to score with: the one that the user gave, or the run's.
+    """Return the kind of Hessian to score with: `hessian` if given, else the run's first one.
 
     Raises:
-        ValueError: The run is not finished, or has no whole Hessian of that kind.
+        ValueError: The run is not finished, or has no whole Hessian of this kind.
     """
     kind = hessian or run.first_hessian
     run.settings.check_hessian(kind, run.first_hessian)
@@ -120,10 +130,10 @@ def usable_hessian(run: RunDir, hessian: str | None) -> str:
 
 
 def new_settings(flags: RunFlags, execution: Execution, accelerator: Accelerator) -> RunSettings:
-    """Return the settings of a new run, complete: its model's configuration gives block_size, the device dtype.
+    """Return the complete settings of a new run: block_size from the model's configuration, dtype from the device.
 
     Raises:
-        ValueError: Flags that exclude one another, or a block_size above the model's context.
+        ValueError: Flags exclude one another, or block_size is above the model's context.
     """
     settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
@@ -135,20 +145,30 @@ def new_settings(flags: RunFlags, execution: Execution, accelerator: Accelerator
     return completed
 
 
+def say_ranks(described: dict[str, Any], settings: RunSettings) -> None:
+    """Print the rank that --bytes_per_example chose, and how many sides of layers are not projected."""
+    layers = described["layers"].values()  # [d_out, d_in, r_out, r_in]
+    if settings.bytes_per_example:
+        say(f"--bytes_per_example {settings.bytes_per_example}: rank {max(max(sizes[2:]) for sizes in layers)}")
+    unprojected = sum((d_out == r_out) + (d_in == r_in) for d_out, d_in, r_out, r_in in layers)
+    if unprojected and settings.lora != "none":
+        say(f"{unprojected} of {2 * len(layers)} sides of layers are not projected: they are no wider than the rank")
+
+
 def load_model(
-    settings: RunSettings, execution: Execution, device: torch.device, say: Callable[[str], object] = lambda text: None
+    settings: RunSettings, execution: Execution, device: torch.device
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Return a run's model, its tokenizer, and what run.json says of the two (see inputs.model.describe)."""
-    name, dtype = settings.model_name, FLOAT_DTYPES[settings.dtype]
-    hub = model.hub_options(settings.revision, execution.trust_remote_code)
+    """Return a run's model, its tokenizer, and their entries in run.json (see inputs.model.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
         raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
+    name, dtype = settings.model_name, FLOAT_DTYPES[settings.dtype]
+    hub = model.hub_options(settings.revision, execution.trust_remote_code)
     tokenizer = model.load_tokenizer(name, **hub)
     if execution.fsdp:
-        lm, print_of_model = model.load_sharded_model(name, dtype, device, **hub)
+        lm, weights_hash = model.load_sharded_model(name, dtype, device, **hub)
     else:
         lm = model.load_model(name, dtype, device, settings.quantize, execution.device_map, **hub)
-        print_of_model = model.fingerprint(lm)
-    if execution.gradient_checkpointing or execution.device_map:  # else the backward pass holds all offloaded weights
+        weights_hash = model.fingerprint(lm)
+    if execution.gradient_checkpointing or execution.device_map:  # or the graph would keep all offloaded weights
         model.checkpoint_blocks(lm)
-    return lm, tokenizer, model.describe(lm, print_of_model, tokenizer, settings, say)
+    return lm, tokenizer, model.describe(lm, weights_hash, tokenizer, settings)

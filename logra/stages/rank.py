@@ -1,6 +1,6 @@
-"""What stage 3 wrote, ranked: the best and the worst examples, or documents, of each query.
+"""Stage 4: read scores, rank train examples or documents for each query, and write the lists top_k.*.
 
-Notation: Q queries, N train examples.
+Notation: Q queries, N train examples, n ranked ones. The highest scores are the top, the lowest the bottom.
 """
 
 import csv
@@ -26,9 +26,12 @@ CSV_COLUMNS = (
 
 
 class Ranking(NamedTuple):
-    """Examples [n] in order, their scores [n], and of how many examples each score is, [n].
+    """Examples or documents in the order of their scores.
 
-    Of documents: the score is the document's, the example its best one.
+    Attributes:
+        examples: Example ids [n]; of a document the example at its end of the ranking.
+        scores: [n].
+        counts: Number of examples that each score stands for, [n].
     """
 
     examples: np.ndarray
@@ -37,26 +40,27 @@ class Ranking(NamedTuple):
 
 
 def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a matrix of float32, mapped into memory.
+    """Return a memory-mapped matrix of float32.
 
     Raises:
-        ValueError: It is missing, damaged or of another shape.
+        ValueError: It is missing or damaged, or has another dtype or shape.
     """
+    expected = f"float32 {list(shape)}"
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-        found = f"{matrix.dtype} {list(matrix.shape)}"
+        actual = f"{matrix.dtype} {list(matrix.shape)}"
     except (OSError, ValueError, EOFError) as error:
-        found = str(error)
-    if found != f"float32 {list(shape)}":
-        raise ValueError(f"expected float32 {list(shape)} in {path}, got {found}; run compute_influence.py again")
+        actual = str(error)
+    if actual != expected:
+        raise ValueError(f"expected {expected} in {path}, got {actual}; run compute_influence.py again")
     return matrix
 
 
 def newest_scores(log_dir: Path | None, split: str | None) -> Path:
-    """Return the folder of the newest scores (of a run, of a query set).
+    """Return the folder of the newest scores; with log_dir of this run, with split of this query set.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are no such scores.
     """
     root = Path("logs") if log_dir is None else log_dir
     pattern = "*/scores/*/run.json" if log_dir is None else "scores/*/run.json"
@@ -64,15 +68,15 @@ def newest_scores(log_dir: Path | None, split: str | None) -> Path:
         content = files.read_json(path, "run compute_influence.py again")
         if path.parent.suffix != ".tmp" and split in (None, content.get("split")):
             return path.parent
-    wanted = f" of --split {split}" if split else ""
-    raise ValueError(f"expected scores{wanted} under {root}, got none; run compute_influence.py first")
+    of_split = f" of --split {split}" if split else ""
+    raise ValueError(f"expected scores{of_split} under {root}, got none; run compute_influence.py first")
 
 
 def read_record(folder: Path, run: RunDir) -> ScoreRecord:
-    """Return run.json of a folder of scores, after checking the folder.
+    """Return run.json of a folder of scores after checking the folder's files.
 
     Raises:
-        ValueError: It is not as it was written, or not of the run's examples.
+        ValueError: The files were altered, or the scores are not of the run's examples.
     """
     content = files.read_json(folder / "run.json", "run compute_influence.py again")
     try:
@@ -90,10 +94,10 @@ def read_record(folder: Path, run: RunDir) -> ScoreRecord:
 
 
 def read_queries(path: Path) -> list[dict]:
-    """Return the rows of the queries.jsonl of scores.
+    """Return the rows of a queries.jsonl in a folder of scores.
 
     Raises:
-        ValueError: It is missing or damaged.
+        ValueError: The file is missing or damaged.
     """
     try:
         rows = [files.parse_json(line) for line in files.read_lines(path)]
@@ -105,35 +109,39 @@ def read_queries(path: Path) -> list[dict]:
 
 
 class StoredScores:
-    """The scores of a folder: all of them, or with --top_k_only (k) the ends.
+    """The scores in a folder: all of them, or the two ends of each ranking (--top_k_only).
+
+    Attributes:
+        matrix: [Q, N], or None with --top_k_only.
+        extremes: With --top_k_only, largest or not -> scores and ids [Q, K].
 
     Raises:
-        ValueError: They are missing, altered, or not of Q queries and N examples.
+        ValueError: The files are missing or altered, or do not fit Q queries and N examples.
     """
 
-    def __init__(self, folder: Path, queries: int, examples: int, k: int | None):
+    def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None):
+        self.matrix: np.ndarray | None = None
         self.extremes: dict[bool, dict[str, torch.Tensor]] = {}
-        if k is None:
+        if top_k_only is None:
             self.matrix = load_matrix(folder / "scores.npy", (queries, examples))
             return
-        layout = extremes_layout(queries, min(k, examples))
+        layout = extremes_layout(queries, min(top_k_only, examples))
         for largest, name in ((True, "top"), (False, "bottom")):
             path = folder / f"{name}.safetensors"
             try:
-                self.extremes[largest] = store.load_tensors(
-                    path, files.read_json(path.with_suffix(".json"), ""), layout
-                )
+                tensors = store.load_tensors(path, files.read_json(path.with_suffix(".json"), ""), layout)
             except ValueError as error:
                 raise ValueError(f"expected scores in {folder}, got {error}; run compute_influence.py again") from error
-            ids = self.extremes[largest]["ids"]
+            ids = tensors["ids"]
             if ids.numel() and not 0 <= ids.min() <= ids.max() < examples:
                 raise ValueError(
                     f"expected ids of {examples} examples in {path}, got others; run compute_influence.py again"
                 )
+            self.extremes[largest] = tensors
 
     def ranking(self, query: int, largest: bool) -> Ranking:
-        """Return the examples of a query, best (or worst) first, as far as they are known."""
-        if self.extremes:
+        """Rank the examples whose scores are stored for a query, highest (or lowest) score first."""
+        if self.matrix is None:
             ids, scores = (self.extremes[largest][key][query].numpy() for key in ("ids", "scores"))
         else:
             row = torch.from_numpy(np.array(self.matrix[query]))
@@ -143,13 +151,13 @@ class StoredScores:
 
 
 def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: str) -> Ranking:
-    """Return documents, best (or worst) first, each by its best (or worst) example.
+    """Rank documents instead of examples. Each document is shown by the first of its examples.
 
     Args:
         ranking: Of examples.
-        owners: The number of each example's document, [N].
-        largest: As ranking's.
-        combine: sum, of the document's examples; or max, the best (or worst) example's score alone.
+        owners: Number of each example's document, [N].
+        largest: The ranking starts with the highest score.
+        combine: A document's score: the `sum` of its examples' scores, or `max`, the score of its first example.
     """
     _, first, inverse, counts = np.unique(
         owners[ranking.examples], return_index=True, return_inverse=True, return_counts=True
@@ -162,7 +170,7 @@ def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: st
 
 
 def query_text(query: dict) -> dict[str, str]:
-    """Return the id, prompt and response that are shown of a row of queries.jsonl."""
+    """Return the id, prompt and response to show for a row of queries.jsonl."""
     text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
     if not (text or prompt) and files.has_shape(query.get("messages"), [{"role": str, "content": str}]):
         text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
@@ -170,40 +178,39 @@ def query_text(query: dict) -> dict[str, str]:
 
 
 def percentile_and_z_score(scores: np.ndarray, values: np.ndarray | None) -> list[dict[str, float | None]]:
-    """Return the percentile (share of scores below, 0 to 100) and the z-score of each of `scores` among all.
+    """Return the percentile (share of lower scores, 0 to 100) and the z-score of each of `scores`.
 
     Args:
         scores: Some of a query's scores, [n].
-        values: All of them, highest first, [N]; None where they are not known.
+        values: All of its scores, highest first, [N]; None if they were not kept.
     """
     if values is None:
         return [{"percentile": None, "z": None}] * len(scores)
-    mean, spread = (float(of(values, dtype=np.float64)) for of in (np.mean, np.std))
-    below = np.searchsorted(values[::-1], scores) / len(values)
-    zs = (scores.astype(np.float64) - mean) / spread if spread > 0 else np.zeros(len(scores))
-    return [{"percentile": 100 * p, "z": z} for p, z in np.stack([below, zs], axis=1).tolist()]
+    mean, deviation = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    shares_below = np.searchsorted(values[::-1], scores) / len(values)
+    z_scores = (scores.astype(np.float64) - mean) / deviation if deviation > 0 else np.zeros(len(scores))
+    return [{"percentile": 100 * p, "z": z} for p, z in np.stack([shares_below, z_scores], axis=1).tolist()]
 
 
 def ranked_rows(
     query: dict[str, Any], side: str, ranking: Ranking, count: int, examples: Dataset, values: np.ndarray | None
 ) -> list[dict[str, Any]]:
-    """Return the first `count` rows of a query's ranking, for top_k.* and the report.
+    """Return the first `count` rows of a ranking, for top_k.* and the report.
 
     Args:
-        query: Its row of queries.jsonl.
+        query: The query's row of queries.jsonl.
         side: top or bottom.
         ranking: Of examples or documents.
         count: Rows at most.
         examples: The run's train examples.
         values: All scores of the query (see percentile_and_z_score).
     """
-    ids, scores, counts = (part[:count] for part in ranking)
-    shown, places = examples[ids.tolist()], percentile_and_z_score(scores, values)
+    ids, scores, counts = (getattr(ranking, name)[:count].tolist() for name in ("examples", "scores", "counts"))
+    places = percentile_and_z_score(ranking.scores[:count], values)
     rows = []
-    for n, (i, score, of) in enumerate(zip(ids.tolist(), scores.tolist(), counts.tolist(), strict=True)):
-        example = {name: column[n] for name, column in shown.items()}
-        row = {"query": query["id"], "side": side, "rank": n + 1, "score": score, "example": i, "examples": of}
-        row |= places[n] | {"document": example["document_id"], "block": example.get("block")}
+    for n, example in enumerate(examples.select(ids)):
+        row = {"query": query["id"], "side": side, "rank": n + 1, "score": scores[n], "example": ids[n]}
+        row |= {"examples": counts[n]} | places[n] | {"document": example["document_id"], "block": example.get("block")}
         row |= {"documents": example["document_ids"]} if "document_ids" in example else {}
         rows.append(row | {"text": example["text"]})
     return rows
@@ -212,13 +219,13 @@ def ranked_rows(
 def write_lists(
     folder: Path, queries: Sequence[dict[str, Any]], sides: Sequence[str], formats: Collection[str]
 ) -> None:
-    """Write top_k.jsonl, top_k.csv and top_k.txt, as far as `formats` names them.
+    """Write top_k.jsonl, top_k.csv and top_k.txt.
 
     Args:
-        folder: Where to.
+        folder: The folder of the scores.
         queries: id, prompt, response, and rows ({"top": ranked_rows, "bottom": ranked_rows}) of each query.
-        sides: Which rows.
-        formats: Of jsonl, csv and txt.
+        sides: Which of these rows to write.
+        formats: Which of jsonl, csv and txt to write.
     """
     rows = [row for query in queries for side in sides for row in query["rows"][side]]
     if "jsonl" in formats:
@@ -235,12 +242,12 @@ def write_lists(
 
 
 def no_formula(value: Any) -> Any:
-    """Return a cell of top_k.csv: a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Return a cell of top_k.csv. An apostrophe goes before a text that a spreadsheet would run as a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
 
 
 def text_lines(queries: Sequence[dict[str, Any]], sides: Sequence[str]) -> list[str]:
-    """Return the lines of top_k.txt; see write_lists."""
+    """Return the lines of top_k.txt (see write_lists)."""
     lines = []
     for query in queries:
         lines += ["=" * 100, f"Query {query['id']}: {query['prompt']}", query["response"], ""]

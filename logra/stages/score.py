@@ -1,10 +1,12 @@
-"""Stage 3 between queries and scores: queries' gradients, preconditioned, against shards or against a running model.
+"""Stage 3: precondition the queries' gradients, and score train examples with them.
 
-Notation: Q queries, N train examples, S dampings, rows = S * Q, k = r_out * r_in of a layer.
+Notation: Q queries, N train examples, S dampings, rows = S * Q (by damping, then by query), k = r_out * r_in of a
+layer, R rank of a query (--query_rank).
 """
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -19,185 +21,217 @@ from logra.run_dir import RunDir
 from logra.runtime import processes, progress
 from logra.runtime.memory import available_memory
 from logra.runtime.settings import Execution
-from logra.stages.gradients import Extractor, make_extractor
+from logra.stages.gradients import make_extractor
 from logra.stages.score_files import SelfInfluence
 
 ShardScores = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
+FactoredQueries = dict[str, tuple[Tensor, Tensor]]  # layer -> left [rows, R, r_out], right [rows, R, r_in]
+QuadraticForms = dict[str, list[influence.QuadraticForm]]  # layer -> one for each damping, or none
 
 
 def block_name(layer: str) -> str:
     """Return the transformer block that a layer is in: its name up to the first number."""
-    found = re.match(r"(.*?\.\d+)(\.|$)", layer)
-    return found[1] if found else layer
+    match = re.match(r"(.*?\.\d+)(\.|$)", layer)
+    return match[1] if match else layer
 
 
 def low_rank(queries: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best approximation of each query as a sum of `rank` outer products (torch.svd_lowrank).
+    """Approximate each query by a sum of `rank` outer products (torch.svd_lowrank).
 
     Args:
         queries: [rows, r_out * r_in].
         shape: (r_out, r_in).
-        rank: R; at most min(shape) are of use.
+        rank: R; at most min(shape) is used.
 
     Returns:
-        Left [rows, R, r_out], which holds the singular values, and right [rows, R, r_in].
+        Left factors [rows, R, r_out], scaled by the singular values, and right factors [rows, R, r_in].
     """
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # svd_lowrank draws; the ranks must find the same
+        torch.manual_seed(0)  # svd_lowrank draws random numbers; all ranks need the same result
         u, s, v = torch.svd_lowrank(queries.view(-1, *shape), q=min(rank, *shape), niter=4)
     return (u * s[:, None]).mT.contiguous(), v.mT.contiguous()
 
 
 def unrotated(queries: Tensor, projection: Projection, shape: tuple[int, int]) -> Tensor:
-    """Return P_out^T Q P_in of queries [rows, r_out * r_in]: q . vec(P_out G P_in^T) is its vec . vec(G)."""
+    """Return P_out^T Q P_in of queries Q [rows, r_out * r_in].
+
+    Its dot with vec(G) is the dot of Q with vec(P_out G P_in^T), so G need not be rotated.
+    """
     q = queries.view(-1, *shape)
     q = q if projection.p_out is None else projection.p_out.T @ q
     return (q if projection.p_in is None else q @ projection.p_in).flatten(1)
 
 
+@dataclass(frozen=True)
+class ScoreTask:
+    """Which scores of a run to compute.
+
+    Attributes:
+        run: The run.
+        kind: Its Hessian.
+        blocks: Layer -> name of the block over which dots are summed. Layers that are not here do not count.
+        dampings: S dampings.
+        query_rank: R, or None for exact queries. Only for a run that stores no gradients.
+    """
+
+    run: RunDir
+    kind: str
+    blocks: dict[str, str]
+    dampings: list[Damping]
+    query_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.query_rank and self.stores_gradients:
+            raise ValueError("expected --query_rank with a run of --store_dtype none, got another run; leave it out")
+
+    @property
+    def stores_gradients(self) -> bool:
+        """Whether the run stores gradients (--store_dtype is not none)."""
+        return self.run.settings.bits != 0
+
+
 class Scorer:
-    """Scores groups of queries against a run's examples; every rank calls the same methods.
+    """Scores groups of queries against a run's train examples. Every rank calls the same methods.
 
     Args:
-        run, kind: The run, and its Hessian.
-        blocks: Layer -> name under which its dots are summed; just these layers count.
+        task: Which scores.
         lm: The run's model.
-        dampings, own: S dampings; where self-influence goes, if it is wanted.
-        query_rank: R; only for a run that stores no gradients.
-        execution: How the model is executed.
+        execution: How to run the model.
+        self_influence: Computed along with the scores unless complete; None if it is not needed.
+        accelerator: Of all ranks.
     """
 
     def __init__(
         self,
-        run: RunDir,
-        kind: str,
-        blocks: dict[str, str],
+        task: ScoreTask,
         lm: nn.Module,
-        dampings: list[Damping],
-        own: SelfInfluence | None,
-        query_rank: int | None,
         execution: Execution,
+        self_influence: SelfInfluence | None,
         accelerator: Accelerator,
     ):
-        if query_rank and run.settings.bits != 0:
-            raise ValueError("expected --query_rank with a run of --store_dtype none, got another; leave it out")
-        self.run, self.kind, self.blocks, self.lm, self.dampings = run, kind, blocks, lm, dampings
-        self.own, self.query_rank, self.execution, self.accelerator = own, query_rank, execution, accelerator
-        self.projections = run.projections()
-        self.mine = processes.share(len(run.shards), accelerator)
-        size = 4 * sum(o * i for o, i in run.projected.values()) * (1 + len(dampings))
-        free = available_memory() / 4 / processes.processes_here()
-        self.queries_per_step = min(
-            processes.gather_list([max(1, int(free) // size)], accelerator)
-        )  # the ranks take the same steps
-        self.queries_per_pass = 2**31 if query_rank else self.queries_per_step
+        self.task, self.run, self.lm, self.execution = task, task.run, lm, execution
+        self.self_influence, self.accelerator = self_influence, accelerator
+        self.projections = self.run.projections()
+        self.own_shards = processes.share(len(self.run.shards), accelerator)
+        query_bytes = 4 * sum(r_out * r_in for r_out, r_in in self.run.projected.values()) * (1 + len(task.dampings))
+        memory = int(available_memory() / 4 / processes.processes_here())
+        self.queries_per_step = min(processes.gather_list([max(1, memory // query_bytes)], accelerator))
+        self.queries_per_pass = 2**31 if task.query_rank else self.queries_per_step  # factored queries are small
         self.capture = GradientCapture(lm, self.projections)
         with self.capture:
-            self.extractor = self._make_extractor(self.capture)
+            self.extractor = make_extractor(lm, self.capture, execution, self.run)
 
-    def _make_extractor(self, capture: GradientCapture) -> Extractor:
-        most = max(map(len, self.run.shards))
-        return make_extractor(self.lm, capture, self.execution, self.run.settings.block_size, most)
+    @property
+    def _self_influence_is_streamed(self) -> bool:
+        """Whether self-influence is computed while shards are scored. raw's is computed layer by layer before."""
+        return self.self_influence is not None and not self.self_influence.complete and self.task.kind != "raw"
 
     def score(self, groups: list[list[Query]]) -> ShardScores:
-        """Yield what influence.score_shards does; the mean gradient of a group is one query."""
-        own = self.own is not None and not self.own.whole and self.kind != "raw"
-        whole = self.run.projected == self.run.shapes and not own  # the model's own basis will do
+        """Yield what influence.score_shards does; a group's mean gradient is one query."""
+        run, task = self.run, self.task
+        full_width = run.projected == run.shapes and not self._self_influence_is_streamed
         queries: dict = {}
         for first in range(0, len(groups), self.queries_per_step):
-            part = groups[first : first + self.queries_per_step]
-            solved, solvers = self.preconditioned(part)
-            for layer in list(solved) if self.run.settings.bits == 0 else ():
-                q, shape = solved.pop(layer), self.run.projected[layer]
-                q = unrotated(q, self.projections[layer], shape) if whole else q
-                solved[layer] = low_rank(q, shape, self.query_rank) if self.query_rank else q
-            queries = self._joined(queries, solved) if queries else solved
-        if self.run.settings.bits == 0:
-            used = identity(self.run.shapes) if whole else self.projections
-            return self._by_model(queries, {layer: used[layer] for layer in queries}, solvers)
-        device, bits = self.accelerator.device, self.run.settings.bits
-        return influence.score_shards(self.run.open_shard, self.mine, queries, solvers, device, bits, self.blocks)
+            step_queries, quadratic_forms = self.preconditioned(groups[first : first + self.queries_per_step])
+            for layer in [] if task.stores_gradients else list(step_queries):
+                q, shape = step_queries.pop(layer), run.projected[layer]
+                q = unrotated(q, self.projections[layer], shape) if full_width else q
+                step_queries[layer] = low_rank(q, shape, task.query_rank) if task.query_rank else q
+            queries = self._join(queries, step_queries) if queries else step_queries
+        if task.stores_gradients:
+            return influence.score_shards(
+                run.open_shard, self.own_shards, queries, quadratic_forms, self.accelerator.device, run.settings.bits,
+                task.blocks,
+            )  # fmt: skip
+        projections = identity(run.shapes) if full_width else self.projections
+        capture = ScoreCapture(self.lm, {layer: projections[layer] for layer in queries}, queries, quadratic_forms)
+        return self._score_with_model(capture, len(task.dampings) * len(groups))
 
-    def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], dict]:
-        """Return (C + lambda I)^-1 of the groups' mean gradients, {layer: [S * len(groups), k]}; see _precondition."""
-        return self._precondition(self._query_gradients(groups), len(groups))
+    def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], QuadraticForms]:
+        """Return (C + lambda I)^-1 q of the groups' mean gradients q.
 
-    def _joined(self, queries: dict, more: dict) -> dict:
-        """Join low-rank queries of two groups; rows are by damping, then by query."""
+        Returns:
+            Layer -> [S * len(groups), k]; and functions that compute self-influence, if it is streamed.
+        """
+        grads = self._query_gradients(groups)
+        own_layers = processes.share(len(grads), self.accelerator)
+        statistics = self.run.statistics(self.task.kind)
+        queries: dict[str, Tensor] = {}
+        quadratic_forms: QuadraticForms = {layer: [] for layer in grads}
+        layers = progress.bar(list(grads), desc=f"Hessian {self.task.kind}", unit="layer")
+        for number, layer in enumerate(layers):
+            q, is_own = grads.pop(layer), number in own_layers  # a rank solves its layers
+            queries[layer] = torch.zeros(len(self.task.dampings) * len(groups), q.shape[1])
+            if is_own or self._self_influence_is_streamed:
+                solvers = self._preconditioners(layer, statistics(layer))
+            if is_own:
+                q = q.to(self.accelerator.device)
+                queries[layer] = torch.cat([solver.solve(q) for solver in solvers]).cpu()
+            if self._self_influence_is_streamed:
+                quadratic_forms[layer] = [solver.quadratic for solver in solvers]
+            elif is_own and self.self_influence and not self.self_influence.complete:  # raw
+                for ids, block in zip(self.run.shards, self._stored_gradients(layer), strict=True):
+                    self.self_influence.add(ids, [solver.quadratic(block) for solver in solvers])
+            queries[layer] = processes.sum_over_ranks(queries[layer], self.accelerator)
+        if self.self_influence and not self.self_influence.complete and self.task.kind == "raw":
+            self.self_influence.save(self.accelerator)
+        return queries, quadratic_forms
 
-        def join(a: Tensor, b: Tensor) -> Tensor:
-            a, b = (part.view(len(self.dampings), -1, *part.shape[1:]) for part in (a, b))
-            return torch.cat([a, b], dim=1).flatten(0, 1)
+    def _preconditioners(self, layer: str, statistics: dict[str, Tensor]) -> list[hessian.Preconditioner]:
+        """Return (C + lambda I)^-1 of a layer for each damping."""
+        statistics = {key: tensor.to(self.accelerator.device) for key, tensor in statistics.items()}
+        train = torch.cat(list(self._stored_gradients(layer))) if "gram" in statistics else None
+        return [hessian.preconditioner(self.task.kind, statistics, *damping, train) for damping in self.task.dampings]
 
-        return {layer: tuple(map(join, queries[layer], more[layer])) for layer in queries}
+    def _stored_gradients(self, layer: str) -> Iterator[Tensor]:
+        """Yield a layer's gradients [n, k] float32, shard by shard, of the whole run."""
+        for block in self.run.read(layer, range(len(self.run.shards))):
+            yield block.to(self.accelerator.device).float()
 
     def _query_gradients(self, groups: list[list[Query]]) -> dict[str, Tensor]:
-        """Return the groups' mean projected gradients, {layer: [Q, k]} float32, on every rank."""
-        queries = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group]
-        queries = [queries[n] for n in processes.share(len(queries), self.accelerator)]
-        token_ids, counted = [q.token_ids for _, _, q in queries], [q.counted for _, _, q in queries]
+        """Return the groups' mean gradients, {layer: [len(groups), k]} float32, on every rank."""
+        members = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group]
+        members = [members[n] for n in processes.share(len(members), self.accelerator)]
+        token_ids, counted = [q.token_ids for *_, q in members], [q.counted for *_, q in members]
         bar = progress.bar(total=sum(map(len, token_ids)), desc="query gradients", unit="tok")
         with self.capture, bar:
-            mine, _ = self.extractor.gradients(token_ids, counted, done=bar.update).wait()
+            own_grads, _ = self.extractor.gradients(token_ids, counted, on_batch=bar.update).wait()
             self.extractor.finish()
-        places = torch.tensor([i for i, _, _ in queries], dtype=torch.long)
-        weights = torch.tensor([weight for _, weight, _ in queries])[:, None]
+        group_numbers = torch.tensor([i for i, *_ in members], dtype=torch.long)
+        weights = torch.tensor([weight for _, weight, _ in members])[:, None]
         grads = {}
-        for layer in self.blocks:
+        for layer in self.task.blocks:
             r_out, r_in = self.run.projected[layer]
             grads[layer] = torch.zeros(len(groups), r_out * r_in)
-            if mine:
-                grads[layer].index_add_(0, places, mine.pop(layer) * weights)
+            if own_grads:  # a rank may have no query
+                grads[layer].index_add_(0, group_numbers, own_grads.pop(layer) * weights)
             grads[layer] = processes.sum_over_ranks(grads[layer], self.accelerator)
         return grads
 
-    def _precondition(
-        self, grads: dict[str, Tensor], count: int
-    ) -> tuple[dict[str, Tensor], dict[str, list[influence.QuadraticForm]]]:
-        """Return (C + lambda I)^-1 q, {layer: [S * count, k]}, and what computes self-influence while shards stream by.
+    def _join(self, queries: FactoredQueries, more: FactoredQueries) -> FactoredQueries:
+        """Join the factored queries of two steps; rows stay in the order damping, then query."""
 
-        A layer is one rank's work, and `grads` is emptied. raw's self-influence is added here, layer by layer: its
-        factors don't fit in memory.
-        """
-        run, own, layers = self.run, self.own, processes.share(len(grads), self.accelerator)
-        statistics, every = run.statistics(self.kind), range(len(run.shards))
-        solved, solvers, device = {}, {layer: [] for layer in grads}, self.accelerator.device
-        for number, layer in enumerate(progress.bar(list(grads), desc=f"Hessian {self.kind}", unit="layer")):
-            q, mine = grads.pop(layer), number in layers
-            solved[layer] = torch.zeros(len(self.dampings) * count, q.shape[1])
-            streamed = own and not own.whole and self.kind != "raw"
-            if mine or streamed:
-                stats = {key: tensor.to(device) for key, tensor in statistics(layer).items()}
-                blocks = [block.to(device).float() for block in run.read(layer, every)] if "gram" in stats else None
-                train = torch.cat(blocks) if blocks else None
-                found = [hessian.preconditioner(self.kind, stats, *damping, train) for damping in self.dampings]
-            if mine:
-                solved[layer] = torch.cat([solver.solve(q.to(device)) for solver in found]).cpu()
-            if streamed:
-                solvers[layer] = [solver.quadratic for solver in found]
-            elif own and not own.whole and mine:
-                for ids, block in zip(run.shards, run.read(layer, every), strict=True):
-                    own.put(ids, [solver.quadratic(block.to(device).float()) for solver in found])
-            solved[layer] = processes.sum_over_ranks(solved[layer], self.accelerator)
-        if own and not own.whole and self.kind == "raw":
-            own.save(self.accelerator)
-        return solved, solvers
+        def join(one: Tensor, two: Tensor) -> Tensor:
+            by_damping = (part.unflatten(0, (len(self.task.dampings), -1)) for part in (one, two))
+            return torch.cat(list(by_damping), dim=1).flatten(0, 1)
 
-    def _by_model(
-        self, queries: dict, projections: dict[str, Projection], own: dict[str, list[influence.QuadraticForm]]
-    ) -> ShardScores:
-        """Run the model over the train examples again, for a run that stores no gradients."""
-        examples, rows = self.run.train(), len(next(iter(queries.values()))[0 if self.query_rank else slice(None)])
-        with ScoreCapture(self.lm, projections, queries, own) as capture:
-            extractor = self._make_extractor(capture)
-            for shard in self.mine:
+        return {
+            layer: (join(left, more[layer][0]), join(right, more[layer][1])) for layer, (left, right) in queries.items()
+        }
+
+    def _score_with_model(self, capture: ScoreCapture, rows: int) -> ShardScores:
+        """Score a run that stores no gradients: run the model on the train examples again."""
+        examples = self.run.train()
+        with capture:
+            extractor = make_extractor(self.lm, capture, self.execution, self.run)
+            for shard in self.own_shards:
                 ids = self.run.shards[shard]
                 batch = examples[ids.start : ids.stop]
-                found, _ = extractor.gradients(batch["input_ids"], batch.get("counted"), ids.start).wait()
-                dots: dict[str, Tensor] = {}
-                for layer, part in found.items():
-                    block = self.blocks[layer]
-                    dots[block] = dots[block] + part if block in dots else part
-                selves = list(sum(dots.values())[:, rows:].T)
-                yield shard, {block: part[:, :rows] for block, part in dots.items()}, selves
+                scores, _ = extractor.gradients(batch["input_ids"], batch.get("counted"), ids.start).wait()
+                totals: dict[str, Tensor] = {}  # block -> [n, rows + S]
+                for layer, layer_scores in scores.items():
+                    block = self.task.blocks[layer]
+                    totals[block] = totals[block] + layer_scores if block in totals else layer_scores
+                dots = {block: total[:, :rows] for block, total in totals.items()}
+                yield shard, dots, list(sum(totals.values())[:, rows:].T)
             extractor.finish()

@@ -1,9 +1,15 @@
-"""Files of scores: scores.npy, or with --top_k_only the ends of it; and the train examples' self-influence.
+"""Files of scores, and of the train examples' self-influence.
 
-scores/<label>/scores.npy                          [Q, N] float32, with --layerwise also
-               layer_scores.npy                    [L, Q, N] float32: dots of L blocks of layers; or
-               top.safetensors, bottom.safetensors  scores [Q, K] float32 and ids [Q, K] int64, best first
-self_influence/<label>.safetensors                 values [N] float32; kept, since it does not depend on the queries
+Notation: Q queries, N train examples, S dampings, L blocks of layers, K scores kept at each end of a ranking.
+
+scores/<label>/run.json                            ScoreRecord
+               queries.jsonl                       the queries
+               scores.npy                          [Q, N] float32
+               layer_scores.npy                    [L, Q, N] float32, dots of each block of layers (--layerwise)
+               top.safetensors, bottom.safetensors scores [Q, K] float32 and ids [Q, K] int64, best first; instead of
+                                                   scores.npy (--top_k_only)
+               self_influence.npy                  [N] float32 (--self_influence)
+self_influence/<label>.safetensors                 values [N] float32; reused, since no query changes them
 """
 
 import json
@@ -23,7 +29,6 @@ from torch import Tensor
 from logra import store
 from logra.hessian import KINDS, Damping
 from logra.influence import MODES, RunningTopK
-from logra.inputs.queries import Query
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files
 from logra.runtime.files import has_shape, is_count, is_positive
@@ -31,7 +36,7 @@ from logra.runtime.processes import gather_list, sum_over_ranks
 
 
 def extremes_layout(queries: int, kept: int) -> store.Layout:
-    """Return the tensors of top.safetensors and bottom.safetensors."""
+    """Return the layout of top.safetensors and bottom.safetensors."""
     return {"scores": (torch.float32, [queries, kept]), "ids": (torch.int64, [queries, kept])}
 
 
@@ -39,8 +44,11 @@ def extremes_layout(queries: int, kept: int) -> store.Layout:
 class ScoreRecord:
     """The content of run.json in a folder of scores.
 
-    `queries` is the hash of the queries, `log` the record of the scored run, `blocks` the names of the L blocks of
-    layers (--layerwise), `files` the checksums of the other files in the folder.
+    Attributes:
+        queries: Hash of the queries.
+        log: Record of the scored run.
+        blocks: Names of the L blocks of layers (--layerwise).
+        files: Checksums of the other files in the folder.
     """
 
     query_loss: str
@@ -61,10 +69,10 @@ class ScoreRecord:
 
     @classmethod
     def from_json(cls, content: Any, run_layers: Collection[str]) -> Self:
-        """Return the record that parsed JSON holds, which may come from anyone.
+        """Return the record that parsed JSON holds. The JSON is not trusted.
 
         Raises:
-            ValueError: Entries are missing or impossible, or of other layers than the run's.
+            ValueError: Entries are missing or impossible, or name layers that the run does not have.
         """
         if not has_shape(content, SCORES_JSON) or not set(content["layers"]) <= set(run_layers):
             raise ValueError("missing or impossible entries")
@@ -100,77 +108,84 @@ SCORES_JSON = {
 
 
 class ScoreFile:
-    """The scores of one damping, written by all ranks, each its shards' columns.
+    """The scores of one damping. All ranks write to it, each the columns of its shards.
 
     Args:
-        folder: Where to.
+        folder: The folder to write to.
         queries, examples: Q and N.
-        top_k_only: Keep this many of the highest and of the lowest scores of each query only.
-        blocks: L, where the blocks' dots are kept apart too, or 0.
+        top_k_only: K, or None to keep all scores.
+        blocks: L, or 0 to keep no dots of blocks.
     """
 
     def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None, blocks: int = 0):
-        self.folder, self.k = folder, top_k_only
-        self.shapes = {"scores.npy": (queries, examples)} | (
-            {"layer_scores.npy": (blocks, queries, examples)} if blocks else {}
-        )
+        self.folder, self.top_k_only = folder, top_k_only
+        self.shapes: dict[str, tuple[int, ...]] = {"scores.npy": (queries, examples)} if top_k_only is None else {}
+        if blocks:
+            self.shapes["layer_scores.npy"] = (blocks, queries, examples)
         self.matrices: dict[str, np.memmap] = {}
-        self.extremes: dict[int, dict[str, RunningTopK]] = {}  # by the number of a group's first query
+        self.extremes: dict[tuple[int, str], RunningTopK] = {}  # by a batch's first query, and top or bottom
 
     def create(self) -> None:
-        """Make an empty scores.npy; on one rank, before the others write. A full disk is an OSError here."""
-        for name, shape in self.shapes.items() if self.k is None else ():
+        """Create empty matrices, on one rank, before any rank writes.
+
+        Raises:
+            OSError: The disk is too small. Without this check a memory-mapped write would crash.
+        """
+        for name, shape in self.shapes.items():
             path = self.folder / name
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk would be a crash in a memory-mapped write
+            if hasattr(os, "posix_fallocate"):
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
-    def put(self, first: int, ids: range, scores: Tensor, of_blocks: list[Tensor]) -> None:
-        """Take scores [queries of the group, n], and each block's dots, of queries from number `first` on."""
-        if self.k is not None:
-            if first not in self.extremes:
-                self.extremes[first] = {
-                    end: RunningTopK(len(scores), self.k, end == "top") for end in ("top", "bottom")
-                }
-            for end in self.extremes[first].values():
-                end.add(scores, torch.arange(ids.start, ids.stop))
-            return
+    def put(self, first_query: int, ids: range, scores: Tensor, block_dots: list[Tensor]) -> None:
+        """Store the scores of a batch of queries and of the examples `ids`.
+
+        Args:
+            first_query: Number of the batch's first query.
+            ids: Of n examples.
+            scores: [queries, n].
+            block_dots: Dots of each block, L times [queries, n].
+        """
+        if self.top_k_only is not None:
+            for end in ("top", "bottom"):
+                running = RunningTopK(len(scores), self.top_k_only, end == "top")
+                self.extremes.setdefault((first_query, end), running).add(scores, torch.arange(ids.start, ids.stop))
         for name in self.shapes:
             if name not in self.matrices:
                 self.matrices[name] = np.load(self.folder / name, mmap_mode="r+")
-            values = scores if name == "scores.npy" else torch.stack(of_blocks)
-            self.matrices[name][..., first : first + len(scores), ids.start : ids.stop] = values.numpy()
+            values = scores if name == "scores.npy" else torch.stack(block_dots)
+            self.matrices[name][..., first_query : first_query + len(scores), ids.start : ids.stop] = values.numpy()
 
     def close(self, accelerator: Accelerator) -> None:
-        """Flush what this rank has; merge the ranks' top k, on every rank."""
+        """Flush this rank's scores. With top_k_only, merge the ranks' top k and write them."""
         for matrix in self.matrices.values():
             matrix.flush()
-        if self.k is None:
+        if self.top_k_only is None:
             return
-        mine = [(first, name, end) for first, ends in self.extremes.items() for name, end in ends.items()]
-        found = gather_list([(first, name, end.scores, end.ids) for first, name, end in mine], accelerator)
-        for name in ("top", "bottom"):
-            groups: dict[int, RunningTopK] = {}
-            for first, _, scores, ids in (entry for entry in found if entry[1] == name):
-                groups.setdefault(first, RunningTopK(len(scores), self.k, name == "top")).add(scores, ids)
-            ordered = [groups[first] for first in sorted(groups)]
-            tensors = {key: torch.cat([getattr(end, key) for end in ordered]) for key in ("scores", "ids")}
-            if accelerator.is_main_process:
-                path, layout = self.folder / f"{name}.safetensors", extremes_layout(*tensors["scores"].shape)
-                files.write_json(path.with_suffix(".json"), store.save_tensors(path, layout, tensors))
+        own_parts = [(key, running.scores, running.ids) for key, running in self.extremes.items()]
+        merged: dict[tuple[int, str], RunningTopK] = {}
+        for key, scores, ids in gather_list(own_parts, accelerator):
+            running = RunningTopK(len(scores), self.top_k_only, key[1] == "top")
+            merged.setdefault(key, running).add(scores, ids)
+        for end in ("top", "bottom") if accelerator.is_main_process else ():
+            batches = [merged[key] for key in sorted(merged) if key[1] == end]
+            tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("scores", "ids")}
+            path, layout = self.folder / f"{end}.safetensors", extremes_layout(*tensors["scores"].shape)
+            files.write_json(path.with_suffix(".json"), store.save_tensors(path, layout, tensors))
 
     def describe(
-        self, queries: list[Query], record: ScoreRecord, damping: Damping, self_influence: Tensor | None
+        self, query_rows: list[dict], record: ScoreRecord, damping: Damping, self_influence: Tensor | None
     ) -> None:
-        """Write queries.jsonl, self_influence.npy where it is given, and run.json with the checksums of all files."""
-        rows = [{"id": q.id, **q.row, "tokens": len(q.token_ids), "counted": sum(q.counted)} for q in queries]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        """Write queries.jsonl, self_influence.npy if it is given, and run.json with the checksums of all files."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in query_rows)
         (self.folder / "queries.jsonl").write_text(text, "utf-8")
         if self_influence is not None:
             np.save(self.folder / "self_influence.npy", self_influence.numpy())
-        record = replace(record, damping=damping.relative, damping_absolute=damping.absolute)
-        record = replace(record, files=files.file_checksums(self.folder))
+        record = replace(
+            record, damping=damping.relative, damping_absolute=damping.absolute,
+            files=files.file_checksums(self.folder),
+        )  # fmt: skip
         files.write_json(self.folder / "run.json", record.to_json())
 
 
@@ -179,13 +194,14 @@ def score_files(
     base: Path, dampings: list[Damping], shape: tuple[int, int], top_k_only: int | None, blocks: int,
     accelerator: Accelerator,
 ) -> Iterator[list[ScoreFile]]:  # fmt: skip
-    """Yield a ScoreFile for each damping; the folders take their names when the block ends well.
+    """Yield a ScoreFile for each damping. The folders get their final names when the block ends without an error.
 
     Args:
-        base: scores/<label>; a folder is <base>-<damping>.
+        base: scores/<label>; a folder is named <base>-<damping>.
         dampings: One for each file.
         shape: (Q, N).
         top_k_only, blocks: See ScoreFile.
+        accelerator: Rank 0 makes the folders.
 
     Raises:
         ValueError: Another command writes the same scores.
@@ -200,27 +216,29 @@ def score_files(
 
 
 class SelfInfluence:
-    """z^T (C + lambda I)^-1 z of all train examples for S dampings: `values` [S, N], and `whole` once it is known.
+    """z^T (C + lambda I)^-1 z of all train examples, for S dampings. It is stored in the run's folder, and reused.
 
-    Kept in the run's folder for the next scores with the same Hessian, layers and dampings.
+    Attributes:
+        values: [S, N]; sums of this rank's parts until `complete`.
+        complete: The values are known for all examples.
     """
 
     def __init__(self, run: RunDir, kind: str, layers: list[str], dampings: list[Damping]):
-        known = run.hessian_path(kind).with_suffix(".json").read_text() if kind != "none" else ""
-        self.key = {"hessian": xxhash.xxh3_64_hexdigest(known.encode()), "examples": run.examples}
-        self.key |= {"fingerprints": run.fingerprints}
-        chosen = xxhash.xxh3_64_hexdigest(json.dumps(layers).encode())[:8]
-        names = [f"{kind}-{damping.label}-{chosen}.safetensors" for damping in dampings]
+        hessian_entry = run.hessian_path(kind).with_suffix(".json").read_text() if kind != "none" else ""
+        self.key = {
+            "hessian": xxhash.xxh3_64_hexdigest(hessian_entry.encode()), "examples": run.examples,
+            "fingerprints": run.fingerprints,
+        }  # fmt: skip
+        layers_hash = xxhash.xxh3_64_hexdigest(json.dumps(layers).encode())[:8]
+        names = [f"{kind}-{damping.label}-{layers_hash}.safetensors" for damping in dampings]
         self.paths = [run.folder / "self_influence" / name for name in names]
-        self.values = torch.zeros(len(dampings), run.examples)
         self.layout: store.Layout = {"values": (torch.float32, [run.examples])}
         stored = [self._load(path) for path in self.paths]
-        self.whole = all(values is not None for values in stored)
-        if self.whole:
-            self.values = torch.stack(stored)
+        self.complete = all(values is not None for values in stored)
+        self.values = torch.stack(stored) if self.complete else torch.zeros(len(dampings), run.examples)
 
     def _load(self, path: Path) -> Tensor | None:
-        """Return what is stored, if it is whole and of the same Hessian and examples."""
+        """Return the stored values if they are whole, and of the same Hessian and examples."""
         try:
             entry = files.read_json(path.with_suffix(".json"), "")
             values = store.load_tensors(path, entry.get("checksums"), self.layout)["values"]
@@ -229,19 +247,19 @@ class SelfInfluence:
         return values if all(entry.get(key) == value for key, value in self.key.items()) else None
 
     def agree(self, accelerator: Accelerator) -> None:
-        """Compute it again where not every rank has found it, as when it is being written."""
-        if not all(gather_list([self.whole], accelerator)):
-            self.whole = False
+        """Discard stored values unless every rank found them. Another command may be writing them."""
+        if not all(gather_list([self.complete], accelerator)):
+            self.complete = False
             self.values.zero_()
 
-    def put(self, ids: range, parts: list[Tensor]) -> None:
-        """Add a layer's (or all layers') share, S times [n], of the examples ids."""
+    def add(self, ids: range, parts: list[Tensor]) -> None:
+        """Add one or more layers' parts, S times [n], of the examples `ids`."""
         self.values[:, ids.start : ids.stop] += torch.stack(parts).cpu()
 
     def save(self, accelerator: Accelerator) -> None:
-        """Sum over ranks, and keep it."""
-        self.values, self.whole = sum_over_ranks(self.values, accelerator), True
+        """Sum the ranks' parts, and store the values."""
+        self.values, self.complete = sum_over_ranks(self.values, accelerator), True
         for path, values in zip(self.paths, self.values, strict=True) if accelerator.is_main_process else ():
-            tag = f".{os.getpid()}"  # other queries may be scored at the same time
+            tag = f".{os.getpid()}"  # commands for other queries may run at the same time
             checksums = store.save_tensors(path, self.layout, {"values": values}, tag)
             files.write_json(path.with_suffix(".json"), self.key | {"checksums": checksums}, tag)

@@ -1,1 +1,1 @@
-"""What looks at a run: estimates, checks, diagnosis, token shares, the report."""
+"""Tools that inspect a run: before it (estimate, verify) and after it (diagnose, tokens, report)."""

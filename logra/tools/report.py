@@ -1,6 +1,6 @@
-"""report.html: what a person sees of a query set's scores. One file, without a network, at most 5 MB.
+"""Write report.html: the scores of a query set for a reader, in one file of at most 5 MB that needs no network.
 
-Texts come from data and are escaped by Jinja2 (autoescape); report.html.j2 holds the page, its styles and its script.
+report.html.j2 is the page's template. Jinja2 escapes all texts (autoescape).
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from logra.stages.rank import load_matrix
 from logra.stages.score_files import ScoreRecord
 
 MAX_REPORT_BYTES = 5_000_000
-MIN_QUERY_BYTES = 2_000  # of a query
-MIN_CARDS = 5
-MAX_BM25_TEXTS = 100_000  # for BM25, whose index is in memory
-HISTOGRAM_BINS = 60  # of the histogram
-SHADE_LEVELS = 4  # of a token's shade, on each side of none
+MIN_QUERY_BYTES = 2_000  # a query takes at least this many
+MIN_CARDS = 5  # examples shown on each side of a query
+MAX_BM25_TEXTS = 100_000  # the index is in memory
+HISTOGRAM_BINS = 60
+SHADE_LEVELS = 4  # for shares above 0, and as many for shares below
 
 
 class Shaded(NamedTuple):
-    """Tokens of equal shade, -SHADE_LEVELS (lower the score) to SHADE_LEVELS: their text and summed share."""
+    """Neighbouring tokens of one shade: level -SHADE_LEVELS to SHADE_LEVELS, text, and summed share of the score."""
 
     level: int
     text: str
@@ -33,13 +33,15 @@ class Shaded(NamedTuple):
 
 
 def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
-    """Return what the page says of all queries together: the run's and the scores' settings."""
-    damping = scores.damping if scores.damping is not None else f"{scores.damping_absolute} (absolute)"
+    """Return what the page shows for all queries together: the settings of the run and of the scores."""
+    damping = f"{scores.damping_absolute} (absolute)" if scores.damping is None else scores.damping
     settings: dict = {"run": str(run.folder), "queries": scores.split, "query_loss": scores.query_loss}
     settings |= {name: value for name, value in asdict(run.settings).items() if value not in (None, False)}
-    settings |= {"layers": f"{len(scores.layers)} of {len(run.layers)}", "model": run.record.model["class"]}
-    settings |= {"model fingerprint": run.record.model["fingerprint"]}
-    settings |= {"data fingerprint": ", ".join(run.fingerprints), "versions": run.record.versions}
+    settings |= {
+        "layers": f"{len(scores.layers)} of {len(run.layers)}", "model": run.record.model["class"],
+        "model fingerprint": run.record.model["fingerprint"], "data fingerprint": ", ".join(run.fingerprints),
+        "versions": run.record.versions,
+    }  # fmt: skip
     return {
         "title": run.folder.name, "examples": run.examples, "mode": scores.mode, "hessian": scores.hessian,
         "damping": damping, "settings": settings, "shaded": shaded,
@@ -48,70 +50,77 @@ def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
 
 
 def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
-    """Return a text's pieces with their shades, in units of the largest share, equal neighbours joined."""
+    """Return a text's pieces (text, share) with shades relative to the largest share. Equal neighbours are joined."""
     largest = max((abs(share) for _, share in pieces), default=0.0) or 1.0
-    found: list[Shaded] = []
+    shaded: list[Shaded] = []
     for text, share in pieces:
         level = round(SHADE_LEVELS * share / largest)
-        if found and found[-1].level == level:
-            found[-1] = Shaded(level, found[-1].text + text, found[-1].share + share)
+        if shaded and shaded[-1].level == level:
+            shaded[-1] = Shaded(level, shaded[-1].text + text, shaded[-1].share + share)
         else:
-            found.append(Shaded(level, text, share))
-    return found
+            shaded.append(Shaded(level, text, share))
+    return shaded
 
 
 def histogram(values: np.ndarray, marked: dict[str, list[float]]) -> dict:
-    """Return bars (x, width, height, count), marks (side, x) and the ends of a query's scores; lengths from 0 to 100.
+    """Return what the page draws for a query's scores; positions and lengths are from 0 to 100.
 
-    A bar's height is the root of its count, so that a single score is seen beside a thousand.
+    Args:
+        values: All scores of the query.
+        marked: Side -> scores to mark.
+
+    Returns:
+        bars (x, width, height, count), marks (side, x), low and high score, zero (x of 0, or None), and count. A bar's
+        height is the square root of its count, so that a single score is visible beside a thousand.
     """
     counts, edges = np.histogram(values, bins=HISTOGRAM_BINS)
     low, high = float(edges[0]), float(edges[-1])
     heights = 100 * np.sqrt(counts / max(counts.max(), 1))
     width = 100 / HISTOGRAM_BINS
     bars = [(i * width, width, h, int(n)) for i, (h, n) in enumerate(zip(heights, counts, strict=True)) if n]
-    marks = [(side, 100 * (v - low) / (high - low)) for side, scores in marked.items() for v in scores]
+    marks = [(side, 100 * (score - low) / (high - low)) for side, scores in marked.items() for score in scores]
     zero = 100 * -low / (high - low) if low < 0 < high else None
     return {"bars": bars, "marks": marks, "low": low, "high": high, "zero": zero, "count": len(values)}
 
 
 def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray]:
-    """Yield the BM25 scores of all texts, [N], for each query (Lucene's, lower case, no stemming)."""
+    """Yield the BM25 scores of all texts, [N], for each query (Lucene's variant, lower case, no stemming)."""
     options = {"stopwords": None, "return_ids": False, "show_progress": False}
     index, words = bm25s.BM25(), bm25s.tokenize(texts, **options)
-    if any(words):  # of two letters at least; bm25s needs one, of a query too
+    if any(words):  # bm25s fails without a word, which has at least two letters
         index.index(words, show_progress=False)
     for query in bm25s.tokenize(query_texts, **options):
         yield index.get_scores(query) if query and any(words) else np.zeros(len(texts), np.float32)
 
 
 def word_matches(texts: list[str], query_texts: list[str], k: int) -> list[list[int]] | None:
-    """Return the ids of BM25's k best texts for each query, best first; None where there are too many texts."""
+    """Return the ids of the k texts with the best BM25 scores for each query; None if there are too many texts."""
     if len(texts) > MAX_BM25_TEXTS:
         return None
-    found = []
+    matches = []
     for scores in bm25_scores(texts, query_texts):
         best = np.argsort(-scores, kind="stable")[:k]
-        found.append([int(i) for i in best if scores[i] > 0])
-    return found
+        matches.append([int(i) for i in best if scores[i] > 0])
+    return matches
 
 
 def bars(values: dict[str, float]) -> list[dict]:
-    """Return a bar a block of layers: its name, value, and length from -100 to 100."""
+    """Return a bar for each block of layers: name, value, and length from -100 to 100."""
     largest = max(map(abs, values.values()), default=0.0) or 1.0
     return [{"name": name, "value": value, "length": 100 * value / largest} for name, value in values.items()]
 
 
 def render(content: dict, queries: list[dict], top_k: int) -> str:
-    """Return the page with as many cards per query and side (a few at least), then as many queries, as fit.
+    """Return the page. If it is too large, show fewer cards per query and side, then fewer queries.
 
     Args:
-        content: What the template shows of all queries together.
-        queries: What it shows of each; `rows` are {"top": rows, "bottom": rows}.
-        top_k: Cards on a side.
+        content: What the page shows for all queries together (see header).
+        queries: What it shows for each query; `rows` is {"top": rows, "bottom": rows}, a card for each row.
+        top_k: Cards on each side.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(shade=shade, bars=bars)
     template = environment.get_template("report.html.j2")
     cards, count = top_k, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
     while True:
@@ -126,21 +135,21 @@ def render(content: dict, queries: list[dict], top_k: int) -> str:
 
 
 def add_layers(queries: list[dict], folder: Path, record: ScoreRecord) -> None:
-    """Add the mean dots of the blocks of layers, where stage 3 wrote them (--layerwise)."""
+    """Add the mean dots of each block of layers to the queries, if stage 3 wrote them (--layerwise)."""
     if record.blocks is None:
         return
     shape = (len(record.blocks), len(queries), record.num_examples)
-    layers = load_matrix(folder / "layer_scores.npy", shape)  # [L, Q, N]
+    dots = load_matrix(folder / "layer_scores.npy", shape)  # [L, Q, N]
     for number, query in enumerate(queries):
-        shown = [row["example"] for row in query["rows"]["top"]]
-        means = layers[:, number, shown].mean(axis=1).tolist()
-        query["layers"] = bars(dict(zip(record.blocks, means, strict=True)))
+        proponents = [row["example"] for row in query["rows"]["top"]]
+        means = dots[:, number, proponents].mean(axis=1).tolist()
+        query["layers"] = dict(zip(record.blocks, means, strict=True))
 
 
 def add_word_matches(queries: list[dict], texts: list[str], k: int) -> None:
-    """Add the ranks that the examples shown have among BM25's k best."""
-    found = word_matches(texts, [query["prompt"] + query["response"] for query in queries], k)
-    for query, best in zip(queries, found or [], strict=False):
+    """Add the BM25 ranks of the examples shown, if these are among the k best."""
+    matches = word_matches(texts, [query["prompt"] + query["response"] for query in queries], k)
+    for query, best in zip(queries, matches or [], strict=False):
         query["word_matches"] = True
-        for row in (row for rows in query["rows"].values() for row in rows):
+        for row in [*query["rows"]["top"], *query["rows"]["bottom"]]:
             row["word_rank"] = best.index(row["example"]) + 1 if row["example"] in best else None
