@@ -151,7 +151,7 @@ class RunDir:
         try:
             run = cls(folder, RunRecord.from_json(content))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"expected a whole {path}, got {error}; {remedy}") from error
+            raise ValueError(f"expected complete entries in {path}, got {error}; {remedy}") from error
         size = sum(file.stat().st_size for n in range(len(run.parts)) for file in run.train_folder(n).glob("*"))
         if run.examples > size:  # a false count would allocate memory
             raise ValueError(f"expected {run.examples} examples in {folder}, got {size} bytes of them; {remedy}")

@@ -22,29 +22,33 @@ T = TypeVar("T")
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we never write to the view
 
 
-def shard(whole: nn.Module | None, empty: nn.Module, blocks: nn.ModuleList, device: torch.device) -> nn.Module:
+def shard(
+    full_model: nn.Module | None, meta_model: nn.Module, blocks: nn.ModuleList, device: torch.device
+) -> nn.Module:
     """Return a model whose blocks are sharded over all ranks. Embedding, norms and head are on every rank.
 
     Args:
-        whole: The model in rank 0's main memory, which sends the shards; None on the other ranks.
-        empty: The same model on the meta device.
-        blocks: The transformer blocks of `empty`.
+        full_model: The model in rank 0's main memory, which sends the shards; None on the other ranks.
+        meta_model: The same model on the meta device.
+        blocks: The transformer blocks of `meta_model`.
         device: The device of this rank's shards.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     sharded = {parameter for block in blocks for parameter in block.parameters()}
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(empty.base_model, mesh=mesh, ignored_params={p for p in empty.parameters() if p not in sharded})
-    empty.to_empty(device=device)
-    empty.tie_weights()
+    fully_shard(
+        meta_model.base_model, mesh=mesh, ignored_params={p for p in meta_model.parameters() if p not in sharded}
+    )
+    meta_model.to_empty(device=device)
+    meta_model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(empty, {} if whole is None else whole.state_dict(), options=options)
-    for key, buffer in empty.named_buffers():  # the state dict lacks rotary frequencies
-        if whole is not None:
-            buffer.copy_(whole.get_buffer(key))
+    set_model_state_dict(meta_model, {} if full_model is None else full_model.state_dict(), options=options)
+    for key, buffer in meta_model.named_buffers():  # the state dict lacks rotary frequencies
+        if full_model is not None:
+            buffer.copy_(full_model.get_buffer(key))
         dist.broadcast(buffer, 0)
-    return empty.eval()
+    return meta_model.eval()
 
 
 class _RecordedAllGather(AllGather):

@@ -69,10 +69,12 @@ def bar(items: Iterable | None = None, **options) -> tqdm:
 
 def duration(seconds: float) -> str:
     """Return seconds as text: 42 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    return (
+        f"{rounded // 60} min {rounded % 60} s" if rounded < 3600 else f"{rounded // 3600} h {rounded % 3600 // 60} min"
+    )
 
 
 def summary(following: str, tokens: int = 0) -> None:
