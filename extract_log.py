@@ -26,17 +26,19 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--num_proc", type=positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
     )
-    group.add_argument("--overwrite", action="store_true", help="delete the run's folder first")
-    group.add_argument("--extend", action="store_true", help="add the documents of --data_name to the run in --log_dir")
+    group.add_argument("--overwrite", action="store_true", help="delete the run's folder and begin anew")
+    group.add_argument(
+        "--extend", action="store_true", help="add the documents of --data_name to the finished run in --log_dir"
+    )
     group = parser.add_argument_group("before the run (each one does nothing else)")
     group.add_argument("--dry_run", action="store_true", help="print what the run needs")
     group.add_argument(
         "--trial", type=number(float, 1, "1 to 86400 seconds", 86400), nargs="?", const=30, metavar="SECONDS",
-        help="like --dry_run, and predict the hours from an extraction of 30 seconds",
+        help="like --dry_run, with the predicted hours from extracting for so many seconds (off; 30 without a value)",
     )  # fmt: skip
     group.add_argument(
         "--verify", type=positive_int, nargs="?", const=4, metavar="EXAMPLES",
-        help="compare gradients, Hessians and scores of 4 examples with plain autograd",
+        help="compare gradients, Hessians and scores of so many examples with plain autograd (off; 4 without a value)",
     )  # fmt: skip
     return parser
 
@@ -48,15 +50,16 @@ def main(args: argparse.Namespace) -> None:
             "expected --extend with --log_dir and --data_name, and not --overwrite; give the run and the data"
         )
     run_flags, execution = flags.read_run_flags(args), flags.read_execution(args)
-    accelerator = processes.start()
-    if args.verify:
-        verify.verify(run_flags, execution, args.verify, args.cache_dir, accelerator)
-        return
-    if args.dry_run or args.trial:
-        estimate.estimate(run_flags, execution, args.trial, args.cache_dir, accelerator)
+    accelerator, folder = processes.start(), open_run.find_folder(run_flags, must_exist=args.extend)
+    if args.verify or args.dry_run or args.trial:
+        settings = open_run.new_settings(run_flags, execution, accelerator)
+        if args.verify:
+            verify.verify(settings, execution, args.verify, args.cache_dir, accelerator)
+        else:
+            kind = args.hessian or "raw"
+            estimate.estimate(settings, folder, kind, execution, args.trial, args.cache_dir, accelerator)
         return
 
-    folder = open_run.find_folder(run_flags, must_exist=args.extend)
     with extract.locked(folder, accelerator):
         # Find the run, or complete the settings of a new one
         run = open_run.find_run(folder, run_flags, must_exist=args.extend)

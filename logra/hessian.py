@@ -83,19 +83,19 @@ def _cholesky(matrix: Tensor, shift: float) -> Tensor:
     return factor
 
 
-class ScaledIdentity:
-    """scale * I instead of (C + lambda I)^-1: scale 1 without a Hessian, 0 for a layer of zero gradients."""
+class IdentityPreconditioner:
+    """The identity instead of (C + lambda I)^-1; with `zero` the zero matrix, for a layer whose gradients are all 0."""
 
-    def __init__(self, scale: float):
-        self.scale = scale
+    def __init__(self, zero: bool = False):
+        self.zero = zero
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return scale * g, [n, k]."""
-        return g * self.scale
+        """Return g, [n, k], or zeros."""
+        return torch.zeros_like(g) if self.zero else g
 
     def quadratic(self, g: Tensor) -> Tensor:
-        """Return scale * g^T g for each row of g, [n]."""
-        return g.square().sum(dim=1) * self.scale
+        """Return g^T g for each row of g, [n], or zeros."""
+        return g.new_zeros(len(g)) if self.zero else g.square().sum(dim=1)
 
 
 class EigenPreconditioner:
@@ -168,7 +168,7 @@ class DualPreconditioner:
         return (g.double() * self.solve(g).double()).sum(dim=1).float()
 
 
-Preconditioner = ScaledIdentity | EigenPreconditioner | DensePreconditioner | DualPreconditioner
+Preconditioner = IdentityPreconditioner | EigenPreconditioner | DensePreconditioner | DualPreconditioner
 
 
 def covariance_sum(blocks: Iterable[Tensor], k: int) -> Tensor:
@@ -237,7 +237,7 @@ def preconditioner(
         ValueError: See damping_lambda; or C + lambda I is not positive definite in float64.
     """
     if kind == "none":
-        return ScaledIdentity(1)
+        return IdentityPreconditioner()
     count = stats["examples"].item()
     if kind == "raw" and grads is not None:
         trace, k = stats["gram"].trace().item() / count, grads.shape[1]
@@ -249,7 +249,7 @@ def preconditioner(
         values, *bases = eigen(kind, stats)
         trace, k, build = values.sum().item(), values.numel(), partial(EigenPreconditioner, values, *bases)
     lam = damping_lambda(trace, k, damping, absolute)
-    return build(lam) if lam > 0 else ScaledIdentity(0)
+    return build(lam) if lam > 0 else IdentityPreconditioner(zero=True)
 
 
 def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:

@@ -31,15 +31,11 @@ RANK_FLAGS = ("rank", "rank_in", "rank_out", "bytes_per_example")
 # --preset -> its flags. A flag that the user gives takes precedence.
 PRESETS: dict[str, dict[str, object]] = {
     "best": {
-        "lora": "random",
-        "rank": 136,
-        "hessian": "ekfac",
-        "mlp_only": True,
-        "store_dtype": "int1",
+        "lora": "random", "rank": 136, "hessian": "ekfac", "mlp_only": True, "store_dtype": "int1",
         "calibration_examples": 2048,
     },
     "paper": {"lora": "random", "rank": 64, "hessian": "raw", "mlp_only": True, "store_dtype": "float32"},
-}
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,24 +90,28 @@ def read_settings(settings: Callable[..., T], args: argparse.Namespace) -> T:
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script."""
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code in the model's folder")
-    parser.add_argument("--quiet", action="store_true", help="print errors only; the run's log.txt has everything")
+    trust = "run the code in the model's folder; never read from run.json, each command needs it"
+    quiet = "print only errors; log.txt in the run's folder has the rest"
+    parser.add_argument("--trust_remote_code", action="store_true", help=trust)
+    parser.add_argument("--quiet", action="store_true", help=quiet)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of RunSettings, and --preset, --rank, --hessian, --log_dir and --cache_dir."""
+    preset = (
+        "sets several flags and prints them; a flag that you give overrides it. best: most accurate per stored byte; "
+    )
+    preset += "paper: the setting of arXiv 2405.13954 (none)"
+    hessian = "Hessian of the run; another one of a finished run needs neither model nor data (raw)"
     group = parser.add_argument_group("the run (a flag that is not given is read from run.json where there is one)")
     add_settings(group, RunSettings(), optional=True, skip=DATA_FIELDS)
-    group.add_argument(
-        "--preset", choices=list(PRESETS),
-        help="set several flags, and print them; best: the best scores per byte; paper: as in arXiv 2405.13954",
-    )  # fmt: skip
-    group.add_argument("--rank", type=positive_int, help="--rank_in and --rank_out, where these are not given")
-    group.add_argument("--hessian", choices=KINDS, help="kind of Hessian (raw)")
-    group.add_argument("--log_dir", help="the run's folder (logs/<name made from the flags above>)")
-    group = parser.add_argument_group("documents (part of the run)")
+    group.add_argument("--preset", choices=list(PRESETS), help=preset)
+    group.add_argument("--rank", type=positive_int, help="sets --rank_in and --rank_out where these are not given (64)")
+    group.add_argument("--hessian", choices=KINDS, help=hessian)
+    group.add_argument("--log_dir", help="folder of the run (logs/ and a name made from the flags)")
+    group = parser.add_argument_group("documents (they belong to the run too)")
     add_settings(group, DataSettings(), optional=True)
-    group.add_argument("--cache_dir", help="folder of downloaded data sets (the Hub's cache)")
+    group.add_argument("--cache_dir", help="where downloaded data sets are kept (the Hub's)")
     add_common_flags(parser)
 
 

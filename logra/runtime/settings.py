@@ -72,14 +72,19 @@ def setting(default: Any, help: str, type: Callable | None = None, **options: An
 class DataSettings:
     """Which documents. Each extension of a run (--extend) has its own DataSettings."""
 
-    data_name: str = setting("pydoc", "openwebtext, wikitext, pydoc, a Hub id, or a local file or folder")
-    data_config: str | None = setting(None, "the data set's configuration")
-    data_split: str = setting("train", "the data set's split")
-    text_column: str = setting("text", "the column that holds the text")
-    max_examples: int | None = setting(None, "use at most this many examples", positive_int)
+    # fmt: off
+    data_name: str = setting("pydoc", "training text: openwebtext, wikitext, pydoc, a Hub id, or a local path, which "
+        "has priority")
+    data_config: str | None = setting(None, "configuration of the data set; pydoc has all and short (the set's "
+        "default)")
+    data_split: str = setting("train", "split of the data set")
+    text_column: str = setting("text", "column that holds the text")
+    max_examples: int | None = setting(None, "use at most this many examples (all)", positive_int)
     max_tokens: int = setting(10**9, "use at most this many tokens", positive_int)
-    shuffle_seed: int | None = setting(None, "use a random sample of the documents instead of the first ones", seed_int)
-    skip_bad_rows: bool = setting(False, "drop rows without text, and count them")
+    shuffle_seed: int | None = setting(None, "use a random sample of the documents, with this seed (the first ones)",
+        seed_int)
+    skip_bad_rows: bool = setting(False, "drop and count rows without text, instead of stopping")
+    # fmt: on
 
 
 DATA_FIELDS = tuple(f.name for f in fields(DataSettings))
@@ -93,44 +98,35 @@ class RunSettings(DataSettings):
     equal run.json's. `basis`, `block_size` and `dtype` are None until from_user_flags and `completed` fill them in.
     """
 
-    model_name: str = setting(DEFAULT_MODEL, "local folder or Hub id of a causal language model")
+    # fmt: off
+    model_name: str = setting(DEFAULT_MODEL, "local folder or Hub id of a causal language model with nn.Linear or "
+        "Conv1D layers, or the folder of a LoRA adapter")
     revision: str | None = setting(None, "commit, tag or branch of the model on the Hub (the newest)")
-    block_size: int = setting(None, "tokens in an example at most (512, or the model's context)", positive_int)
+    block_size: int = setting(None, "tokens per example at most (512, or the model's context)", positive_int)
     pack: bool = setting(False, "join documents into full blocks")
-    train_loss: str = setting(
-        "all", "tokens that count; response needs prompt and response, or messages", choices=["all", "response"]
-    )
+    train_loss: str = setting("all", "tokens that count; response needs rows of prompt and response, or of messages",
+        choices=["all", "response"])
     lora: str = setting("random", "projection of the gradients", choices=["random", "pca", "none"])
     rank_in: int | None = setting(64, "projected size of a layer's inputs", positive_int)
     rank_out: int | None = setting(64, "projected size of a layer's output gradients", positive_int)
-    bytes_per_example: int | None = setting(
-        None,
-        "instead of a rank: use the highest rank whose gradients take at most this many bytes, over all layers",
-        positive_int,
-    )
-    basis: str = setting(
-        None, "eigen: store gradients in the Hessian's eigenbasis (kfac, ekfac and integer store types: eigen)",
-        choices=["projected", "eigen"],
-    )  # fmt: skip
-    calibration_examples: int | None = setting(
-        None, "examples that the eigenbasis is computed from (a quarter of all, 64 to 2048)", positive_int
-    )
-    mlp_only: bool = setting(False, "track the MLP's layers only")
-    layers: str | None = setting(None, "track layers whose name matches this expression", pattern, metavar="PATTERN")
-    shard_examples: int | None = setting(
-        None, "examples per shard (chosen from their size); a crash loses at most the shard in progress", positive_int
-    )
-    dtype: str = setting(None, "of the model: float32 on a CPU, bfloat16 on a GPU", choices=list(FLOAT_DTYPES))
-    quantize: str | None = setting(
-        None, "load the model's weights in 8 or 4 bits (bitsandbytes, a GPU)", choices=["8bit", "4bit"]
-    )
-    store_dtype: str = setting(
-        "float32",
-        "of the stored gradients; int1 stores signs; none stores no gradients, and stage 3 runs the model on the train "
-        "examples again",
-        choices=[*FLOAT_DTYPES, *INTEGER_BITS],
-    )
-    seed: int = setting(0, "of the projections and the calibration sample", seed_int)
+    bytes_per_example: int | None = setting(None, "instead of a rank: the highest rank whose stored gradients take at "
+        "most this many bytes per example, all layers together", positive_int)
+    basis: str = setting(None, "eigen: store gradients in the Hessian's eigenbasis (eigen for kfac, ekfac, int8, "
+        "int4, int1, none; else projected)", choices=["projected", "eigen"])
+    calibration_examples: int | None = setting(None, "examples that the eigenbasis is computed from (a quarter of "
+        "all, 64 to 2048)", positive_int)
+    mlp_only: bool = setting(False, "track only the MLP layers")
+    layers: str | None = setting(None, "track only layers whose name matches this regular expression (all but "
+        "embedding and head)", pattern, metavar="PATTERN")
+    shard_examples: int | None = setting(None, "examples per shard; a crash loses at most the shards in progress "
+        "(chosen from their size)", positive_int)
+    dtype: str = setting(None, "dtype of the model (float32; bfloat16 on a GPU)", choices=list(FLOAT_DTYPES))
+    quantize: str | None = setting(None, "load the weights in 8 or 4 bits; needs bitsandbytes and a GPU (off)",
+        choices=["8bit", "4bit"])
+    store_dtype: str = setting("float32", "dtype of the stored gradients; int1 stores signs; none stores none, and "
+        "stage 3 runs the model again", choices=[*FLOAT_DTYPES, *INTEGER_BITS])
+    seed: int = setting(0, "seed of the projections and the calibration sample", seed_int)
+    # fmt: on
 
     @classmethod
     def from_user_flags(cls, user_flags: Mapping[str, Any], hessian: str) -> Self:
@@ -250,13 +246,16 @@ class Execution:
     With `batch_tokens` None, Extractor.find_batch_tokens tries which batch fits.
     """
 
-    batch_tokens: int | None = setting(
-        None, "tokens in a batch, with padding; auto: the most that fit (1024; GPU: auto)", positive_int_or_auto
-    )
+    # fmt: off
+    batch_tokens: int | None = setting(None, "tokens per batch, with padding; auto: tries what fits and is fastest "
+        "(1024; auto on a GPU)", positive_int_or_auto)
     batch_size: int | None = setting(None, "examples in a batch at most (no limit)", positive_int)
-    gradient_checkpointing: bool = setting(False, "keep only the input of each block: less memory, a third slower")
+    gradient_checkpointing: bool = setting(False, "keep only each block's input and run the block twice: less memory, "
+        "a third slower")
     fsdp: bool = setting(False, "shard the model over the processes (FSDP2)")
-    device_map: str | None = setting(None, "spread the model over GPUs, main memory and disk", choices=["auto"])
+    device_map: str | None = setting(None, "auto: spread the model over GPUs, main memory and disk (off)",
+        choices=["auto"])
+    # fmt: on
     trust_remote_code: bool = False  # never read from run.json: each command that loads the model needs it
 
 
@@ -264,38 +263,35 @@ class Execution:
 class QuerySettings:
     """Which queries to score, and which of their tokens count in the loss."""
 
-    split: str = setting("generated", "generated, train, validation, test or a .jsonl file")
-    query_loss: str = setting("response", "tokens that count", choices=["response", "all"])
-    max_queries: int | None = setting(None, "use the first ones only", positive_int)
-    group_by: str | None = setting(
-        None, "rows with the same value in this column are one query: their mean gradient", metavar="COLUMN"
-    )
+    # fmt: off
+    split: str = setting("generated", "queries: generated (stage 1's file), train, validation, test, or a .jsonl file")
+    query_loss: str = setting("response", "tokens of a query that count", choices=["response", "all"])
+    max_queries: int | None = setting(None, "use at most this many queries (all)", positive_int)
+    group_by: str | None = setting(None, "queries with the same value in this column are one query: their mean "
+        "gradient (off)", metavar="COLUMN")
+    # fmt: on
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
     """Which scores to compute."""
 
-    mode: str = setting(
-        "dot", "dot: the influence; cosine and l2 correct it by the example's self-influence", choices=MODES
-    )
-    damping: Sequence[float] | None = setting(
-        None, "in units of the mean eigenvalue; several are scored in one pass (0.1 for raw, 0.2 for int1, else 0.01)",
-        positive, nargs="+",
-    )  # fmt: skip
-    damping_absolute: Sequence[float] | None = setting(
-        None, "lambda itself, added to every eigenvalue; instead of --damping", positive, nargs="+"
-    )
-    score_layers: str | None = setting(None, "scores from matching layers only", pattern, metavar="PATTERN")
-    layerwise: bool = setting(False, "also write the dots of each transformer block")
+    # fmt: off
+    mode: str = setting("dot", "dot: the influence; cosine: divided by the root of the example's self-influence; l2: "
+        "minus half of it", choices=MODES)
+    damping: Sequence[float] | None = setting(None, "lambda in units of the layer's mean eigenvalue; several in one "
+        "pass (0.1 for raw, 0.2 for int1, else 0.01)", positive, nargs="+")
+    damping_absolute: Sequence[float] | None = setting(None, "lambda itself, instead of --damping (off)", positive,
+        nargs="+")
+    score_layers: str | None = setting(None, "use only layers whose name matches this regular expression (all)",
+        pattern, metavar="PATTERN")
+    layerwise: bool = setting(False, "also write the dot scores of each transformer block")
     self_influence: bool = setting(False, "also write self_influence.npy [N]")
-    top_k_only: int | None = setting(
-        None, "keep the K highest and lowest scores of each query, not all", positive_int, metavar="K"
-    )
-    query_rank: int | None = setting(
-        None, "with --store_dtype none: keep the R largest singular values of each query in a layer (all)",
-        positive_int, metavar="R",
-    )  # fmt: skip
+    top_k_only: int | None = setting(None, "keep only the K highest and K lowest scores of each query, no scores.npy "
+        "(off)", positive_int, metavar="K")
+    query_rank: int | None = setting(None, "with --store_dtype none: keep R singular values of each query in a layer, "
+        "so that more queries fit (all)", positive_int, metavar="R")
+    # fmt: on
 
     def __post_init__(self) -> None:
         if self.damping and self.damping_absolute:
@@ -314,11 +310,11 @@ class ScoreSettings:
 class Sampling:
     """How stage 1 samples responses."""
 
-    max_new_tokens: int = setting(128, "tokens of a response at most", positive_int)
-    temperature: float = setting(0.8, "0 is greedy", non_negative)
+    max_new_tokens: int = setting(128, "tokens per response at most", positive_int)
+    temperature: float = setting(0.8, "sampling temperature; 0 is greedy", non_negative)
     top_p: float = setting(0.95, "sample from the most likely tokens that together have this probability", non_negative)
     num_return_sequences: int = setting(1, "responses per prompt", number(int, 1, "an integer from 1 to 1000", 1000))
-    seed: int = setting(0, "of the sampling", seed_int)
+    seed: int = setting(0, "seed of the sampling", seed_int)
     batch_size: int = setting(8, "prompts in a batch", positive_int)
 
     def __post_init__(self) -> None:

@@ -29,13 +29,12 @@ from logra.inputs.examples import build_examples, token_counts
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
 from logra.runtime import progress
-from logra.runtime.flags import RunFlags
 from logra.runtime.memory import available_memory, peak_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
 from logra.stages.calibrate import calibration_size
 from logra.stages.gradients import make_extractor
-from logra.stages.open_run import find_folder, load_model, new_settings, say_ranks
+from logra.stages.open_run import load_model, say_ranks
 from logra.store import layout_bytes
 
 SAMPLE = 1000  # documents that are tokenised
@@ -53,47 +52,34 @@ class DataSize(NamedTuple):
 
 
 def estimate(
-    flags: RunFlags, execution: Execution, trial_seconds: float | None, cache_dir: str | None, accelerator: Accelerator
-) -> None:
-    """Print what the run of a command line of extract_log.py needs; with trial_seconds, its hours too.
+    settings: RunSettings, folder: Path, kind: str, execution: Execution, trial_seconds: float | None,
+    cache_dir: str | None, accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """Print what a new run in `folder` with a Hessian of this kind needs; with trial_seconds, its hours too.
 
     Raises:
         ValueError: As extract_log.py.
     """
-    kind, settings = flags.hessian or "raw", new_settings(flags, execution, accelerator)
     settings.check_hessian(kind, kind)
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    tokenizer = model.load_tokenizer(settings.model_name, **hub)
+    config, tokenizer = (load(settings.model_name, **hub) for load in (model.load_config, model.load_tokenizer))
     batch_tokens = execution.batch_tokens or CPU_BATCH_TOKENS
-    run, weight_bytes, batch_bytes = empty_run(flags, settings, execution, tokenizer, batch_tokens)
+    with FakeTensorMode():
+        lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
+        described = model.describe(lm, "", tokenizer, settings)
+        say_ranks(described, settings)
+        run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
+        weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
+        batch_bytes = graph_bytes(lm, run.projected, batch_tokens, settings.block_size)
     documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
     size, sample = data_size(documents, tokenizer, settings)
-    run = with_examples(run, size.examples)
-
-    on_gpu = accelerator.device.type == "cuda"
+    run, on_gpu = with_examples(run, size.examples), accelerator.device.type == "cuda"
     say_layers(run)
     say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples of {len(documents):,} documents\n")
     say_disk(run, kind, size.bytes)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
     if trial_seconds:
-        tokens_per_second, loading_seconds = trial(run, execution, sample, trial_seconds, accelerator)
-        say_hours(run, size, tokens_per_second, loading_seconds, on_gpu)
-
-
-def empty_run(
-    flags: RunFlags, settings: RunSettings, execution: Execution, tokenizer: PreTrainedTokenizerBase, batch_tokens: int
-) -> tuple[RunDir, int, int]:
-    """Return the run without its examples, the bytes of its model's weights, and those of the graph of one batch."""
-    hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    config = model.load_config(settings.model_name, **hub)
-    with FakeTensorMode():
-        lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
-        described = model.describe(lm, "", tokenizer, settings)
-        say_ranks(described, settings)
-        record = RunRecord(settings, {"hessian": flags.hessian}, **described)
-        run = RunDir(find_folder(flags, must_exist=False), record)
-        weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
-        return run, weight_bytes, graph_bytes(lm, run.projected, batch_tokens, settings.block_size)
+        say_hours(run, size, *trial(run, execution, sample, trial_seconds, accelerator), on_gpu)
 
 
 def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, length: int) -> int:

@@ -25,12 +25,11 @@ from logra.inputs.documents import load_documents
 from logra.inputs.examples import build_examples
 from logra.loss import IGNORE
 from logra.projection import Projection
-from logra.runtime.flags import RunFlags
 from logra.runtime.memory import available_memory
 from logra.runtime.progress import bar, say
 from logra.runtime.settings import Execution, RunSettings
 from logra.stages.gradients import Extractor
-from logra.stages.open_run import load_model, new_settings
+from logra.stages.open_run import load_model
 
 MAX_RANK = 64
 CHECKED_LAYERS = 3  # layers whose C is built: the first, the middle and the last one
@@ -41,14 +40,13 @@ COPY_BYTES = 24  # bytes per parameter that a float64 copy of the model and its 
 
 
 def verify(
-    flags: RunFlags, execution: Execution, examples: int, cache_dir: str | None, accelerator: Accelerator
+    settings: RunSettings, execution: Execution, examples: int, cache_dir: str | None, accelerator: Accelerator
 ) -> None:
     """Print how far the pipeline is from the plain loop, on the first examples of a command line of extract_log.py.
 
     Raises:
         ValueError: The difference is larger than rounding explains.
     """
-    settings = new_settings(flags, execution, accelerator)
     lm, tokenizer, _ = load_model(settings, execution, accelerator.device)
     shapes = model.choose_layers(lm, settings.mlp_only, settings.layers)
     rank_in, rank_out = (min(rank or MAX_RANK, MAX_RANK) for rank in (settings.rank_in, settings.rank_out))
