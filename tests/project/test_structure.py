@@ -8,7 +8,6 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 from helpers import SCRIPTS
 
@@ -98,7 +97,6 @@ def test_no_import_cycle():
     assert min(floors().values()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="10 floors: tools.tokens imports tools.report, score_files imports queries")
 def test_eight_floors_at_most():
     """Of imports, from the mathematics to the scripts."""
     assert max(floors().values()) <= 8, sorted(floors().items(), key=lambda pair: pair[1])
