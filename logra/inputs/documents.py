@@ -32,7 +32,7 @@ def load_documents(name: str, config: str | None, split: str, cache_dir: str | N
     except Exception as error:  # each loader raises exceptions of its own
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__ or error
-        reason = str(error).strip().split("\n")[0] or "it is empty"
+        reason = str(error).strip().split("\n")[0] or "there is nothing in it"
         raise ValueError(
             f"expected the split {split} of a data set in a local file or folder or on the Hub, got {name!r}, which "
             f"can't be loaded ({type(error).__name__}: {reason}); check the name, the file and the network"

@@ -14,10 +14,10 @@ def tokenizer():
     return make_tokenizer()
 
 
-def build(documents, tokenizer, tmp_path, num_proc=None, **choice):
+def build(documents, tokenizer, tmp_path, num_proc=None, **changes):
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
-    return examples.build_examples(documents, tokenizer, RunSettings(**choice), num_proc, work)
+    return examples.build_examples(documents, tokenizer, RunSettings(**{"block_size": 512} | changes), num_proc, work)
 
 
 def test_blocks_are_of_one_document(tokenizer, tmp_path):
