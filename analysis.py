@@ -27,7 +27,7 @@ def build_parser() -> flags.Parser:
     """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
     parser.add_argument("--log_dir", type=Path, help="the run's folder (the one with the newest scores under logs/)")
-    parser.add_argument("--split", help="only scores of this query set, as given to compute_influence.py")
+    parser.add_argument("--split", help="only scores of this query set, as given to compute_influence.py (any)")
     parser.add_argument("--top_k", type=positive_int, default=20, help="examples per query (20)")
     parser.add_argument(
         "--bottom", action="store_true", help="also list the lowest scores in top_k.* (the report always has them)"
@@ -37,7 +37,7 @@ def build_parser() -> flags.Parser:
         "--combine", choices=["sum", "max"], default="sum", help="a document's score from its examples' scores (sum)"
     )
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
-    parser.add_argument("--diagnose", action="store_true", help="also show Hessian, odd examples and duplicates")
+    parser.add_argument("--diagnose", action="store_true", help="also show spectra, unusual examples and duplicates")
     parser.add_argument("--tokens", action="store_true", help="show each token's share of the scores; runs the model")
     flags.add_common_flags(parser)
     return parser

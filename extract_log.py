@@ -2,7 +2,7 @@
 
     python extract_log.py --lora random --hessian ekfac --mlp_only --data_name pydoc --data_config short
 
-The long step. On several GPUs: accelerate launch --num_processes 8 --num_machines 1 --multi_gpu extract_log.py ...
+The slowest stage. On several GPUs: accelerate launch --num_processes 8 --num_machines 1 --multi_gpu extract_log.py ...
 To resume after a stop, run the same command again, on any number of processes.
 """
 
@@ -26,19 +26,19 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--num_proc", type=positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
     )
-    group.add_argument("--overwrite", action="store_true", help="delete the run's folder and begin anew")
+    group.add_argument("--overwrite", action="store_true", help="delete the run's folder and start again")
     group.add_argument(
         "--extend", action="store_true", help="add the documents of --data_name to the finished run in --log_dir"
     )
-    group = parser.add_argument_group("before the run (each one does nothing else)")
-    group.add_argument("--dry_run", action="store_true", help="print what the run needs")
+    group = parser.add_argument_group("before the run (with one of these, extract_log.py does nothing else)")
+    group.add_argument("--dry_run", action="store_true", help="print what the run needs: disk and memory")
     group.add_argument(
         "--trial", type=number(float, 1, "1 to 86400 seconds", 86400), nargs="?", const=30, metavar="SECONDS",
-        help="like --dry_run, with the predicted hours from extracting for so many seconds (off; 30 without a value)",
+        help="like --dry_run, and the hours predicted from so many seconds of extraction (off; 30 without a value)",
     )  # fmt: skip
     group.add_argument(
         "--verify", type=positive_int, nargs="?", const=4, metavar="EXAMPLES",
-        help="compare gradients, Hessians and scores of so many examples with plain autograd (off; 4 without a value)",
+        help="compare gradients, Hessians and scores of so many examples with autograd's (off; 4 without a value)",
     )  # fmt: skip
     return parser
 

@@ -11,10 +11,11 @@ STAGES = {"generate_llama3": 1, "generate": 1, "extract_log": 2, "compute_influe
 HEAD = """# All flags
 
 `python docs/make_flags.py` writes this page from the five scripts; `--help` of a script prints the same texts.
+[method.md](method.md) explains the terms.
 
 - Stages: 1 `generate_llama3.py` and `generate.py`, 2 `extract_log.py`, 3 `compute_influence.py`, 4 `analysis.py`.
-- The flags of the groups "the run" and "documents" are kept in `run.json`. A later command reads from there what you
-  leave out. What you give must be equal to it; if not, the command stops and names both values.
+- The flags of the groups "the run" and "documents" are kept in `run.json`. A later command takes the flags that you
+  leave out from there. A flag that you give must have the same value; if not, the command stops and names both values.
 - A preset sets several flags and prints them ([list](results.md#the-two-presets)). A flag that you give overrides it.
 - Whole numbers may be written as `1e9`. Flags cannot be abbreviated.
 """
@@ -34,16 +35,16 @@ def described(action: argparse.Action) -> tuple[str, str, str]:
 
 
 def render() -> str:
-    """Return the content of docs/flags.md; flags with the same meaning and values in several scripts are one row."""
-    rows: dict[tuple[str, str, str], tuple[str, dict[str, list[str]]]] = {}  # -> (group, {default: scripts})
+    """Return the content of docs/flags.md; equal flags of several scripts are one row."""
+    rows: dict[tuple[str | None, str, str, str], dict[str, list[str]]] = {}  # group, flag ... -> {default: scripts}
     for script in STAGES:
         groups = importlib.import_module(script).build_parser()._action_groups
         for group, action in ((g, a) for g in groups for a in g._group_actions if a.dest != "help"):
             meaning, default, values = described(action)
-            row = rows.setdefault((action.option_strings[0], meaning, values), (group.title, {}))
-            row[1].setdefault(default, []).append(f"{script}.py")
+            row = rows.setdefault((group.title, action.option_strings[0], meaning, values), {})
+            row.setdefault(default, []).append(f"{script}.py")
     tables: dict[str, str] = {}
-    for (flag, meaning, values), (title, defaults) in rows.items():
+    for (title, flag, meaning, values), defaults in rows.items():
         scripts = [script for names in defaults.values() for script in names]
         if title == "options":  # argparse's own group, for what a script puts into no other
             title = "In every script" if len(scripts) == len(STAGES) else f"Only in {scripts[0]}"

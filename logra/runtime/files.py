@@ -1,6 +1,6 @@
 """Atomic writes, JSON with a checksum, locks, and checks of files that may come from anyone.
 
-A file or folder is written under a temporary name and then renamed. So a reader finds it complete, or not at all.
+A file or folder is written under a temporary name and then renamed. So a reader finds it whole or not at all.
 """
 
 import hashlib
@@ -162,7 +162,7 @@ def parse_json(text: str | bytes) -> Any:
     """Return the content of JSON text.
 
     Raises:
-        ValueError: The text is no JSON, or nested too deeply for Python.
+        ValueError: The text is not JSON, or is nested too deeply for Python.
     """
     try:
         return json.loads(text)
@@ -174,7 +174,7 @@ def read_row(line: str) -> Any:
     """Return the value of one line of JSON Lines.
 
     Raises:
-        ValueError: The line is no JSON, or holds half of a surrogate pair, which UTF-8 can't encode.
+        ValueError: The line is not JSON, or holds half of a surrogate pair, which UTF-8 can't encode.
     """
     row = parse_json(line)
     json.dumps(row, ensure_ascii=False).encode()  # finds half surrogate pairs
@@ -212,7 +212,7 @@ def read_json(path: Path, remedy: str) -> dict:
     """Read a file of write_json.
 
     Raises:
-        ValueError: It is missing, is no JSON, or its checksum differs. The message ends with `remedy`.
+        ValueError: It is missing, is not JSON, or its checksum differs. The message ends with `remedy`.
     """
     if not path.is_file():
         raise ValueError(f"expected a JSON file {path}, got none; {remedy}")

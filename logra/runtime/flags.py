@@ -90,7 +90,7 @@ def read_settings(settings: Callable[..., T], args: argparse.Namespace) -> T:
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script."""
-    trust = "run the code in the model's folder; never read from run.json, each command needs it"
+    trust = "run code from the model's folder; never taken from run.json, so give it to each command"
     quiet = "print only errors; log.txt in the run's folder has the rest"
     parser.add_argument("--trust_remote_code", action="store_true", help=trust)
     parser.add_argument("--quiet", action="store_true", help=quiet)
@@ -102,7 +102,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "sets several flags and prints them; a flag that you give overrides it. best: most accurate per stored byte; "
     )
     preset += "paper: the setting of arXiv 2405.13954 (none)"
-    hessian = "Hessian of the run; another one of a finished run needs neither model nor data (raw)"
+    hessian = "kind of Hessian; for another one of a finished run, stage 2 needs neither model nor data (raw)"
     group = parser.add_argument_group("the run (a flag that is not given is read from run.json where there is one)")
     add_settings(group, RunSettings(), optional=True, skip=DATA_FIELDS)
     group.add_argument("--preset", choices=list(PRESETS), help=preset)
@@ -111,7 +111,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log_dir", help="folder of the run (logs/ and a name made from the flags)")
     group = parser.add_argument_group("documents (they belong to the run too)")
     add_settings(group, DataSettings(), optional=True)
-    group.add_argument("--cache_dir", help="where downloaded data sets are kept (the Hub's)")
+    group.add_argument("--cache_dir", help="folder of downloaded data sets (the Hub's cache)")
     add_common_flags(parser)
 
 
@@ -127,7 +127,7 @@ def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: P
     group = parser.add_argument_group("model and files")
     group.add_argument("--model_name", default=model, help="local folder or Hub id (%(default)s)")
     group.add_argument("--revision", help="commit, tag or branch of the model on the Hub (the newest)")
-    group.add_argument("--dtype", choices=list(FLOAT_DTYPES), help="of the model: float32 on a CPU, bfloat16 on a GPU")
+    group.add_argument("--dtype", choices=list(FLOAT_DTYPES), help="dtype of the model (float32; bfloat16 on a GPU)")
     group.add_argument(
         "--prompts", type=Path, default=prompts, help="a .txt with a prompt per line, or a .jsonl with id and prompt"
     )

@@ -81,7 +81,7 @@ class DataSettings:
     text_column: str = setting("text", "column that holds the text")
     max_examples: int | None = setting(None, "use at most this many examples (all)", positive_int)
     max_tokens: int = setting(10**9, "use at most this many tokens", positive_int)
-    shuffle_seed: int | None = setting(None, "use a random sample of the documents, with this seed (the first ones)",
+    shuffle_seed: int | None = setting(None, "take the documents in a random order, with this seed (the data's order)",
         seed_int)
     skip_bad_rows: bool = setting(False, "drop and count rows without text, instead of stopping")
     # fmt: on
@@ -102,24 +102,24 @@ class RunSettings(DataSettings):
     model_name: str = setting(DEFAULT_MODEL, "local folder or Hub id of a causal language model with nn.Linear or "
         "Conv1D layers, or the folder of a LoRA adapter")
     revision: str | None = setting(None, "commit, tag or branch of the model on the Hub (the newest)")
-    block_size: int = setting(None, "tokens per example at most (512, or the model's context)", positive_int)
+    block_size: int = setting(None, "at most this many tokens per example (512, or the model's context)", positive_int)
     pack: bool = setting(False, "join documents into full blocks")
-    train_loss: str = setting("all", "tokens that count; response needs rows of prompt and response, or of messages",
+    train_loss: str = setting("all", "tokens that count in the loss; response needs prompt and response, or messages",
         choices=["all", "response"])
     lora: str = setting("random", "projection of the gradients", choices=["random", "pca", "none"])
     rank_in: int | None = setting(64, "projected size of a layer's inputs", positive_int)
     rank_out: int | None = setting(64, "projected size of a layer's output gradients", positive_int)
     bytes_per_example: int | None = setting(None, "instead of a rank: the highest rank whose stored gradients take at "
-        "most this many bytes per example, all layers together", positive_int)
-    basis: str = setting(None, "eigen: store gradients in the Hessian's eigenbasis (eigen for kfac, ekfac, int8, "
-        "int4, int1, none; else projected)", choices=["projected", "eigen"])
+        "most this many bytes per example, all layers together (off)", positive_int)
+    basis: str = setting(None, "eigen: store gradients in the Hessian's eigenbasis (eigen for --hessian kfac, ekfac "
+        "and --store_dtype int8, int4, int1, none; else projected)", choices=["projected", "eigen"])
     calibration_examples: int | None = setting(None, "examples that the eigenbasis is computed from (a quarter of "
         "all, 64 to 2048)", positive_int)
     mlp_only: bool = setting(False, "track only the MLP layers")
     layers: str | None = setting(None, "track only layers whose name matches this regular expression (all but "
         "embedding and head)", pattern, metavar="PATTERN")
-    shard_examples: int | None = setting(None, "examples per shard; a crash loses at most the shards in progress "
-        "(chosen from their size)", positive_int)
+    shard_examples: int | None = setting(None, "examples per shard (file of gradients); a crash loses at most "
+        "the shards in progress (chosen from their size)", positive_int)
     dtype: str = setting(None, "dtype of the model (float32; bfloat16 on a GPU)", choices=list(FLOAT_DTYPES))
     quantize: str | None = setting(None, "load the weights in 8 or 4 bits; needs bitsandbytes and a GPU (off)",
         choices=["8bit", "4bit"])
@@ -247,11 +247,11 @@ class Execution:
     """
 
     # fmt: off
-    batch_tokens: int | None = setting(None, "tokens per batch, with padding; auto: tries what fits and is fastest "
+    batch_tokens: int | None = setting(None, "tokens per batch, with padding; auto: find the fastest size that fits "
         "(1024; auto on a GPU)", positive_int_or_auto)
-    batch_size: int | None = setting(None, "examples in a batch at most (no limit)", positive_int)
-    gradient_checkpointing: bool = setting(False, "keep only each block's input and run the block twice: less memory, "
-        "a third slower")
+    batch_size: int | None = setting(None, "at most this many examples in a batch (no limit)", positive_int)
+    gradient_checkpointing: bool = setting(False, "keep only each transformer block's input, run the block twice: "
+        "less memory, a third slower")
     fsdp: bool = setting(False, "shard the model over the processes (FSDP2)")
     device_map: str | None = setting(None, "auto: spread the model over GPUs, main memory and disk (off)",
         choices=["auto"])
@@ -265,7 +265,7 @@ class QuerySettings:
 
     # fmt: off
     split: str = setting("generated", "queries: generated (stage 1's file), train, validation, test, or a .jsonl file")
-    query_loss: str = setting("response", "tokens of a query that count", choices=["response", "all"])
+    query_loss: str = setting("response", "tokens of a query that count in the loss", choices=["response", "all"])
     max_queries: int | None = setting(None, "use at most this many queries (all)", positive_int)
     group_by: str | None = setting(None, "queries with the same value in this column are one query: their mean "
         "gradient (off)", metavar="COLUMN")
@@ -277,20 +277,20 @@ class ScoreSettings:
     """Which scores to compute."""
 
     # fmt: off
-    mode: str = setting("dot", "dot: the influence; cosine: divided by the root of the example's self-influence; l2: "
-        "minus half of it", choices=MODES)
-    damping: Sequence[float] | None = setting(None, "lambda in units of the layer's mean eigenvalue; several in one "
-        "pass (0.1 for raw, 0.2 for int1, else 0.01)", positive, nargs="+")
+    mode: str = setting("dot", "dot: the influence; cosine: dot divided by the root of the example's self-influence; "
+        "l2: dot minus half of it", choices=MODES)
+    damping: Sequence[float] | None = setting(None, "lambda, in units of the layer's mean eigenvalue; several "
+        "are scored in one pass (0.1 for raw, 0.2 for int1, else 0.01)", positive, nargs="+")
     damping_absolute: Sequence[float] | None = setting(None, "lambda itself, instead of --damping (off)", positive,
         nargs="+")
     score_layers: str | None = setting(None, "use only layers whose name matches this regular expression (all)",
         pattern, metavar="PATTERN")
     layerwise: bool = setting(False, "also write the dot scores of each transformer block")
-    self_influence: bool = setting(False, "also write self_influence.npy [N]")
+    self_influence: bool = setting(False, "also write each example's self-influence, self_influence.npy")
     top_k_only: int | None = setting(None, "keep only the K highest and K lowest scores of each query, no scores.npy "
         "(off)", positive_int, metavar="K")
-    query_rank: int | None = setting(None, "with --store_dtype none: keep R singular values of each query in a layer, "
-        "so that more queries fit (all)", positive_int, metavar="R")
+    query_rank: int | None = setting(None, "with --store_dtype none: keep R singular values of each query in each "
+        "layer, so that more queries fit in memory (all)", positive_int, metavar="R")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -310,7 +310,7 @@ class ScoreSettings:
 class Sampling:
     """How stage 1 samples responses."""
 
-    max_new_tokens: int = setting(128, "tokens per response at most", positive_int)
+    max_new_tokens: int = setting(128, "at most this many tokens per response", positive_int)
     temperature: float = setting(0.8, "sampling temperature; 0 is greedy", non_negative)
     top_p: float = setting(0.95, "sample from the most likely tokens that together have this probability", non_negative)
     num_return_sequences: int = setting(1, "responses per prompt", number(int, 1, "an integer from 1 to 1000", 1000))

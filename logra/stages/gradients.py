@@ -102,7 +102,7 @@ class Extractor:
 
     Args:
         model: A model of transformers.
-        capture: Of the model, entered.
+        capture: A capture of the model, inside its `with` block.
         batch_tokens: Tokens in a batch at most, padding included. A longer example is a batch of its own.
         batch_size: Examples in a batch at most.
         sharded: The model is sharded over the ranks (runtime.fsdp.shard). Every rank calls the same methods.

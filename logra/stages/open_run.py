@@ -20,7 +20,7 @@ from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettin
 
 
 def run_name(settings: RunSettings) -> str:
-    """Return the folder name of a run: model, data, projection and layers."""
+    """Return the folder name of a run: model, data, projection, basis, layers and store type."""
     projection = settings.lora
     if settings.bytes_per_example:
         projection += f"{settings.bytes_per_example}B"

@@ -29,7 +29,7 @@ class Ranking(NamedTuple):
     """Examples or documents in the order of their scores.
 
     Attributes:
-        examples: Example ids [n]; of a document the example at its end of the ranking.
+        examples: Example ids [n]; for a document, the id of its first example in the ranking.
         scores: [n].
         counts: Number of examples that each score stands for, [n].
     """
@@ -57,7 +57,7 @@ def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def newest_scores(log_dir: Path | None, split: str | None) -> Path:
-    """Return the folder of the newest scores; with log_dir of this run, with split of this query set.
+    """Return the folder of the newest scores: only of the run log_dir and of the query set split, where they are given.
 
     Raises:
         ValueError: There are no such scores.

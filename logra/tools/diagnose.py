@@ -22,7 +22,7 @@ from logra.stages.score_files import ScoreRecord, SelfInfluence
 MAX_ROWS = 10
 RAW_LAYERS = 3  # layers whose C is decomposed for the Hessian raw: the first, the middle and the last one
 SKETCH_SIZE = 16  # random directions in which examples are compared
-NEIGHBOURS = 64  # each example is compared with so many that are nearest in the first direction
+NEIGHBOURS = 64  # each example is compared with this many, the nearest in the first direction
 MAX_RELATIVE_DIFFERENCE = 0.02  # between equal gradients; batches and few bits round them
 
 

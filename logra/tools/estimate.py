@@ -39,7 +39,7 @@ from logra.store import layout_bytes
 
 SAMPLE = 1000  # documents that are tokenised
 PROCESSES = (1, 2, 4, 8)
-TRIAL_EXAMPLES = 16  # examples between two looks at the clock
+TRIAL_EXAMPLES = 16  # examples between two readings of the clock
 
 
 class DataSize(NamedTuple):
