@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     kind = open_run.usable_hessian(run, args.hessian)
     dampings = score_settings.dampings(kind, run.settings.store_dtype)
     layers = run.matching_layers(score_settings.score_layers)
-    lm, tokenizer, described = open_run.load_model(run.settings, execution, accelerator.device)
+    lm, tokenizer, described = open_run.load_model(run.settings, execution, accelerator)
     run.check_model(described)
     context = model.context_length(lm.config)
     name, queries = load_queries(query_settings, run.settings, tokenizer, context, args.cache_dir)

@@ -96,7 +96,7 @@ def set_up(
     execution: Execution, accelerator: processes.Accelerator,
 ) -> tuple[nn.Module, RunDir]:  # fmt: skip
     """Load the model, and write what is missing of run.json, train/ (or an extension) and projections.safetensors."""
-    lm, tokenizer, described = open_run.load_model(settings, execution, accelerator.device)
+    lm, tokenizer, described = open_run.load_model(settings, execution, accelerator)
     open_run.say_ranks(described, settings)
     if run:
         run.check_model(described)

@@ -21,6 +21,7 @@ import random
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -191,7 +192,7 @@ def run_script(argv: list[str], tree: Path, folder: Path, stem: Path) -> None:
     """Be `python argv` in a folder, with what is printed in <stem>.out and .err; the rest of a process's life."""
     os.chdir(folder)
     for number, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(stem.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(stem.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     sys.argv, sys.path[0] = argv, str(tree)
     runpy.run_path(argv[0], run_name="__main__")
 
@@ -208,7 +209,7 @@ def run_steps(tree: Path, folder: Path, case: tuple[str, ...], bar: tqdm) -> str
             with open(stem.with_suffix(".out"), "w") as out, open(stem.with_suffix(".err"), "w") as err:
                 status = subprocess.run([*LAUNCH, *argv], cwd=folder, stdout=out, stderr=err).returncode
         else:
-            process = SERVER.Process(target=run_script, args=(argv, tree, folder, stem))
+            process = SERVER.Process(target=run_script, args=(argv, tree, folder, stem), daemon=True)
             process.start()
             process.join()
             status = process.exitcode
@@ -323,4 +324,5 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends too
     sys.exit(main(build_parser().parse_args()))

@@ -69,7 +69,10 @@ def _score_layer(
         blocks = _unpacked_blocks(stored, scale, bits, k, "cpu") if quadratic_forms else ()
         parts = [[form(z) for form in quadratic_forms] for z in blocks]
         return dots, [torch.cat(values) for values in zip(*parts, strict=True)]
-    blocks = [stored.to(query)] if bits is None else _unpacked_blocks(stored, scale, bits, k, query.device)
+    if bits is None:
+        z = stored.to(query)
+        return z @ query.T, [form(z) for form in quadratic_forms]
+    blocks = _unpacked_blocks(stored, scale, bits, k, query.device)
     parts = [[z @ query.T, *(form(z) for form in quadratic_forms)] for z in blocks]
     dots, *self_influences = (torch.cat(values) for values in zip(*parts, strict=True))
     return dots, self_influences

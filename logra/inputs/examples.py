@@ -83,6 +83,8 @@ def _tokenise(
     Returns:
         Tokenised slices (blocks; with `pack` whole documents), and the number of dropped rows.
     """
+    response = settings.train_loss == "response"
+    form, columns = row_form(documents.column_names, settings.text_column, response)
     max_tokens, max_examples = settings.max_tokens or np.inf, settings.max_examples or np.inf
     if settings.pack:  # the number of examples is not known yet
         max_tokens, max_examples = min(max_tokens, max_examples * settings.block_size), np.inf
@@ -94,12 +96,12 @@ def _tokenise(
     with progress.bar(total=settings.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE_DOCUMENTS):
             row_numbers = order[start : start + SLICE_DOCUMENTS]
-            rows = _rows_with_text(documents, row_numbers, settings, first_row)
+            rows = _rows_with_text(documents, row_numbers, form, columns, settings, first_row)
             dropped_rows += len(row_numbers) - len(rows)
             if len(rows) == 0:
                 continue
             cache = str(work / f"part-{start // SLICE_DOCUMENTS:06d}.arrow")
-            arguments = {"tokenizer": tokenizer, "settings": settings}
+            arguments = {"form": form, "columns": columns, "tokenizer": tokenizer, "settings": settings}
             options = map_options | {"fn_kwargs": arguments, "remove_columns": rows.column_names}
             blocks = rows.map(_to_blocks, cache_file_name=cache, **options)
             slices.append(blocks)
@@ -111,13 +113,15 @@ def _tokenise(
     return slices, dropped_rows
 
 
-def _row_form(column_names: list[str], settings: RunSettings) -> tuple[str, tuple[str, ...]]:
-    return row_form(column_names, settings.text_column, settings.train_loss == "response")
-
-
-def _rows_with_text(documents: Dataset, row_numbers: np.ndarray, settings: RunSettings, first_row: int) -> Dataset:
+def _rows_with_text(
+    documents: Dataset,
+    row_numbers: np.ndarray,
+    form: str,
+    columns: tuple[str, ...],
+    settings: RunSettings,
+    first_row: int,
+) -> Dataset:
     """Return those of the given rows that hold text, with their document ids. Refuse the others, or drop them."""
-    form, columns = _row_form(documents.column_names, settings)
     selected = documents.select(row_numbers)
     ids = selected["id"][:] if "id" in documents.column_names else (row_numbers + first_row).tolist()
     if None in ids:
@@ -142,9 +146,10 @@ def _has_blank_rows(data_name: str) -> bool:
     return "wikitext" in name or name.endswith(".txt")
 
 
-def _to_blocks(batch: dict, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> dict:
+def _to_blocks(
+    batch: dict, form: str, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, settings: RunSettings
+) -> dict:
     """Tokenise a batch of rows and cut each document into blocks (with `pack` one block), for Dataset.map."""
-    form, columns = _row_form(list(batch), settings)
     response = settings.train_loss == "response"
     blocks: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
     encoded = encode_rows(form, tokenizer, list(zip(*(batch[column] for column in columns), strict=True)))

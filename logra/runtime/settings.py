@@ -1,7 +1,8 @@
 """The settings of every stage as frozen dataclasses: documents, run, execution, queries, scores, sampling.
 
-Each field is also a flag of the command line. Its default, type, choices and help are defined here alone: flags.py
-makes the parsers from the fields, and run.json stores RunSettings. Settings are complete before a stage starts.
+Each field made by `setting` is also a flag of the command line. Its type, choices, help and default (Sampling's are the
+scripts') are defined here alone: flags.py makes the parsers from the fields, and run.json stores RunSettings. Settings
+are complete before a stage starts.
 """
 
 import argparse
@@ -302,8 +303,9 @@ class ScoreSettings:
     def dampings(self, hessian: str, store_dtype: str) -> list[Damping]:
         """Return the dampings of the flags, or the default for this Hessian and store type."""
         if self.damping_absolute:
-            return [Damping(None, value) for value in self.damping_absolute]
-        return [Damping(value, None) for value in self.damping or [default_damping(hessian, store_dtype)]]
+            return [Damping(None, value) for value in dict.fromkeys(self.damping_absolute)]
+        relative = self.damping or [default_damping(hessian, store_dtype)]
+        return [Damping(value, None) for value in dict.fromkeys(relative)]
 
 
 @dataclass(frozen=True)

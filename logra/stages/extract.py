@@ -177,8 +177,15 @@ def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Exec
     capturing = GradientCapture(lm, projections, factors=True, squares_only=run.squares_only)
     with capturing as capture, bar, ThreadPoolExecutor(1) as writer:
         extractor = make_extractor(lm, capture, execution, run)
-        writing: Future | None = None
+        writing: list[Future] = []
         bytes_written = 0
+
+        def wait_for_writer() -> None:
+            nonlocal bytes_written
+            if writing:
+                bytes_written += writing.pop().result()
+                bar.set_postfix_str(f"{bytes_written / 1e9:.3g} GB written")
+
         for index in own_shards:
             ids = run.shards[index]
             rows = examples[ids.start : ids.stop]
@@ -186,13 +193,10 @@ def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Exec
             gradients = extractor.gradients(
                 rows["input_ids"], rows.get("counted"), ids.start, store_dtype, bar.update, score_error
             )
-            if writing:
-                bytes_written += writing.result()
-                bar.set_postfix_str(f"{bytes_written / 1e9:.3g} GB written")
-            writing = writer.submit(_write_shard, run.shard(index), gradients)
+            wait_for_writer()
+            writing.append(writer.submit(_write_shard, run.shard(index), gradients))
         extractor.finish()
-        if writing:
-            writing.result()
+        wait_for_writer()
     return sum(tokens.values())
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from accelerate import Accelerator
 from torch import nn
@@ -40,9 +39,9 @@ def find_folder(flags: RunFlags, must_exist: bool) -> Path:
 
     If it must exist and does not, the run may have been started with a Hessian that has the other basis.
     """
+    settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")  # refuses contradictions
     if flags.log_dir:
         return Path(flags.log_dir)
-    settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")
     folder = Path("logs") / run_name(settings)
     if must_exist and "basis" not in flags.user_flags and not (folder / "run.json").exists():
         other_basis = "projected" if settings.basis == "eigen" else "eigen"
@@ -135,7 +134,9 @@ def new_settings(flags: RunFlags, execution: Execution, accelerator: Accelerator
     Raises:
         ValueError: Flags exclude one another, or block_size is above the model's context.
     """
-    settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")
+    kind = flags.hessian or "raw"
+    settings = RunSettings.from_user_flags(flags.user_flags, kind)
+    settings.check_hessian(kind, kind)
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     with accelerator.main_process_first():  # the embedded model is converted once
         context = model.context_length(model.load_config(settings.model_name, **hub))
@@ -156,14 +157,16 @@ def say_ranks(described: dict[str, Any], settings: RunSettings) -> None:
 
 
 def load_model(
-    settings: RunSettings, execution: Execution, device: torch.device
+    settings: RunSettings, execution: Execution, accelerator: Accelerator
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
     """Return a run's model, its tokenizer, and their entries in run.json (see inputs.model.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
         raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
     name, dtype = settings.model_name, FLOAT_DTYPES[settings.dtype]
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    tokenizer = model.load_tokenizer(name, **hub)
+    device = accelerator.device
+    with accelerator.main_process_first():  # one rank converts the embedded model
+        tokenizer = model.load_tokenizer(name, **hub)
     if execution.fsdp:
         lm, weights_hash = model.load_sharded_model(name, dtype, device, **hub)
     else:

@@ -82,6 +82,7 @@ def read_record(folder: Path, run: RunDir) -> ScoreRecord:
     try:
         record = ScoreRecord.from_json(content, run.layers)
         same_examples = RunDir(folder, record.log).fingerprints == run.fingerprints
+        same_examples = same_examples and record.num_examples == run.examples
     except (ValueError, TypeError):
         same_examples = False
     if not same_examples:
@@ -206,9 +207,10 @@ def ranked_rows(
         values: All scores of the query (see percentile_and_z_score).
     """
     ids, scores, counts = (getattr(ranking, name)[:count].tolist() for name in ("examples", "scores", "counts"))
-    places = percentile_and_z_score(ranking.scores[:count], values)
+    places, columns = percentile_and_z_score(ranking.scores[:count], values), examples[ids]
     rows = []
-    for n, example in enumerate(examples.select(ids)):
+    for n in range(len(ids)):
+        example = {name: column[n] for name, column in columns.items()}
         row = {"query": query["id"], "side": side, "rank": n + 1, "score": scores[n], "example": ids[n]}
         row |= {"examples": counts[n]} | places[n] | {"document": example["document_id"], "block": example.get("block")}
         row |= {"documents": example["document_ids"]} if "document_ids" in example else {}

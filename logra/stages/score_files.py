@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -83,7 +83,7 @@ class ScoreRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of run.json."""
-        content = asdict(self) | {"log": self.log.to_json()}
+        content = vars(self) | {"log": self.log.to_json()}
         return {name: value for name, value in content.items() if name != "blocks" or value is not None}
 
     @property

@@ -138,7 +138,7 @@ def trial(
 ) -> tuple[float, float]:
     """Load the model and extract gradients for some seconds; return tokens per second, and seconds of loading."""
     begin = time.perf_counter()
-    lm, _, _ = load_model(run.settings, execution, accelerator.device)
+    lm, _, _ = load_model(run.settings, execution, accelerator)
     loading_seconds = time.perf_counter() - begin
     projections = projection.draw(run.shapes, run.projected, run.settings.seed)
     bar = progress.bar(desc="trial", unit="tok", unit_scale=True, leave=False)

@@ -48,7 +48,7 @@ class TokenSplitter:
     def __init__(self, run: RunDir, scores: ScoreRecord, trust_remote_code: bool, accelerator: Accelerator):
         self.run, self.mode = run, scores.mode
         execution = Execution(CPU_BATCH_TOKENS, trust_remote_code=trust_remote_code)
-        self.lm, self.tokenizer, described = load_model(run.settings, execution, accelerator.device)
+        self.lm, self.tokenizer, described = load_model(run.settings, execution, accelerator)
         run.check_model(described)
         self.grouped = scores.group_by is not None
         query_settings = QuerySettings(

@@ -47,7 +47,7 @@ def verify(
     Raises:
         ValueError: The difference is larger than rounding explains.
     """
-    lm, tokenizer, _ = load_model(settings, execution, accelerator.device)
+    lm, tokenizer, _ = load_model(settings, execution, accelerator)
     shapes = model.choose_layers(lm, settings.mlp_only, settings.layers)
     rank_in, rank_out = (min(rank or MAX_RANK, MAX_RANK) for rank in (settings.rank_in, settings.rank_out))
     projected = projection.projected_shapes(shapes, rank_in, rank_out)

@@ -20,6 +20,14 @@ def build(documents, tokenizer, tmp_path, num_proc=None, **changes):
     return examples.build_examples(documents, tokenizer, RunSettings(**{"block_size": 512} | changes), num_proc, work)
 
 
+def test_responses_are_read_from_their_own_columns(tokenizer, tmp_path):
+    """Also where --text_column names the column that holds the documents' ids later."""
+    rows = Dataset.from_list([{"prompt": "the old mill", "response": " ran past"}])
+    options = {"train_loss": "response", "text_column": "document_id"}
+    found, _ = build(rows, tokenizer, tmp_path, **options)
+    assert found["text"][:] == ["the old mill ran past"]
+
+
 def test_blocks_are_of_one_document(tokenizer, tmp_path):
     """Joined again, the blocks of a document are its tokens; ids follow the data's order."""
     texts = make_texts(15)

@@ -29,7 +29,7 @@ def test_commands():
     """Those of benchmarks/README.md and of the docstrings."""
     table = (ROOT / "benchmarks/README.md").read_text()
     commands = [part for part in table.split("`") if part.startswith("python benchmarks/")]
-    names = (*TINY, "peers", "kronfluence_compare", "soak", "kills", "bit_flips")
+    names = (*TINY, "peers", "kronfluence_compare", "soak", "kills", "bit_flips", "compare_commits")
     commands += [
         line.strip()
         for name in names

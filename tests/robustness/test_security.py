@@ -380,6 +380,7 @@ def test_a_run_behind_a_link(cli, run):
         {"layers": []},
         {"layers": ["no.such.layer"]},
         {"num_queries": -1},
+        {"num_examples": 3},
         {"group_by": 3},
         {"damping": "0.1"},
         {"top_k_only": 0},
@@ -394,6 +395,15 @@ def test_scores_of_someone_else(cli, run, changes):
     """Wrong types, sizes and names in the run.json of scores; --tokens reads the most of it."""
     edit(next(run.glob("scores/*/run.json")), **changes)
     refused(cli("analysis", "--log_dir", "log", "--tokens", "--diagnose"), "expected", "log")
+
+
+def test_nested_arguments_of_someone_else(cli, run):
+    """Python's recursion ends earlier than the JSON reader's: what a run was started with is copied, not walked."""
+    nested: list = []
+    for _ in range(600):
+        nested = [nested]
+    edit(run / "run.json", arguments__nested=nested)
+    assert cli("compute_influence", *QUERY)[0] == 0
 
 
 @pytest.mark.parametrize("name", ["scores.npy", "layer_scores.npy"])
@@ -475,7 +485,7 @@ def test_files_have_the_users_permissions(cli, tiny, workspace, umask):
 
 def test_nothing_is_reported():
     """Telemetry is off before a package of the Hub can have read that; the scripts import none of them before logra."""
-    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"
     for script in SCRIPTS:
         modules = []
         for node in ast.parse((ROOT / f"{script}.py").read_text()).body:
