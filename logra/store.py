@@ -94,7 +94,7 @@ def save_tensors(path: Path, layout: Layout, tensors: dict[str, Tensor], tag: st
     """
     if tensors.keys() != layout.keys():
         raise ValueError(f"expected the tensors {', '.join(layout)} for {path}, got {', '.join(tensors)}")
-    with atomic(path, tag) as temporary_path:
+    with atomic(path, tag, parents=False) as temporary_path:
         return write_tensors(temporary_path, layout, (tensors[name] for name in layout))
 
 
@@ -277,7 +277,7 @@ class Shard(NamedTuple):
         manifest: dict = {"first_example": self.ids.start, "examples": len(self.ids)} | entries
         for kind, tensors in (("gradients", grads), ("factors", factors)):
             manifest[kind] = save_tensors(self.path(kind), self.layouts[kind], tensors)
-        write_json(self.path("manifest"), manifest)
+        write_json(self.path("manifest"), manifest, parents=False)
         return sum(self.path(kind).stat().st_size for kind in ("gradients", "factors", "manifest"))
 
     def open(self, kind: str = "gradients") -> TensorFile:

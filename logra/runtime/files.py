@@ -36,17 +36,19 @@ def temporary_path(path: Path, tag: str = "") -> Path:
 
 
 @contextmanager
-def atomic(path: Path, tag: str = "") -> Iterator[Path]:
+def atomic(path: Path, tag: str = "", parents: bool = True) -> Iterator[Path]:
     """Yield a temporary path. If the block succeeds, flush it to the disk and rename it to `path`, else delete it.
 
     Args:
         path: A file, or a folder.
         tag: Part of the temporary name. Processes that write to the same path at once give different tags.
+        parents: Create all missing folders above `path`. False: only the last one, so that a run's folder that someone
+            removes at this moment does not come back with a part of its files.
 
     Raises:
         ValueError: A folder would replace a file, or a file a folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=parents, exist_ok=True)
     replaces_folder, temporary = path.is_dir(), temporary_path(path, tag)
     remove(temporary)
     try:
@@ -135,9 +137,9 @@ def _checksum(content: dict) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def write_json(path: Path, content: dict, tag: str = "") -> None:
-    """Write JSON atomically, with a checksum of its content. For `tag` see atomic."""
-    with atomic(path, tag) as temporary:
+def write_json(path: Path, content: dict, tag: str = "", parents: bool = True) -> None:
+    """Write JSON atomically, with a checksum of its content. For `tag` and `parents` see atomic."""
+    with atomic(path, tag, parents) as temporary:
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 

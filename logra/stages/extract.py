@@ -202,7 +202,6 @@ def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Exec
 
 def _write_shard(shard: Shard, gradients: HostGradients) -> int:
     """Write one shard; return its bytes."""
-    shard.folder.mkdir(exist_ok=True)  # not its parents: another command may have removed the run's folder
     grads, factors = gradients.wait()
     if gradients.score_error is None:
         return shard.write(grads, factors)

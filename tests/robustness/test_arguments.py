@@ -196,7 +196,18 @@ def test_contradictions(cli, small, script):
 
 def test_dampings_that_are_close_are_two(cli, small):
     """A folder and a self-influence of its own for each, however little they differ; a repeated one is one."""
-    flags = ("--log_dir", "log", "--split", "queries.jsonl", "--mode", "cosine", "--damping", "0.1", "0.10000001", "0.1")
+    flags = (
+        "--log_dir",
+        "log",
+        "--split",
+        "queries.jsonl",
+        "--mode",
+        "cosine",
+        "--damping",
+        "0.1",
+        "0.10000001",
+        "0.1",
+    )
     assert cli("compute_influence", *flags)[0] == 0
     assert {path.name.rpartition("-")[2] for path in Path("log/scores").glob("*/")} == {"0.1", "0.10000001"}
 

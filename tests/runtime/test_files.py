@@ -1,4 +1,4 @@
-"""Locks."""
+"""Locks, and files that are written whole."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from logra import store
 from logra.runtime import files
 
 
@@ -37,3 +38,13 @@ def test_a_lock_of_another_host(tmp_path, monkeypatch):
     thread.join()
     with files.locked(path, "log"):
         assert "host=elsewhere" not in path.read_text()
+
+
+def test_a_folder_that_was_removed_does_not_come_back(tmp_path):
+    """A shard of a run whose folder is gone is an error; it makes no folder with a part of the run."""
+    shard = store.Shard(tmp_path / "log/gradients", 0, range(2), {"gradients": {}, "factors": {}})
+    with pytest.raises(FileNotFoundError):
+        shard.write({}, {})
+    assert not (tmp_path / "log").exists()
+    (tmp_path / "log").mkdir()
+    assert shard.write({}, {}) > 0
