@@ -60,7 +60,6 @@ def estimate(
     Raises:
         ValueError: As extract_log.py.
     """
-    settings.check_hessian(kind, kind)
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     config, tokenizer = (load(settings.model_name, **hub) for load in (model.load_config, model.load_tokenizer))
     batch_tokens = execution.batch_tokens or CPU_BATCH_TOKENS
