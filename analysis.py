@@ -114,7 +114,8 @@ def add_token_shares(
     """Run the model on the examples shown, and add each token's share of the scores."""
     from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
 
-    splitter = tokens.TokenSplitter(run, record, trust_remote_code, processes.start())
+    processes.start()
+    splitter = tokens.TokenSplitter(run, record, trust_remote_code)
     tokens.add_shares(queries, splitter, examples)
 
 

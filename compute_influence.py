@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     """Score every train example for every query."""
     run_flags, execution = flags.read_run_flags(args), flags.read_execution(args)
     query_settings, score_settings = flags.read_settings(QuerySettings, args), flags.read_settings(ScoreSettings, args)
-    accelerator = processes.start()
+    processes.start()
 
     # Open the run, its model and the queries
     run = open_run.find_run(open_run.find_folder(run_flags, must_exist=True), run_flags, must_exist=True)
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     kind = open_run.usable_hessian(run, args.hessian)
     dampings = score_settings.dampings(kind, run.settings.store_dtype)
     layers = run.matching_layers(score_settings.score_layers)
-    lm, tokenizer, described = open_run.load_model(run.settings, execution, accelerator)
+    lm, tokenizer, described = open_run.load_model(run.settings, execution)
     run.check_model(described)
     context = model.context_length(lm.config)
     name, queries = load_queries(query_settings, run.settings, tokenizer, context, args.cache_dir)
@@ -61,28 +61,26 @@ def main(args: argparse.Namespace) -> None:
     blocks = {layer: block_name(layer) if score_settings.layerwise else "" for layer in layers}
     task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
     num_blocks = len(record.blocks or ())
-    with score_files(base, dampings, shape, score_settings.top_k_only, num_blocks, accelerator) as files:
-        scorer = Scorer(task, lm, execution, self_influence, accelerator)
-        write_scores(scorer, groups, files, score_settings.mode, accelerator)
-        for s, file in enumerate(files) if accelerator.is_main_process else ():
+    with score_files(base, dampings, shape, score_settings.top_k_only, num_blocks) as files:
+        scorer = Scorer(task, lm, execution, self_influence)
+        write_scores(scorer, groups, files, score_settings.mode)
+        for s, file in enumerate(files) if processes.state().is_main_process else ():
             values = self_influence.values[s] if score_settings.self_influence else None
             file.describe(query_rows(queries), record, dampings[s], values)
-    accelerator.wait_for_everyone()
+    processes.state().wait_for_everyone()
     for damping in dampings:
         progress.say(f"{len(queries)} queries x {run.examples} examples in {base}-{damping.label}")
     progress.summary("analysis.py")
 
 
-def write_scores(
-    scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str, accelerator: processes.Accelerator
-) -> None:
+def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str) -> None:
     """Score the groups of queries and fill the files. A pass over all train examples scores what fits in memory."""
     self_influence = scorer.self_influence
     if self_influence:
-        self_influence.agree(accelerator)
-    for file in files if accelerator.is_main_process else ():
+        self_influence.agree()
+    for file in files if processes.state().is_main_process else ():
         file.create()
-    accelerator.wait_for_everyone()
+    processes.state().wait_for_everyone()
     for first in range(0, len(groups), scorer.queries_per_pass):
         batch = groups[first : first + scorer.queries_per_pass]
         scores = progress.bar(scorer.score(batch), total=len(scorer.own_shards), desc="scoring", unit="shard")
@@ -96,10 +94,10 @@ def write_scores(
                 values = self_influence.values[s, ids.start : ids.stop] if self_influence else None
                 file.put(first, ids, influence.scores_of_mode(sum(block_dots), values, mode), block_dots)
         if self_influence and not self_influence.complete:
-            self_influence.save(accelerator)
+            self_influence.save()
     for file in files:
-        file.close(accelerator)
-    accelerator.wait_for_everyone()
+        file.close()
+    processes.state().wait_for_everyone()
 
 
 def describe_scores(

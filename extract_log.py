@@ -50,42 +50,43 @@ def main(args: argparse.Namespace) -> None:
             "expected --extend with --log_dir and --data_name, and not --overwrite; give the run and the data"
         )
     run_flags, execution = flags.read_run_flags(args), flags.read_execution(args)
-    accelerator, folder = processes.start(), open_run.find_folder(run_flags, must_exist=args.extend)
+    processes.start()
+    folder = open_run.find_folder(run_flags, must_exist=args.extend)
     if args.verify or args.dry_run or args.trial:
-        settings = open_run.new_settings(run_flags, execution, accelerator)
+        settings = open_run.new_settings(run_flags, execution)
         if args.verify:
-            verify.verify(settings, execution, args.verify, args.cache_dir, accelerator)
+            verify.verify(settings, execution, args.verify, args.cache_dir)
         else:
             kind = args.hessian or "raw"
-            estimate.estimate(settings, folder, kind, execution, args.trial, args.cache_dir, accelerator)
+            estimate.estimate(settings, folder, kind, execution, args.trial, args.cache_dir)
         return
 
-    with extract.locked(folder, accelerator):
+    with extract.locked(folder):
         # Find the run, or complete the settings of a new one
         run = open_run.find_run(folder, run_flags, must_exist=args.extend)
-        accelerator.wait_for_everyone()  # all ranks have looked before rank 0 writes
+        processes.state().wait_for_everyone()  # all ranks have looked before rank 0 writes
         if run:
             open_run.say_kept_settings(run, run_flags)
-        settings = run.settings if run else open_run.new_settings(run_flags, execution, accelerator)
+        settings = run.settings if run else open_run.new_settings(run_flags, execution)
         first_hessian = run.first_hessian if run else args.hessian or "raw"
         kind = args.hessian or first_hessian
         settings.check_hessian(kind, first_hessian)
         further = run_flags.documents if args.extend and not extract.has_documents(run, run_flags.documents) else None
 
         # Write examples, projections and gradients, unless all shards exist and are whole
-        pending = extract.unfinished_shards(run, accelerator) if run and not further else None
+        pending = extract.unfinished_shards(run) if run and not further else None
         tokens = 0
         if pending != []:
-            lm, run = set_up(args, folder, settings, run, further, execution, accelerator)
-            if accelerator.is_main_process:
+            lm, run = set_up(args, folder, settings, run, further, execution)
+            if processes.state().is_main_process:
                 extract.check_disk(run)
                 extract.check_hessian_memory(run, kind)
-            pending = extract.unfinished_shards(run, accelerator) if pending is None else pending
-            tokens = extract.write_shards(lm, run, pending, execution, accelerator)
+            pending = extract.unfinished_shards(run) if pending is None else pending
+            tokens = extract.write_shards(lm, run, pending, execution)
             del lm
 
         progress.keep_log(folder)
-        extract.write_hessian(kind, run, accelerator)
+        extract.write_hessian(kind, run)
     documents = sum(part.documents for part in run.parts)
     progress.say(f"{run.examples} examples of {documents} documents, Hessian {kind}, in {folder}")
     progress.summary("compute_influence.py with the same flags", tokens)
@@ -93,22 +94,22 @@ def main(args: argparse.Namespace) -> None:
 
 def set_up(
     args: argparse.Namespace, folder: Path, settings: RunSettings, run: RunDir | None, further: DataSettings | None,
-    execution: Execution, accelerator: processes.Accelerator,
+    execution: Execution,
 ) -> tuple[nn.Module, RunDir]:  # fmt: skip
     """Load the model, and write what is missing of run.json, train/ (or an extension) and projections.safetensors."""
-    lm, tokenizer, described = open_run.load_model(settings, execution, accelerator)
+    lm, tokenizer, described = open_run.load_model(settings, execution)
     open_run.say_ranks(described, settings)
     if run:
         run.check_model(described)
-    if accelerator.is_main_process and run:
+    if processes.state().is_main_process and run:
         extract.check_source(run)
-    if accelerator.is_main_process and (further or not run):
+    if processes.state().is_main_process and (further or not run):
         new_or_extended = run or RunDir(folder, RunRecord(settings, vars(args), **described))
         extract.write_train(new_or_extended, tokenizer, further, args.cache_dir, args.num_proc)
-    run = open_run.reload(folder, accelerator)
+    run = open_run.reload(folder)
     if run.record.projections is None:
-        calibrate.make_projections(lm, run, execution, accelerator)
-        run = open_run.reload(folder, accelerator)
+        calibrate.make_projections(lm, run, execution)
+        run = open_run.reload(folder)
     return lm, run
 
 

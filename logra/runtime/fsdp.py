@@ -68,17 +68,21 @@ class _RecordedAllGather(AllGather):
 class Lockstep:
     """Steps that all ranks take together, so that none waits for a rank without memory or without examples.
 
+    If the model is not sharded, each rank takes its own steps, and `any` and `largest` look at this rank alone.
+
     Args:
-        lm: A model of `shard`.
+        lm: A model, of `shard` or not sharded.
         run_empty_batch: Runs a batch without a loss. It makes the all-gathers of any batch.
     """
 
     def __init__(self, lm: nn.Module, run_empty_batch: Callable[[], object]):
         self.lm, self.gather = lm, _RecordedAllGather()
-        for module in lm.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(self.gather)
-        run_empty_batch()
+        sharded_modules = [module for module in lm.modules() if isinstance(module, FSDPModule)]
+        for module in sharded_modules:
+            module.set_custom_all_gather(self.gather)
+        self.sharded = bool(sharded_modules)
+        if self.sharded:
+            run_empty_batch()
         self.calls_of_a_step = self.gather.calls
 
     def step(self, batch: Callable[[], T]) -> T | None:
@@ -93,7 +97,7 @@ class Lockstep:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if result is None:
+        if result is None and self.sharded:
             self.lm.base_model.reset_iter_state()
             for size, dtype, device, group in self.calls_of_a_step[len(self.gather.calls) :]:
                 output = torch.zeros(size, dtype=dtype, device=device)
@@ -106,6 +110,8 @@ class Lockstep:
 
     def largest(self, value: float) -> float:
         """Return the largest value of all ranks."""
+        if not self.sharded:
+            return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.lm.get_input_embeddings().weight.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()

@@ -11,12 +11,12 @@ from datetime import timedelta
 
 import psutil
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import gather_object
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 
-def start() -> Accelerator:
+def start() -> None:
     """Connect the processes that accelerate launched. Without a GPU they run on the CPU and use gloo.
 
     Raises:
@@ -31,13 +31,15 @@ def start() -> Accelerator:
     if "RANK" in os.environ:
         end_with_parent()
         name_network_interface()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
+    connected = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout]).num_processes
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
-        raise ValueError(
-            f"expected {world} processes (WORLD_SIZE), got {accelerator.num_processes}; use accelerate launch"
-        )
-    return accelerator
+    if world != connected:
+        raise ValueError(f"expected {world} processes (WORLD_SIZE), got {connected}; use accelerate launch")
+
+
+def state() -> PartialState:
+    """Return this process's rank and device, and the number of processes. Without `start` there is one process."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def processes_here() -> int:
@@ -45,21 +47,21 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def share(count: int, accelerator: Accelerator) -> range:
+def share(count: int) -> range:
     """Return the indices of this rank's share of `count` items, such as shards."""
-    return range(accelerator.process_index, count, accelerator.num_processes)
+    return range(state().process_index, count, state().num_processes)
 
 
-def gather_list(mine: list, accelerator: Accelerator) -> list:
+def gather_list(mine: list) -> list:
     """Return the items of all ranks, in order of rank, on every rank."""
-    return gather_object(mine) if accelerator.num_processes > 1 else mine
+    return gather_object(mine) if state().num_processes > 1 else mine
 
 
-def sum_over_ranks(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Return the sum of every rank's tensor, on the CPU of every rank."""
-    if accelerator.num_processes == 1:
+    if state().num_processes == 1:
         return tensor.cpu()
-    return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+    return reduce(tensor.to(state().device), "sum").cpu()
 
 
 def end_with_parent() -> None:

@@ -5,7 +5,6 @@ Notation: r_in/r_out projected sizes of a layer; A and B are sums of x~ x~^T and
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from logra import projection
@@ -22,7 +21,7 @@ from logra.stages.gradients import Extractor, make_extractor
 MAX_DEFAULT_SAMPLE = 2048  # examples; LDS at 250, 500, 1000, 2000 examples: .5004, .5062, .5079, .5103
 
 
-def make_projections(lm: nn.Module, run: RunDir, execution: Execution, accelerator: Accelerator) -> None:
+def make_projections(lm: nn.Module, run: RunDir, execution: Execution) -> None:
     """Draw the run's projections, rotate them if its settings say so, and save them."""
     if run.settings.lora == "random":
         projections, sizes = projection.draw(run.shapes, run.projected, run.settings.seed), run.projected
@@ -32,9 +31,9 @@ def make_projections(lm: nn.Module, run: RunDir, execution: Execution, accelerat
         check_memory(sum(12 * (o * o + i * i) for o, i in sizes.values()), "all layers' covariances")
         with GradientCapture(lm, projections, grads=False, factors=True) as capture:
             extractor = make_extractor(lm, capture, execution, run)
-            sums = factor_sums(extractor, run, sizes, accelerator)
-        projections = rotate(projections, sums, run.projected, accelerator)
-    if accelerator.is_main_process:
+            sums = factor_sums(extractor, run, sizes)
+        projections = rotate(projections, sums, run.projected)
+    if processes.state().is_main_process:
         run.save_projections(projections)
 
 
@@ -44,7 +43,7 @@ def calibration_size(run: RunDir) -> int:
     return min(run.examples, run.settings.calibration_examples or default)
 
 
-def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes, accelerator: Accelerator) -> dict[str, Tensor]:
+def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes) -> dict[str, Tensor]:
     """Return this rank's sums over the calibration sample: <layer>.A [r_in, r_in], <layer>.B [r_out, r_out], float64.
 
     The sample does not depend on the number of processes.
@@ -53,7 +52,6 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes, accelerator: A
         extractor: Its capture computes factors and no gradients.
         run: Its examples, and the seed and size of the sample.
         sizes: Layer -> (r_out, r_in) of the projections so far.
-        accelerator: Says which batches are this rank's.
 
     Raises:
         ValueError: A sum is NaN or infinite; or as Extractor.gradients.
@@ -65,7 +63,7 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes, accelerator: A
     for layer, (r_out, r_in) in sizes.items():
         sums[f"{layer}.A"] = torch.zeros(r_in, r_in, dtype=torch.float64)
         sums[f"{layer}.B"] = torch.zeros(r_out, r_out, dtype=torch.float64)
-    for number in progress.bar(processes.share(len(batches), accelerator), desc="calibrating", unit="batch"):
+    for number in progress.bar(processes.share(len(batches)), desc="calibrating", unit="batch"):
         ids = sample[batches[number]].tolist()
         rows = examples[ids]
         extractor.check_vocabulary(rows["input_ids"], ids)
@@ -83,23 +81,20 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes, accelerator: A
     return sums
 
 
-def rotate(
-    projections: dict[str, Projection], sums: dict[str, Tensor], projected: Shapes, accelerator: Accelerator
-) -> dict[str, Projection]:
+def rotate(projections: dict[str, Projection], sums: dict[str, Tensor], projected: Shapes) -> dict[str, Projection]:
     """Rotate the projections into the eigenbasis of the sums over all ranks. Each rank decomposes its share of layers.
 
     Args:
         projections: Before the rotation.
         sums: See factor_sums; emptied.
         projected: Layer -> (r_out, r_in) after the rotation.
-        accelerator: Of all ranks.
     """
-    own_layers, rotated = processes.share(len(projections), accelerator), []
+    own_layers, rotated = processes.share(len(projections)), []
     for number, (layer, unrotated) in enumerate(projections.items()):
-        a, b = (processes.sum_over_ranks(sums.pop(f"{layer}.{factor}"), accelerator) for factor in "AB")
+        a, b = (processes.sum_over_ranks(sums.pop(f"{layer}.{factor}")) for factor in "AB")
         if number in own_layers:
             rotated.append((layer, projection.rotate(unrotated, a, b, projected[layer])))
-    of_all_ranks = dict(processes.gather_list(rotated, accelerator))
+    of_all_ranks = dict(processes.gather_list(rotated))
     return {layer: of_all_ranks[layer] for layer in projections}
 
 

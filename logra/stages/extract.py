@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
 from datasets import load_from_disk
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -28,17 +26,17 @@ from logra.store import Shard
 
 
 @contextmanager
-def locked(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep other commands out of a run's folder. Rank 0 holds a lock file beside it while any rank is in the block.
 
     Raises:
         ValueError: Another command works on this run.
     """
     lock = files.locked(folder.with_name(f"{folder.name}.lock"), str(folder))
-    with lock if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()
+    with lock if processes.state().is_main_process else nullcontext():
+        processes.state().wait_for_everyone()
         yield
-        accelerator.wait_for_everyone()
+        processes.state().wait_for_everyone()
 
 
 def has_documents(run: RunDir, documents: DataSettings) -> bool:
@@ -147,32 +145,32 @@ def _check_new_documents(run: RunDir, further: Path) -> None:
         )
 
 
-def unfinished_shards(run: RunDir, accelerator: Accelerator) -> list[int]:
+def unfinished_shards(run: RunDir) -> list[int]:
     """Return the shards that are missing or altered, on every rank. Each rank checks its share of the shards."""
     if run.record.projections is None:
         return list(range(len(run.shards)))
-    problems = {index: run.shard(index).problem() for index in processes.share(len(run.shards), accelerator)}
+    problems = {index: run.shard(index).problem() for index in processes.share(len(run.shards))}
     for problem in filter(None, problems.values()):
         if not problem.endswith("is missing"):
             print(f"{problem}; computing it again", flush=True)
-    return sorted(processes.gather_list([index for index, problem in problems.items() if problem], accelerator))
+    return sorted(processes.gather_list([index for index, problem in problems.items() if problem]))
 
 
-def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Execution, accelerator: Accelerator) -> int:
+def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Execution) -> int:
     """Compute and write this rank's share of the pending shards. A thread writes one while the next is computed.
 
     Returns:
         The number of tokens in all pending shards.
     """
     examples, projections, store_dtype = run.train(), run.projections(), run.settings.store_dtype
-    own_shards = [pending[i] for i in processes.share(len(pending), accelerator)]
+    own_shards = [pending[i] for i in processes.share(len(pending))]
     lengths = token_counts(examples)
     tokens = {index: int(lengths[list(run.shards[index])].sum()) for index in pending}
     eigenvalues = {layer: (p.values_in, p.values_out) for layer, p in projections.items()}
     damping = hessian.default_damping("ekfac", store_dtype)
     bar = progress.bar(
         total=sum(tokens[index] for index in own_shards), unit="tok", unit_scale=True,
-        desc=f"extracting (1 of {accelerator.num_processes})",
+        desc=f"extracting (1 of {processes.state().num_processes})",
     )  # fmt: skip
     capturing = GradientCapture(lm, projections, factors=True, squares_only=run.squares_only)
     with capturing as capture, bar, ThreadPoolExecutor(1) as writer:
@@ -208,19 +206,18 @@ def _write_shard(shard: Shard, gradients: HostGradients) -> int:
     return shard.write(grads, factors, relative_score_error=round(gradients.score_error.result(), 4))
 
 
-def write_hessian(kind: str, run: RunDir, accelerator: Accelerator) -> None:
+def write_hessian(kind: str, run: RunDir) -> None:
     """Sum the Hessian's statistics over all shards and write them, unless a whole Hessian of this kind exists."""
-    accelerator.wait_for_everyone()
+    processes.state().wait_for_everyone()
     if kind == "none" or run.hessian_problem(kind) is None:
         return
     progress.say(f"Hessian {kind}: at most {check_hessian_memory(run, kind) / 1e6:,.0f} MB of memory per process")
-    own_shards = processes.share(len(run.shards), accelerator)
-    sum_over_ranks = partial(processes.sum_over_ranks, accelerator=accelerator)
+    own_shards, in_eigenbasis = processes.share(len(run.shards)), run.settings.basis == "eigen"
     tensors = progress.bar(
-        hessian.statistics(kind, run, own_shards, sum_over_ranks, run.settings.basis == "eigen", accelerator.device),
+        hessian.statistics(kind, run, own_shards, processes.sum_over_ranks, in_eigenbasis, processes.state().device),
         total=len(run.hessian_layout(kind)), desc=f"Hessian {kind}", unit="tensor",
     )  # fmt: skip
-    if accelerator.is_main_process:
+    if processes.state().is_main_process:
         run.save_hessian(kind, tensors)
     else:
         for _ in tensors:  # takes part in the sums

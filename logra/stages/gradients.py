@@ -19,7 +19,6 @@ from logra.loss import example_losses, input_device
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.fsdp import Lockstep
-from logra.runtime.memory import is_out_of_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import Execution
 
@@ -100,28 +99,20 @@ class HostGradients:
 class Extractor:
     """Runs examples through a model. A batch for which memory runs out is split in halves.
 
+    If the model is sharded over the ranks (runtime.fsdp.shard), every rank calls the same methods.
+
     Args:
         model: A model of transformers.
         capture: A capture of the model, inside its `with` block.
         batch_tokens: Tokens in a batch at most, padding included. A longer example is a batch of its own.
         batch_size: Examples in a batch at most.
-        sharded: The model is sharded over the ranks (runtime.fsdp.shard). Every rank calls the same methods.
-        say: Called with a line when batches become smaller.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        capture: GradientCapture,
-        batch_tokens: int,
-        batch_size: int | None = None,
-        sharded: bool = False,
-        say: Callable[[str], object] = print,
-    ):
-        self.model, self.capture, self.say = model, capture, say
+    def __init__(self, model: nn.Module, capture: GradientCapture, batch_tokens: int, batch_size: int | None = None):
+        self.model, self.capture = model, capture
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.lockstep = Lockstep(model, self._run_empty_batch) if sharded else None
+        self.lockstep = Lockstep(model, self._run_empty_batch)
 
     def gradients(
         self,
@@ -164,8 +155,7 @@ class Extractor:
             rows = parts.pop(0)
             tokens = len(rows) * max(len(token_ids[i]) for i in rows)
             if len(rows) == 1 or tokens <= self.batch_tokens:
-                if self.lockstep:
-                    self.lockstep.any(True)  # tells the other ranks that this one has a batch; see finish
+                self.lockstep.any(True)  # tells the other ranks that this one has a batch; see finish
                 grads = self._try_batch([token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None)
                 if grads is not None:
                     yield rows, grads
@@ -176,19 +166,7 @@ class Extractor:
 
     def _try_batch(self, token_ids: list[list[int]], counted: Counted) -> dict[str, Tensor] | None:
         """Return a batch's gradients, or None if memory ran out (with a sharded model, on any rank)."""
-
-        def batch() -> dict[str, Tensor]:
-            return run_batch(self.model, self.capture, token_ids, counted)
-
-        if self.lockstep:
-            grads = self.lockstep.step(batch)
-        else:
-            try:
-                grads = batch()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                grads = None
+        grads = self.lockstep.step(lambda: run_batch(self.model, self.capture, token_ids, counted))
         if grads is not None:
             self.capture.commit()
         else:
@@ -204,14 +182,14 @@ class Extractor:
         With a sharded model, a rank whose batch is a single example tries again while another rank can halve its own.
         """
         can_halve = examples > 1
-        if not (self.lockstep.any(can_halve) if self.lockstep else can_halve):
+        if not self.lockstep.any(can_halve):
             raise ValueError(
                 f"expected memory for an example of {tokens} tokens, got too little; use --gradient_checkpointing, "
                 "--fsdp, --device_map auto or a smaller --block_size"
             )
         if can_halve:
             self.batch_tokens = tokens // 2
-            self.say(f"out of memory with {tokens} tokens in a batch; going on with {tokens // 2}")
+            say(f"out of memory with {tokens} tokens in a batch; going on with {tokens // 2}")
 
     def _run_empty_batch(self) -> dict[str, Tensor]:
         """Run a batch without a loss: with a sharded model, the other ranks need this rank's part."""
@@ -221,7 +199,7 @@ class Extractor:
 
     def finish(self) -> None:
         """With a sharded model, run empty batches until no rank has examples left."""
-        while self.lockstep and self.lockstep.any(False):
+        while self.lockstep.any(False):
             if self.lockstep.step(self._run_empty_batch) is None:
                 self._shrink_batches(1, 1)
 
@@ -268,12 +246,12 @@ class Extractor:
             if grads:
                 next(iter(grads.values())).sum().item()  # waits for the device
         seconds = time.perf_counter() - begin
-        return self.lockstep.largest(seconds) if self.lockstep else seconds
+        return self.lockstep.largest(seconds)
 
 
 def make_extractor(lm: nn.Module, capture: GradientCapture, execution: Execution, run: RunDir) -> Extractor:
     """Return an Extractor for a run, with the batch size that the user gave, or with the best one by measurement."""
-    extractor = Extractor(lm, capture, execution.batch_tokens or 0, execution.batch_size, execution.fsdp, say)
+    extractor = Extractor(lm, capture, execution.batch_tokens or 0, execution.batch_size)
     if execution.batch_tokens is None:
         max_examples = min(execution.batch_size or 2**20, max(map(len, run.shards)))
         tokens = extractor.find_batch_tokens(run.settings.block_size, max_examples)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs import model
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 from logra.run_dir import RunDir
+from logra.runtime import processes
 from logra.runtime.files import same_name, short_name
 from logra.runtime.flags import RunFlags
 from logra.runtime.progress import say
@@ -101,11 +101,11 @@ def say_kept_settings(run: RunDir, flags: RunFlags) -> None:
         say(f"As in {run.folder / 'run.json'}: {', '.join(kept)}")
 
 
-def reload(folder: Path, accelerator: Accelerator) -> RunDir:
+def reload(folder: Path) -> RunDir:
     """Read run.json on all ranks after rank 0 has written it, and before rank 0 writes it again."""
-    accelerator.wait_for_everyone()
+    processes.state().wait_for_everyone()
     run = RunDir.load(folder)
-    accelerator.wait_for_everyone()
+    processes.state().wait_for_everyone()
     return run
 
 
@@ -128,7 +128,7 @@ def usable_hessian(run: RunDir, hessian: str | None) -> str:
     return kind
 
 
-def new_settings(flags: RunFlags, execution: Execution, accelerator: Accelerator) -> RunSettings:
+def new_settings(flags: RunFlags, execution: Execution) -> RunSettings:
     """Return the complete settings of a new run: block_size from the model's configuration, dtype from the device.
 
     Raises:
@@ -138,9 +138,9 @@ def new_settings(flags: RunFlags, execution: Execution, accelerator: Accelerator
     settings = RunSettings.from_user_flags(flags.user_flags, kind)
     settings.check_hessian(kind, kind)
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    with accelerator.main_process_first():  # the embedded model is converted once
+    with processes.state().main_process_first():  # the embedded model is converted once
         context = model.context_length(model.load_config(settings.model_name, **hub))
-    completed = settings.completed(context, model.default_dtype(accelerator.device))
+    completed = settings.completed(context, model.default_dtype(processes.state().device))
     if settings.block_size is None and completed.block_size < 512:
         say(f"--block_size is {completed.block_size}, the model's context")
     return completed
@@ -157,15 +157,15 @@ def say_ranks(described: dict[str, Any], settings: RunSettings) -> None:
 
 
 def load_model(
-    settings: RunSettings, execution: Execution, accelerator: Accelerator
+    settings: RunSettings, execution: Execution
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
     """Return a run's model, its tokenizer, and their entries in run.json (see inputs.model.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
         raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
     name, dtype = settings.model_name, FLOAT_DTYPES[settings.dtype]
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    device = accelerator.device
-    with accelerator.main_process_first():  # one rank converts the embedded model
+    device = processes.state().device
+    with processes.state().main_process_first():  # one rank converts the embedded model
         tokenizer = model.load_tokenizer(name, **hub)
     if execution.fsdp:
         lm, weights_hash = model.load_sharded_model(name, dtype, device, **hub)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from logra import hessian, influence
@@ -98,24 +97,16 @@ class Scorer:
         lm: The run's model.
         execution: How to run the model.
         self_influence: Computed along with the scores unless complete; None if it is not needed.
-        accelerator: Of all ranks.
     """
 
-    def __init__(
-        self,
-        task: ScoreTask,
-        lm: nn.Module,
-        execution: Execution,
-        self_influence: SelfInfluence | None,
-        accelerator: Accelerator,
-    ):
+    def __init__(self, task: ScoreTask, lm: nn.Module, execution: Execution, self_influence: SelfInfluence | None):
         self.task, self.run, self.lm, self.execution = task, task.run, lm, execution
-        self.self_influence, self.accelerator = self_influence, accelerator
+        self.self_influence, self.device = self_influence, processes.state().device
         self.projections = self.run.projections()
-        self.own_shards = processes.share(len(self.run.shards), accelerator)
+        self.own_shards = processes.share(len(self.run.shards))
         query_bytes = 4 * sum(r_out * r_in for r_out, r_in in self.run.projected.values()) * (1 + len(task.dampings))
         memory = int(available_memory() / 4 / processes.processes_here())
-        self.queries_per_step = min(processes.gather_list([max(1, memory // query_bytes)], accelerator))
+        self.queries_per_step = min(processes.gather_list([max(1, memory // query_bytes)]))
         self.queries_per_pass = 2**31 if task.query_rank else self.queries_per_step  # factored queries are small
         self.capture = GradientCapture(lm, self.projections)
         with self.capture:
@@ -140,7 +131,7 @@ class Scorer:
             queries = self._join(queries, step_queries) if queries else step_queries
         if task.stores_gradients:
             return influence.score_shards(
-                run.open_shard, self.own_shards, queries, quadratic_forms, self.accelerator.device, run.settings.bits,
+                run.open_shard, self.own_shards, queries, quadratic_forms, self.device, run.settings.bits,
                 task.blocks,
             )  # fmt: skip
         projections = identity(run.shapes) if full_width else self.projections
@@ -154,7 +145,7 @@ class Scorer:
             Layer -> [S * len(groups), k]; and functions that compute self-influence, if it is streamed.
         """
         grads = self._query_gradients(groups)
-        own_layers = processes.share(len(grads), self.accelerator)
+        own_layers = processes.share(len(grads))
         statistics = self.run.statistics(self.task.kind)
         queries: dict[str, Tensor] = {}
         quadratic_forms: QuadraticForms = {layer: [] for layer in grads}
@@ -165,33 +156,33 @@ class Scorer:
             if is_own or self._self_influence_is_streamed:
                 solvers = self._preconditioners(layer, statistics(layer))
             if is_own:
-                q = q.to(self.accelerator.device)
+                q = q.to(self.device)
                 queries[layer] = torch.cat([solver.solve(q) for solver in solvers]).cpu()
             if self._self_influence_is_streamed:
                 quadratic_forms[layer] = [solver.quadratic for solver in solvers]
             elif is_own and self.self_influence and not self.self_influence.complete:  # raw
                 for ids, block in zip(self.run.shards, self._stored_gradients(layer), strict=True):
                     self.self_influence.add(ids, [solver.quadratic(block) for solver in solvers])
-            queries[layer] = processes.sum_over_ranks(queries[layer], self.accelerator)
+            queries[layer] = processes.sum_over_ranks(queries[layer])
         if self.self_influence and not self.self_influence.complete and self.task.kind == "raw":
-            self.self_influence.save(self.accelerator)
+            self.self_influence.save()
         return queries, quadratic_forms
 
     def _preconditioners(self, layer: str, statistics: dict[str, Tensor]) -> list[hessian.Preconditioner]:
         """Return (C + lambda I)^-1 of a layer for each damping."""
-        statistics = {key: tensor.to(self.accelerator.device) for key, tensor in statistics.items()}
+        statistics = {key: tensor.to(self.device) for key, tensor in statistics.items()}
         train = torch.cat(list(self._stored_gradients(layer))) if "gram" in statistics else None
         return [hessian.preconditioner(self.task.kind, statistics, *damping, train) for damping in self.task.dampings]
 
     def _stored_gradients(self, layer: str) -> Iterator[Tensor]:
         """Yield a layer's gradients [n, k] float32, shard by shard, of the whole run."""
         for block in self.run.read(layer, range(len(self.run.shards))):
-            yield block.to(self.accelerator.device).float()
+            yield block.to(self.device).float()
 
     def _query_gradients(self, groups: list[list[Query]]) -> dict[str, Tensor]:
         """Return the groups' mean gradients, {layer: [len(groups), k]} float32, on every rank."""
         members = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group]
-        members = [members[n] for n in processes.share(len(members), self.accelerator)]
+        members = [members[n] for n in processes.share(len(members))]
         token_ids, counted = [q.token_ids for *_, q in members], [q.counted for *_, q in members]
         bar = progress.bar(total=sum(map(len, token_ids)), desc="query gradients", unit="tok")
         with self.capture, bar:
@@ -205,7 +196,7 @@ class Scorer:
             grads[layer] = torch.zeros(len(groups), r_out * r_in)
             if own_grads:  # a rank may have no query
                 grads[layer].index_add_(0, group_numbers, own_grads.pop(layer) * weights)
-            grads[layer] = processes.sum_over_ranks(grads[layer], self.accelerator)
+            grads[layer] = processes.sum_over_ranks(grads[layer])
         return grads
 
     def _join(self, queries: FactoredQueries, more: FactoredQueries) -> FactoredQueries:

@@ -23,16 +23,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 import xxhash
-from accelerate import Accelerator
 from torch import Tensor
 
 from logra import store
 from logra.hessian import KINDS, Damping
 from logra.influence import MODES, RunningTopK
 from logra.run_dir import RunDir, RunRecord
-from logra.runtime import files
+from logra.runtime import files, processes
 from logra.runtime.files import has_shape, is_count, is_positive
-from logra.runtime.processes import gather_list, sum_over_ranks
 
 
 def extremes_layout(queries: int, kept: int) -> store.Layout:
@@ -157,7 +155,7 @@ class ScoreFile:
             values = scores if name == "scores.npy" else torch.stack(block_dots)
             self.matrices[name][..., first_query : first_query + len(scores), ids.start : ids.stop] = values.numpy()
 
-    def close(self, accelerator: Accelerator) -> None:
+    def close(self) -> None:
         """Flush this rank's scores. With top_k_only, merge the ranks' top k and write them."""
         for matrix in self.matrices.values():
             matrix.flush()
@@ -165,10 +163,10 @@ class ScoreFile:
             return
         own_parts = [(key, running.scores, running.ids) for key, running in self.extremes.items()]
         merged: dict[tuple[int, str], RunningTopK] = {}
-        for key, scores, ids in gather_list(own_parts, accelerator):
+        for key, scores, ids in processes.gather_list(own_parts):
             running = RunningTopK(len(scores), self.top_k_only, key[1] == "top")
             merged.setdefault(key, running).add(scores, ids)
-        for end in ("top", "bottom") if accelerator.is_main_process else ():
+        for end in ("top", "bottom") if processes.state().is_main_process else ():
             batches = [merged[key] for key in sorted(merged) if key[1] == end]
             tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("scores", "ids")}
             path, layout = self.folder / f"{end}.safetensors", extremes_layout(*tensors["scores"].shape)
@@ -192,7 +190,6 @@ class ScoreFile:
 @contextmanager
 def score_files(
     base: Path, dampings: list[Damping], shape: tuple[int, int], top_k_only: int | None, blocks: int,
-    accelerator: Accelerator,
 ) -> Iterator[list[ScoreFile]]:  # fmt: skip
     """Yield a ScoreFile for each damping. The folders get their final names when the block ends without an error.
 
@@ -201,14 +198,13 @@ def score_files(
         dampings: One for each file.
         shape: (Q, N).
         top_k_only, blocks: See ScoreFile.
-        accelerator: Rank 0 makes the folders.
 
     Raises:
         ValueError: Another command writes the same scores.
     """
     folders = [base.with_name(f"{base.name}-{damping.label}") for damping in dampings]
     with ExitStack() as stack:
-        if accelerator.is_main_process:
+        if processes.state().is_main_process:
             stack.enter_context(files.locked(base.with_name(f"{base.name}.lock"), str(base)))
             for path in folders:
                 stack.enter_context(files.atomic(path)).mkdir()
@@ -246,9 +242,9 @@ class SelfInfluence:
             return None
         return values if all(entry.get(key) == value for key, value in self.key.items()) else None
 
-    def agree(self, accelerator: Accelerator) -> None:
+    def agree(self) -> None:
         """Discard stored values unless every rank found them. Another command may be writing them."""
-        if not all(gather_list([self.complete], accelerator)):
+        if not all(processes.gather_list([self.complete])):
             self.complete = False
             self.values.zero_()
 
@@ -256,10 +252,10 @@ class SelfInfluence:
         """Add one or more layers' parts, S times [n], of the examples `ids`."""
         self.values[:, ids.start : ids.stop] += torch.stack(parts).cpu()
 
-    def save(self, accelerator: Accelerator) -> None:
+    def save(self) -> None:
         """Sum the ranks' parts, and store the values."""
-        self.values, self.complete = sum_over_ranks(self.values, accelerator), True
-        for path, values in zip(self.paths, self.values, strict=True) if accelerator.is_main_process else ():
+        self.values, self.complete = processes.sum_over_ranks(self.values), True
+        for path, values in zip(self.paths, self.values, strict=True) if processes.state().is_main_process else ():
             tag = f".{os.getpid()}"  # commands for other queries may run at the same time
             checksums = store.save_tensors(path, self.layout, {"values": values}, tag)
             files.write_json(path.with_suffix(".json"), self.key | {"checksums": checksums}, tag)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,7 +27,7 @@ from logra.inputs.documents import load_documents
 from logra.inputs.examples import build_examples, token_counts
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
-from logra.runtime import progress
+from logra.runtime import processes, progress
 from logra.runtime.memory import available_memory, peak_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
@@ -53,7 +52,7 @@ class DataSize(NamedTuple):
 
 def estimate(
     settings: RunSettings, folder: Path, kind: str, execution: Execution, trial_seconds: float | None,
-    cache_dir: str | None, accelerator: Accelerator,
+    cache_dir: str | None,
 ) -> None:  # fmt: skip
     """Print what a new run in `folder` with a Hessian of this kind needs; with trial_seconds, its hours too.
 
@@ -72,13 +71,13 @@ def estimate(
         batch_bytes = graph_bytes(lm, run.projected, batch_tokens, settings.block_size)
     documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
     size, sample = data_size(documents, tokenizer, settings)
-    run, on_gpu = with_examples(run, size.examples), accelerator.device.type == "cuda"
+    run, on_gpu = with_examples(run, size.examples), processes.state().device.type == "cuda"
     say_layers(run)
     say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples of {len(documents):,} documents\n")
     say_disk(run, kind, size.bytes)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
     if trial_seconds:
-        say_hours(run, size, *trial(run, execution, sample, trial_seconds, accelerator), on_gpu)
+        say_hours(run, size, *trial(run, execution, sample, trial_seconds), on_gpu)
 
 
 def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, length: int) -> int:
@@ -132,12 +131,10 @@ def with_examples(run: RunDir, examples: int) -> RunDir:
     return RunDir(run.folder, replace(run.record, parts=(part,)))
 
 
-def trial(
-    run: RunDir, execution: Execution, examples: Dataset, seconds: float, accelerator: Accelerator
-) -> tuple[float, float]:
+def trial(run: RunDir, execution: Execution, examples: Dataset, seconds: float) -> tuple[float, float]:
     """Load the model and extract gradients for some seconds; return tokens per second, and seconds of loading."""
     begin = time.perf_counter()
-    lm, _, _ = load_model(run.settings, execution, accelerator)
+    lm, _, _ = load_model(run.settings, execution)
     loading_seconds = time.perf_counter() - begin
     projections = projection.draw(run.shapes, run.projected, run.settings.seed)
     bar = progress.bar(desc="trial", unit="tok", unit_scale=True, leave=False)
@@ -212,6 +209,6 @@ def say_hours(run: RunDir, size: DataSize, tokens_per_second: float, loading_sec
     hours = size.tokens * (1 + calibrated) / tokens_per_second / 3600
     fixed_hours = (size.seconds + loading_seconds) / 3600
     say(f"\ntrial: {tokens_per_second:,.0f} tokens/s, peak memory {gigabytes(peak_memory())}")
-    for processes in PROCESSES if on_gpu else (1,):
-        say(f"{processes} process{'es' * (processes > 1):2s} {hours / processes + fixed_hours:10.3g} hours")
+    for count in PROCESSES if on_gpu else (1,):
+        say(f"{count} process{'es' * (count > 1):2s} {hours / count + fixed_hours:10.3g} hours")
     say("each with a GPU of its own" if on_gpu else "more processes on this machine share its cores: no faster")

@@ -8,7 +8,6 @@ root of the self-influence, and l2 takes q - z / 2 for q. Scores from gradients 
 
 from typing import NamedTuple
 
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
@@ -39,16 +38,15 @@ class TokenSplitter:
         run: The run.
         scores: The record of the scores.
         trust_remote_code: Run code from the model's folder.
-        accelerator: Of one process.
 
     Raises:
         ValueError: Model or queries are not those that were scored.
     """
 
-    def __init__(self, run: RunDir, scores: ScoreRecord, trust_remote_code: bool, accelerator: Accelerator):
+    def __init__(self, run: RunDir, scores: ScoreRecord, trust_remote_code: bool):
         self.run, self.mode = run, scores.mode
         execution = Execution(CPU_BATCH_TOKENS, trust_remote_code=trust_remote_code)
-        self.lm, self.tokenizer, described = load_model(run.settings, execution, accelerator)
+        self.lm, self.tokenizer, described = load_model(run.settings, execution)
         run.check_model(described)
         self.grouped = scores.group_by is not None
         query_settings = QuerySettings(
@@ -60,7 +58,7 @@ class TokenSplitter:
         self.groups = group_queries(queries, scores.group_by)
         blocks = {layer: block_name(layer) for layer in scores.layers}
         task = ScoreTask(run, scores.hessian, blocks, [scores.applied_damping])
-        self.scorer = Scorer(task, self.lm, execution, None, accelerator)
+        self.scorer = Scorer(task, self.lm, execution, None)
         if self.mode != "dot":
             self_influence = SelfInfluence(run, task.kind, scores.layers, task.dampings)
             if not self_influence.complete:

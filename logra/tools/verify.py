@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
@@ -39,15 +38,13 @@ HESSIAN_TOLERANCE = 1e-3  # of (C + lambda I)^-1 g and of scores, from the same 
 COPY_BYTES = 24  # bytes per parameter that a float64 copy of the model and its gradients need
 
 
-def verify(
-    settings: RunSettings, execution: Execution, examples: int, cache_dir: str | None, accelerator: Accelerator
-) -> None:
+def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir: str | None) -> None:
     """Print how far the pipeline is from the plain loop, on the first examples of a command line of extract_log.py.
 
     Raises:
         ValueError: The difference is larger than rounding explains.
     """
-    lm, tokenizer, _ = load_model(settings, execution, accelerator)
+    lm, tokenizer, _ = load_model(settings, execution)
     shapes = model.choose_layers(lm, settings.mlp_only, settings.layers)
     rank_in, rank_out = (min(rank or MAX_RANK, MAX_RANK) for rank in (settings.rank_in, settings.rank_out))
     projected = projection.projected_shapes(shapes, rank_in, rank_out)

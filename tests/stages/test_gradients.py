@@ -39,7 +39,8 @@ def test_batches_give_way_to_memory(model, monkeypatch):
             return grads
 
         monkeypatch.setattr(gradients, "run_batch", short)
-        extractor = Extractor(model, capture, 10**6, say=said.append)
+        monkeypatch.setattr(gradients, "say", said.append)
+        extractor = Extractor(model, capture, 10**6)
         got, factors = extractor.gradients(ids).wait()
         assert said[0] == "out of memory with 160 tokens in a batch; going on with 80" and len(said) == 2
         assert all(relative(got[layer], expected[layer]) < 1e-5 for layer in expected)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import make_model, make_tokenizer, write_jsonl
 from helpers import extract, influence
 from reference import full_gradient, layer_io
@@ -24,7 +23,7 @@ def equal(one, two, scale) -> bool:
 def shares_of(folder: Path, shown: list[list[int]]):
     """Return the TokenSplitter of a folder of scores, and the shares of the pairs and of the queries."""
     run = RunDir.load(folder.parents[1])
-    splitter = TokenSplitter(run, read_record(folder, run), False, Accelerator(cpu=True))
+    splitter = TokenSplitter(run, read_record(folder, run), False)
     return splitter, *splitter.split(splitter.run.train(), shown, shown)
 
 
