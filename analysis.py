@@ -15,7 +15,6 @@ from logra.run_dir import RunDir
 from logra.runtime import files, flags, processes, progress
 from logra.runtime.settings import positive_int
 from logra.stages import rank
-from logra.stages.score_files import ScoreRecord
 from logra.tools import report
 from logra.tools.diagnose import diagnose
 
@@ -62,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
         )
 
     # Rank, and write the lists
-    queries, table = rank_queries(query_rows, scores, examples, args.top_k, args.by, args.combine)
+    queries = rank_queries(args, query_rows, scores, examples)
     rank.write_lists(folder, queries, ("top", "bottom") if args.bottom else ("top",), args.format)
     diagnosis = diagnose(run, record, scores, query_rows, examples) if args.diagnose else ""
 
@@ -70,13 +69,17 @@ def main(args: argparse.Namespace) -> None:
     if "html" in args.format:
         report.add_layers(queries, folder, record)
         if args.tokens:
-            add_token_shares(queries, run, record, examples, args.trust_remote_code)
+            from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
+
+            processes.start()
+            splitter = tokens.TokenSplitter(run, record, args.trust_remote_code)
+            tokens.add_shares(queries, splitter, examples)
         report.add_word_matches(queries, examples["text"], args.top_k)
         content = report.header(run, record, args.tokens) | {"diagnosis": diagnosis}
         with files.atomic(folder / "report.html") as path:
             path.write_text(report.render(content, queries, args.top_k), "utf-8")
 
-    print_table(queries, table)
+    print_table(queries)
     if diagnosis:
         progress.say(diagnosis)
     for name in args.format:
@@ -84,46 +87,36 @@ def main(args: argparse.Namespace) -> None:
 
 
 def rank_queries(
-    query_rows: list[dict], scores: rank.StoredScores, examples: rank.Dataset, top_k: int, by: str, combine: str
-) -> tuple[list[dict[str, Any]], list[list[tuple[str, float]]]]:
-    """Return what the lists and the report show for each query, and the (document, score) rows of the printed table."""
+    args: argparse.Namespace, query_rows: list[dict], scores: rank.StoredScores, examples: rank.Dataset
+) -> list[dict[str, Any]]:
+    """Return what the lists, the report and the printed table (`table`: documents and scores) show for each query."""
     encoded = examples.data["document_id"].dictionary_encode()  # one dictionary for all chunks
     documents, owners = encoded.chunk(0).dictionary, np.concatenate([chunk.indices for chunk in encoded.chunks])
-    queries, table = [], []
+    queries = []
     for number, query in enumerate(query_rows):
         rankings = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
         best = rank.by_document(rankings["top"], owners, True, "max")
         best_rows = zip(best.examples[:TABLE_ROWS], best.scores, strict=False)
-        table.append([(documents[owners[i]].as_py(), score) for i, score in best_rows])
-        if by == "document":
-            rankings = {side: rank.by_document(r, owners, side == "top", combine) for side, r in rankings.items()}
+        table = [(documents[owners[i]].as_py(), score) for i, score in best_rows]
+        if args.by == "document":
+            rankings = {side: rank.by_document(r, owners, side == "top", args.combine) for side, r in rankings.items()}
         known = len(rankings["top"].scores)
-        if known < min(top_k, len(documents)):
-            progress.say(f"query {query['id']}: {known} of {top_k}: --top_k_only kept no more")
+        if known < min(args.top_k, len(documents)):
+            progress.say(f"query {query['id']}: {known} of {args.top_k}: --top_k_only kept no more")
         values = None if scores.matrix is None else rankings["top"].scores
-        rows = {side: rank.ranked_rows(query, side, r, top_k, examples, values) for side, r in rankings.items()}
+        rows = {side: rank.ranked_rows(query, side, r, args.top_k, examples, values) for side, r in rankings.items()}
         marked = {side: [row["score"] for row in rows[side]] for side in rows}
         histogram = None if values is None else report.histogram(values, marked)
-        queries.append(rank.query_text(query) | {"number": number, "rows": rows, "histogram": histogram})
-    return queries, table
+        shown = {"number": number, "rows": rows, "histogram": histogram, "table": table}
+        queries.append(rank.query_text(query) | shown)
+    return queries
 
 
-def add_token_shares(
-    queries: list[dict], run: RunDir, record: ScoreRecord, examples: rank.Dataset, trust_remote_code: bool
-) -> None:
-    """Run the model on the examples shown, and add each token's share of the scores."""
-    from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
-
-    processes.start()
-    splitter = tokens.TokenSplitter(run, record, trust_remote_code)
-    tokens.add_shares(queries, splitter, examples)
-
-
-def print_table(queries: list[dict], table: list[list[tuple[str, float]]]) -> None:
+def print_table(queries: list[dict]) -> None:
     """Print the first documents of each query."""
-    for query, rows in zip(queries, table, strict=True):
+    for query in queries:
         progress.say(f"\n{' '.join(query['id'].split())}: {' '.join(query['prompt'].split())[:90]}")
-        for number, (document, score) in enumerate(rows, 1):
+        for number, (document, score) in enumerate(query["table"], 1):
             progress.say(f"  {number}. {score:+.4g}  {' '.join(document.split())}")
     progress.say("")
 

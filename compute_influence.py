@@ -55,18 +55,17 @@ def main(args: argparse.Namespace) -> None:
     # Score, and write a folder for each damping
     record = describe_scores(run, kind, layers, queries, query_settings, score_settings)
     label = f"{name}-{settings_hash(record, score_settings)}-{score_settings.mode}-{kind}"
-    base, shape = run.folder / "scores" / label, (len(queries), run.examples)
+    base = run.folder / "scores" / label
     needs_self_influence = score_settings.mode != "dot" or score_settings.self_influence
     self_influence = SelfInfluence(run, kind, layers, dampings) if needs_self_influence else None
     blocks = {layer: block_name(layer) if score_settings.layerwise else "" for layer in layers}
     task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
-    num_blocks = len(record.blocks or ())
-    with score_files(base, dampings, shape, score_settings.top_k_only, num_blocks) as files:
+    with score_files(base, record, dampings) as files:
         scorer = Scorer(task, lm, execution, self_influence)
         write_scores(scorer, groups, files, score_settings.mode)
         for s, file in enumerate(files) if processes.state().is_main_process else ():
             values = self_influence.values[s] if score_settings.self_influence else None
-            file.describe(query_rows(queries), record, dampings[s], values)
+            file.describe(query_rows(queries), values)
     processes.state().wait_for_everyone()
     for damping in dampings:
         progress.say(f"{len(queries)} queries x {run.examples} examples in {base}-{damping.label}")
@@ -76,8 +75,6 @@ def main(args: argparse.Namespace) -> None:
 def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str) -> None:
     """Score the groups of queries and fill the files. A pass over all train examples scores what fits in memory."""
     self_influence = scorer.self_influence
-    if self_influence:
-        self_influence.agree()
     for file in files if processes.state().is_main_process else ():
         file.create()
     processes.state().wait_for_everyone()
@@ -116,12 +113,9 @@ def describe_scores(
 
 def settings_hash(record: ScoreRecord, score_settings: ScoreSettings) -> str:
     """Return a hash of the settings that the folder's name does not show."""
-    settings = {name: getattr(record, name) for name in ("query_loss", "layers", "queries")}
-    optional = {
-        "top_k_only": record.top_k_only, "group_by": record.group_by, "query_rank": score_settings.query_rank,
-        "layerwise": score_settings.layerwise,
-    }  # fmt: skip
-    settings |= {name: value for name, value in optional.items() if value}
+    values = vars(record) | vars(score_settings)
+    settings = {name: values[name] for name in ("query_loss", "layers", "queries")}
+    settings |= {name: values[name] for name in ("top_k_only", "group_by", "query_rank", "layerwise") if values[name]}
     return xxhash.xxh3_64_hexdigest(json.dumps(settings).encode())[:8]
 
 

@@ -57,8 +57,7 @@ def main(args: argparse.Namespace) -> None:
         if args.verify:
             verify.verify(settings, execution, args.verify, args.cache_dir)
         else:
-            kind = args.hessian or "raw"
-            estimate.estimate(settings, folder, kind, execution, args.trial, args.cache_dir)
+            estimate.estimate(settings, folder, args.hessian or "raw", execution, args.trial, args.cache_dir)
         return
 
     with extract.locked(folder):

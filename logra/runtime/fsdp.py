@@ -34,12 +34,10 @@ def shard(
         device: The device of this rank's shards.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    sharded = {parameter for block in blocks for parameter in block.parameters()}
+    unsharded = set(meta_model.parameters()) - set(blocks.parameters())
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(
-        meta_model.base_model, mesh=mesh, ignored_params={p for p in meta_model.parameters() if p not in sharded}
-    )
+    fully_shard(meta_model.base_model, mesh=mesh, ignored_params=unsharded)
     meta_model.to_empty(device=device)
     meta_model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

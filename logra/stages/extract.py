@@ -115,14 +115,13 @@ def write_train(
     settings = run.settings.with_data(further) if further else run.settings
     documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
     row_form(documents.column_names, settings.text_column, settings.train_loss == "response")  # refuses other rows
-    parts = run.parts if further else ()
-    train_folder = run.train_folder(len(parts))
+    train_folder = run.train_folder(len(run.parts))
     created = train_folder if further else run.folder
     files.remove(created)
     try:
         if not further:
             run.save()
-        first_row = sum(part.rows for part in parts)
+        first_row = sum(part.rows for part in run.parts)
         counts = write_examples(train_folder, documents, tokenizer, settings, num_proc, first_row)
         if further:
             _check_new_documents(run, train_folder)
@@ -131,7 +130,7 @@ def write_train(
         raise
     counts |= run.shard_sizes(counts["examples"])
     part = TrainPart(settings.data, source_fingerprint(settings.data_name), **counts)
-    run.save(parts=(*parts, part))
+    run.save(parts=(*run.parts, part))
     if part.dropped_rows:
         progress.say(f"dropped {part.dropped_rows} rows without text")
 
@@ -168,22 +167,14 @@ def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Exec
     tokens = {index: int(lengths[list(run.shards[index])].sum()) for index in pending}
     eigenvalues = {layer: (p.values_in, p.values_out) for layer, p in projections.items()}
     damping = hessian.default_damping("ekfac", store_dtype)
-    bar = progress.bar(
-        total=sum(tokens[index] for index in own_shards), unit="tok", unit_scale=True,
-        desc=f"extracting (1 of {processes.state().num_processes})",
-    )  # fmt: skip
+    own_tokens = sum(tokens[index] for index in own_shards)
+    description = f"extracting (1 of {processes.state().num_processes})"
+    bar = progress.bar(total=own_tokens, unit="tok", unit_scale=True, desc=description)
     capturing = GradientCapture(lm, projections, factors=True, squares_only=run.squares_only)
     with capturing as capture, bar, ThreadPoolExecutor(1) as writer:
         extractor = make_extractor(lm, capture, execution, run)
-        writing: list[Future] = []
-        bytes_written = 0
-
-        def wait_for_writer() -> None:
-            nonlocal bytes_written
-            if writing:
-                bytes_written += writing.pop().result()
-                bar.set_postfix_str(f"{bytes_written / 1e9:.3g} GB written")
-
+        bytes_written: Future[int] = Future()  # by all shards so far; the result comes when the last one is written
+        bytes_written.set_result(0)
         for index in own_shards:
             ids = run.shards[index]
             rows = examples[ids.start : ids.stop]
@@ -191,19 +182,20 @@ def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Exec
             gradients = extractor.gradients(
                 rows["input_ids"], rows.get("counted"), ids.start, store_dtype, bar.update, score_error
             )
-            wait_for_writer()
-            writing.append(writer.submit(_write_shard, run.shard(index), gradients))
+            bytes_written = writer.submit(_write_shard, run.shard(index), gradients, bytes_written.result(), bar)
         extractor.finish()
-        wait_for_writer()
+        bytes_written.result()
     return sum(tokens.values())
 
 
-def _write_shard(shard: Shard, gradients: HostGradients) -> int:
-    """Write one shard; return its bytes."""
+def _write_shard(shard: Shard, gradients: HostGradients, bytes_before: int, bar: progress.tqdm) -> int:
+    """Write one shard; show on the bar, and return, the bytes of this and all earlier shards."""
     grads, factors = gradients.wait()
-    if gradients.score_error is None:
-        return shard.write(grads, factors)
-    return shard.write(grads, factors, relative_score_error=round(gradients.score_error.result(), 4))
+    error = gradients.score_error
+    entries = {"relative_score_error": round(error.result(), 4)} if error else {}
+    bytes_written = bytes_before + shard.write(grads, factors, **entries)
+    bar.set_postfix_str(f"{bytes_written / 1e9:.3g} GB written")
+    return bytes_written
 
 
 def write_hessian(kind: str, run: RunDir) -> None:
@@ -212,11 +204,10 @@ def write_hessian(kind: str, run: RunDir) -> None:
     if kind == "none" or run.hessian_problem(kind) is None:
         return
     progress.say(f"Hessian {kind}: at most {check_hessian_memory(run, kind) / 1e6:,.0f} MB of memory per process")
-    own_shards, in_eigenbasis = processes.share(len(run.shards)), run.settings.basis == "eigen"
-    tensors = progress.bar(
-        hessian.statistics(kind, run, own_shards, processes.sum_over_ranks, in_eigenbasis, processes.state().device),
-        total=len(run.hessian_layout(kind)), desc=f"Hessian {kind}", unit="tensor",
-    )  # fmt: skip
+    own_shards, device = processes.share(len(run.shards)), processes.state().device
+    in_eigenbasis = run.settings.basis == "eigen"
+    sums = hessian.statistics(kind, run, own_shards, processes.sum_over_ranks, in_eigenbasis, device)
+    tensors = progress.bar(sums, total=len(run.hessian_layout(kind)), desc=f"Hessian {kind}", unit="tensor")
     if processes.state().is_main_process:
         run.save_hessian(kind, tensors)
     else:

@@ -7,7 +7,6 @@ example's loss.
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -59,7 +58,7 @@ class HostGradients:
         begin, end = len(self.rows), len(self.rows) + len(rows)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+        with torch.cuda.stream(self.stream):  # without a stream, this changes nothing
             for layer, grad in grads.items():
                 if self.score_error and begin == 0:
                     self.score_error.add(layer, grad[:ROUNDING_SAMPLE])
@@ -221,15 +220,13 @@ class Extractor:
             length: Tokens of each example.
             max_examples: Examples in a batch at most.
         """
-        best_tokens, best_speed, examples = length, 0.0, 1
+        self.batch_tokens, best_speed, examples = length, 0.0, 1
         while examples <= max_examples:
-            self.batch_tokens = examples * length
             seconds = self._time_batch(length, examples)
             if seconds is None or examples / seconds < MIN_SPEEDUP * best_speed:
                 break
-            best_tokens, best_speed, examples = self.batch_tokens, examples / seconds, 2 * examples
-        self.batch_tokens = best_tokens
-        return best_tokens
+            self.batch_tokens, best_speed, examples = examples * length, examples / seconds, 2 * examples
+        return self.batch_tokens
 
     def _time_batch(self, length: int, examples: int) -> float | None:
         """Return the seconds that a batch of this size takes, or None if memory runs out.

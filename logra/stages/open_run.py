@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from logra.inputs import model
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 from logra.run_dir import RunDir
-from logra.runtime import processes
-from logra.runtime.files import same_name, short_name
+from logra.runtime import files, processes
 from logra.runtime.flags import RunFlags
 from logra.runtime.progress import say
 from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettings
@@ -26,7 +25,7 @@ def run_name(settings: RunSettings) -> str:
     elif settings.lora != "none":
         projection += f"{settings.rank_out}x{settings.rank_in}"
     sources = (settings.model_name, settings.data_name, settings.data_config)
-    parts = [short_name(source) for source in sources if source] + [projection]
+    parts = [files.short_name(source) for source in sources if source] + [projection]
     parts += ["eigen"] if settings.basis == "eigen" else []
     parts += ["mlp" if settings.mlp_only else "all"]
     parts += [settings.store_dtype] if settings.store_dtype in INTEGER_BITS else []
@@ -70,7 +69,7 @@ def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
         return None
     for name, value in flags.user_flags.items():
         saved = getattr(run.settings, name)
-        same = saved == value or (name in ("model_name", "data_name") and same_name(saved, value))
+        same = saved == value or (name in ("model_name", "data_name") and files.same_name(saved, value))
         if not same and not (flags.extend and name in DATA_FIELDS):
             raise ValueError(
                 f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
@@ -156,9 +155,7 @@ def say_ranks(described: dict[str, Any], settings: RunSettings) -> None:
         say(f"{unprojected} of {2 * len(layers)} sides of layers are not projected: they are no wider than the rank")
 
 
-def load_model(
-    settings: RunSettings, execution: Execution
-) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
+def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, PreTrainedTokenizerBase, dict]:
     """Return a run's model, its tokenizer, and their entries in run.json (see inputs.model.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
         raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")

@@ -16,10 +16,10 @@ from datasets import Dataset
 from logra import store
 from logra.influence import top_k
 from logra.run_dir import RunDir
-from logra.runtime import files
-from logra.runtime.progress import printable
+from logra.runtime import files, progress
 from logra.stages.score_files import ScoreRecord, extremes_layout
 
+AGAIN = "run compute_influence.py again"
 CSV_COLUMNS = (
     "query", "side", "rank", "score", "percentile", "z", "document", "example", "examples", "block", "text",
 )  # fmt: skip
@@ -52,7 +52,7 @@ def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         actual = str(error)
     if actual != expected:
-        raise ValueError(f"expected {expected} in {path}, got {actual}; run compute_influence.py again")
+        raise ValueError(f"expected {expected} in {path}, got {actual}; {AGAIN}")
     return matrix
 
 
@@ -65,7 +65,7 @@ def newest_scores(log_dir: Path | None, split: str | None) -> Path:
     root = Path("logs") if log_dir is None else log_dir
     pattern = "*/scores/*/run.json" if log_dir is None else "scores/*/run.json"
     for path in sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
-        content = files.read_json(path, "run compute_influence.py again")
+        content = files.read_json(path, AGAIN)
         if path.parent.suffix != ".tmp" and split in (None, content.get("split")):
             return path.parent
     of_split = f" of --split {split}" if split else ""
@@ -78,19 +78,17 @@ def read_record(folder: Path, run: RunDir) -> ScoreRecord:
     Raises:
         ValueError: The files were altered, or the scores are not of the run's examples.
     """
-    content = files.read_json(folder / "run.json", "run compute_influence.py again")
+    content = files.read_json(folder / "run.json", AGAIN)
     try:
         record = ScoreRecord.from_json(content, run.layers)
-        same_examples = RunDir(folder, record.log).fingerprints == run.fingerprints
-        same_examples = same_examples and record.num_examples == run.examples
+        scored_examples = (RunDir(folder, record.log).fingerprints, record.num_examples)
+        same_examples = scored_examples == (run.fingerprints, run.examples)
     except (ValueError, TypeError):
         same_examples = False
     if not same_examples:
-        raise ValueError(
-            f"expected scores of {run.folder}'s examples in {folder}, got others; run compute_influence.py again"
-        )
+        raise ValueError(f"expected scores of {run.folder}'s examples in {folder}, got others; {AGAIN}")
     if files.file_checksums(folder, record.files) != record.files:
-        raise ValueError(f"expected {folder} as it was written, got other files; run compute_influence.py again")
+        raise ValueError(f"expected {folder} as it was written, got other files; {AGAIN}")
     return record
 
 
@@ -103,9 +101,9 @@ def read_queries(path: Path) -> list[dict]:
     try:
         rows = [files.parse_json(line) for line in files.read_lines(path)]
     except (OSError, ValueError) as error:
-        raise ValueError(f"expected queries in {path}, got {error}; run compute_influence.py again") from error
+        raise ValueError(f"expected queries in {path}, got {error}; {AGAIN}") from error
     if not files.has_shape(rows, [{"id": str}]):
-        raise ValueError(f"expected an id in each row of {path}, got other rows; run compute_influence.py again")
+        raise ValueError(f"expected an id in each row of {path}, got other rows; {AGAIN}")
     return rows
 
 
@@ -132,12 +130,10 @@ class StoredScores:
             try:
                 tensors = store.load_tensors(path, files.read_json(path.with_suffix(".json"), ""), layout)
             except ValueError as error:
-                raise ValueError(f"expected scores in {folder}, got {error}; run compute_influence.py again") from error
+                raise ValueError(f"expected scores in {folder}, got {error}; {AGAIN}") from error
             ids = tensors["ids"]
             if ids.numel() and not 0 <= ids.min() <= ids.max() < examples:
-                raise ValueError(
-                    f"expected ids of {examples} examples in {path}, got others; run compute_influence.py again"
-                )
+                raise ValueError(f"expected ids of {examples} examples in {path}, got others; {AGAIN}")
             self.extremes[largest] = tensors
 
     def ranking(self, query: int, largest: bool) -> Ranking:
@@ -240,7 +236,7 @@ def write_lists(
             writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
     if "txt" in formats:
         with files.atomic(folder / "top_k.txt") as path:
-            path.write_text(printable("\n".join(text_lines(queries, sides))), "utf-8")
+            path.write_text(progress.printable("\n".join(text_lines(queries, sides))), "utf-8")
 
 
 def no_formula(value: Any) -> Any:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from logra import hessian, influence
-from logra.hessian import Damping
 from logra.hooks import GradientCapture, ScoreCapture
 from logra.inputs.queries import Query
 from logra.projection import Projection, identity
@@ -76,7 +75,7 @@ class ScoreTask:
     run: RunDir
     kind: str
     blocks: dict[str, str]
-    dampings: list[Damping]
+    dampings: list[hessian.Damping]
     query_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -206,9 +205,7 @@ class Scorer:
             by_damping = (part.unflatten(0, (len(self.task.dampings), -1)) for part in (one, two))
             return torch.cat(list(by_damping), dim=1).flatten(0, 1)
 
-        return {
-            layer: (join(left, more[layer][0]), join(right, more[layer][1])) for layer, (left, right) in queries.items()
-        }
+        return {layer: (join(q[0], more[layer][0]), join(q[1], more[layer][1])) for layer, q in queries.items()}
 
     def _score_with_model(self, capture: ScoreCapture, rows: int) -> ShardScores:
         """Score a run that stores no gradients: run the model on the train examples again."""

@@ -30,7 +30,6 @@ from logra.hessian import KINDS, Damping
 from logra.influence import MODES, RunningTopK
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files, processes
-from logra.runtime.files import has_shape, is_count, is_positive
 
 
 def extremes_layout(queries: int, kept: int) -> store.Layout:
@@ -72,10 +71,10 @@ class ScoreRecord:
         Raises:
             ValueError: Entries are missing or impossible, or name layers that the run does not have.
         """
-        if not has_shape(content, SCORES_JSON) or not set(content["layers"]) <= set(run_layers):
+        if not files.has_shape(content, SCORES_JSON) or not set(content["layers"]) <= set(run_layers):
             raise ValueError("missing or impossible entries")
         log = RunRecord.from_json(content["log"])
-        if not log.parts or not has_shape(content.get("blocks", []), [str]):
+        if not log.parts or not files.has_shape(content.get("blocks", []), [str]):
             raise ValueError("missing or impossible entries")
         return cls(**content | {"log": log})
 
@@ -94,11 +93,11 @@ SCORES_JSON = {
     "log": dict,
     "mode": lambda mode: mode in MODES,
     "hessian": lambda kind: kind in KINDS,
-    "layers": lambda names: names and has_shape(names, [str]),
-    "num_queries": is_count,
-    "num_examples": is_count,
+    "layers": lambda names: names and files.has_shape(names, [str]),
+    "num_queries": files.is_count,
+    "num_examples": files.is_count,
     "files": dict,
-    "top_k_only": lambda k: k is None or is_positive(k),
+    "top_k_only": lambda k: k is None or files.is_positive(k),
     "group_by": str | None,
     "damping": float | None,
     "damping_absolute": float | None,
@@ -110,16 +109,15 @@ class ScoreFile:
 
     Args:
         folder: The folder to write to.
-        queries, examples: Q and N.
-        top_k_only: K, or None to keep all scores.
-        blocks: L, or 0 to keep no dots of blocks.
+        record: Of the scores. It says Q, N, and what is kept: all scores or the top k, dots of the blocks or none.
     """
 
-    def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None, blocks: int = 0):
-        self.folder, self.top_k_only = folder, top_k_only
-        self.shapes: dict[str, tuple[int, ...]] = {"scores.npy": (queries, examples)} if top_k_only is None else {}
-        if blocks:
-            self.shapes["layer_scores.npy"] = (blocks, queries, examples)
+    def __init__(self, folder: Path, record: ScoreRecord):
+        self.folder, self.record, self.top_k_only = folder, record, record.top_k_only
+        shape = (record.num_queries, record.num_examples)
+        self.shapes: dict[str, tuple[int, ...]] = {"scores.npy": shape} if record.top_k_only is None else {}
+        if record.blocks:
+            self.shapes["layer_scores.npy"] = (len(record.blocks), *shape)
         self.matrices: dict[str, np.memmap] = {}
         self.extremes: dict[tuple[int, str], RunningTopK] = {}  # by a batch's first query, and top or bottom
 
@@ -161,54 +159,46 @@ class ScoreFile:
             matrix.flush()
         if self.top_k_only is None:
             return
-        own_parts = [(key, running.scores, running.ids) for key, running in self.extremes.items()]
         merged: dict[tuple[int, str], RunningTopK] = {}
-        for key, scores, ids in processes.gather_list(own_parts):
-            running = RunningTopK(len(scores), self.top_k_only, key[1] == "top")
-            merged.setdefault(key, running).add(scores, ids)
+        for key, part in processes.gather_list(list(self.extremes.items())):
+            empty = RunningTopK(len(part.scores), part.k, part.largest)
+            merged.setdefault(key, empty).add(part.scores, part.ids)
         for end in ("top", "bottom") if processes.state().is_main_process else ():
             batches = [merged[key] for key in sorted(merged) if key[1] == end]
             tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("scores", "ids")}
             path, layout = self.folder / f"{end}.safetensors", extremes_layout(*tensors["scores"].shape)
             files.write_json(path.with_suffix(".json"), store.save_tensors(path, layout, tensors))
 
-    def describe(
-        self, query_rows: list[dict], record: ScoreRecord, damping: Damping, self_influence: Tensor | None
-    ) -> None:
+    def describe(self, query_rows: list[dict], self_influence: Tensor | None) -> None:
         """Write queries.jsonl, self_influence.npy if it is given, and run.json with the checksums of all files."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in query_rows)
         (self.folder / "queries.jsonl").write_text(text, "utf-8")
         if self_influence is not None:
             np.save(self.folder / "self_influence.npy", self_influence.numpy())
-        record = replace(
-            record, damping=damping.relative, damping_absolute=damping.absolute,
-            files=files.file_checksums(self.folder),
-        )  # fmt: skip
+        record = replace(self.record, files=files.file_checksums(self.folder))
         files.write_json(self.folder / "run.json", record.to_json())
 
 
 @contextmanager
-def score_files(
-    base: Path, dampings: list[Damping], shape: tuple[int, int], top_k_only: int | None, blocks: int,
-) -> Iterator[list[ScoreFile]]:  # fmt: skip
+def score_files(base: Path, record: ScoreRecord, dampings: list[Damping]) -> Iterator[list[ScoreFile]]:
     """Yield a ScoreFile for each damping. The folders get their final names when the block ends without an error.
 
     Args:
         base: scores/<label>; a folder is named <base>-<damping>.
+        record: Of the scores, without a damping.
         dampings: One for each file.
-        shape: (Q, N).
-        top_k_only, blocks: See ScoreFile.
 
     Raises:
         ValueError: Another command writes the same scores.
     """
     folders = [base.with_name(f"{base.name}-{damping.label}") for damping in dampings]
+    records = [replace(record, damping=d.relative, damping_absolute=d.absolute) for d in dampings]
     with ExitStack() as stack:
         if processes.state().is_main_process:
             stack.enter_context(files.locked(base.with_name(f"{base.name}.lock"), str(base)))
             for path in folders:
                 stack.enter_context(files.atomic(path)).mkdir()
-        yield [ScoreFile(files.temporary_path(path), *shape, top_k_only, blocks) for path in folders]
+        yield [ScoreFile(files.temporary_path(path), entry) for path, entry in zip(folders, records, strict=True)]
 
 
 class SelfInfluence:
@@ -221,16 +211,15 @@ class SelfInfluence:
 
     def __init__(self, run: RunDir, kind: str, layers: list[str], dampings: list[Damping]):
         hessian_entry = run.hessian_path(kind).with_suffix(".json").read_text() if kind != "none" else ""
-        self.key = {
-            "hessian": xxhash.xxh3_64_hexdigest(hessian_entry.encode()), "examples": run.examples,
-            "fingerprints": run.fingerprints,
-        }  # fmt: skip
+        hessian_hash = xxhash.xxh3_64_hexdigest(hessian_entry.encode())
+        self.key = {"hessian": hessian_hash, "examples": run.examples, "fingerprints": run.fingerprints}
         layers_hash = xxhash.xxh3_64_hexdigest(json.dumps(layers).encode())[:8]
         names = [f"{kind}-{damping.label}-{layers_hash}.safetensors" for damping in dampings]
         self.paths = [run.folder / "self_influence" / name for name in names]
         self.layout: store.Layout = {"values": (torch.float32, [run.examples])}
         stored = [self._load(path) for path in self.paths]
-        self.complete = all(values is not None for values in stored)
+        # another command may be writing them, so all ranks must have found them
+        self.complete = all(processes.gather_list([all(values is not None for values in stored)]))
         self.values = torch.stack(stored) if self.complete else torch.zeros(len(dampings), run.examples)
 
     def _load(self, path: Path) -> Tensor | None:
@@ -241,12 +230,6 @@ class SelfInfluence:
         except ValueError:
             return None
         return values if all(entry.get(key) == value for key, value in self.key.items()) else None
-
-    def agree(self) -> None:
-        """Discard stored values unless every rank found them. Another command may be writing them."""
-        if not all(processes.gather_list([self.complete])):
-            self.complete = False
-            self.values.zero_()
 
     def add(self, ids: range, parts: list[Tensor]) -> None:
         """Add one or more layers' parts, S times [n], of the examples `ids`."""
