@@ -156,9 +156,8 @@ def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: st
         largest: The ranking starts with the highest score.
         combine: A document's score: the `sum` of its examples' scores, or `max`, the score of its first example.
     """
-    _, first, inverse, counts = np.unique(
-        owners[ranking.examples], return_index=True, return_inverse=True, return_counts=True
-    )
+    documents = owners[ranking.examples]
+    _, first, inverse, counts = np.unique(documents, return_index=True, return_inverse=True, return_counts=True)
     scores = ranking.scores[first]
     if combine == "sum":
         scores = np.bincount(inverse, weights=ranking.scores).astype(np.float32)
@@ -214,9 +213,7 @@ def ranked_rows(
     return rows
 
 
-def write_lists(
-    folder: Path, queries: Sequence[dict[str, Any]], sides: Sequence[str], formats: Collection[str]
-) -> None:
+def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats: Collection[str]) -> None:
     """Write top_k.jsonl, top_k.csv and top_k.txt.
 
     Args:
@@ -244,7 +241,7 @@ def no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
 
 
-def text_lines(queries: Sequence[dict[str, Any]], sides: Sequence[str]) -> list[str]:
+def text_lines(queries: list[dict], sides: Sequence[str]) -> list[str]:
     """Return the lines of top_k.txt (see write_lists)."""
     lines = []
     for query in queries:
