@@ -67,7 +67,7 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes) -> dict[str, T
         ids = sample[batches[number]].tolist()
         rows = examples[ids]
         extractor.check_vocabulary(rows["input_ids"], ids)
-        for _ in extractor.run(rows["input_ids"], rows.get("counted")):
+        for _ in extractor.run(rows["input_ids"], rows.get("counted"), list(range(len(ids)))):
             pass
         factors = extractor.capture.take_factors()
         for key, total in sums.items():

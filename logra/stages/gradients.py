@@ -135,21 +135,25 @@ class Extractor:
         self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
         result = HostGradients(len(token_ids), store_dtype, first_id, score_error)
         for batch in length_batches([len(ids) for ids in token_ids], self.batch_tokens, self.batch_size):
-            batch_ids = [token_ids[i] for i in batch]
-            for rows, grads in self.run(batch_ids, [counted[i] for i in batch] if counted else None):
-                result.add([batch[row] for row in rows], grads)
-            on_batch(sum(map(len, batch_ids)))
-        if self.capture.want_factors:
-            result.factors = self.capture.take_factors()
+            for rows, grads in self.run(token_ids, counted, batch):
+                result.add(rows, grads)
+            on_batch(sum(len(token_ids[i]) for i in batch))
+        result.factors = self.capture.take_factors()
         return result
 
-    def run(self, token_ids: list[list[int]], counted: Counted = None) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def run(
+        self, token_ids: list[list[int]], counted: Counted, batch: list[int]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Run a batch, in parts if it does not fit in memory; yield each part's rows and gradients {layer: [B, k]}.
+
+        Args:
+            token_ids, counted: See gradients.
+            batch: The rows of `token_ids` that are in the batch.
 
         Raises:
             ValueError: Memory runs out for a single example.
         """
-        parts = [list(range(len(token_ids)))]
+        parts = [batch]
         while parts:
             rows = parts.pop(0)
             tokens = len(rows) * max(len(token_ids[i]) for i in rows)
@@ -171,8 +175,7 @@ class Extractor:
         else:
             self.capture.rollback()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing without a GPU
         return grads
 
     def _shrink_batches(self, tokens: int, examples: int) -> None:
