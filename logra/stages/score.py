@@ -119,22 +119,22 @@ class Scorer:
     def score(self, groups: list[list[Query]]) -> ShardScores:
         """Yield what influence.score_shards does; a group's mean gradient is one query."""
         run, task = self.run, self.task
+        if task.stores_gradients:
+            queries, forms = self.preconditioned(groups)
+            return influence.score_shards(
+                run.open_shard, self.own_shards, queries, forms, self.device, run.settings.bits, task.blocks
+            )
         full_width = run.projected == run.shapes and not self._self_influence_is_streamed
-        queries: dict = {}
+        queries = {}
         for first in range(0, len(groups), self.queries_per_step):
-            step_queries, quadratic_forms = self.preconditioned(groups[first : first + self.queries_per_step])
-            for layer in [] if task.stores_gradients else list(step_queries):
+            step_queries, forms = self.preconditioned(groups[first : first + self.queries_per_step])
+            for layer in list(step_queries):
                 q, shape = step_queries.pop(layer), run.projected[layer]
                 q = unrotated(q, self.projections[layer], shape) if full_width else q
                 step_queries[layer] = low_rank(q, shape, task.query_rank) if task.query_rank else q
             queries = self._join(queries, step_queries) if queries else step_queries
-        if task.stores_gradients:
-            return influence.score_shards(
-                run.open_shard, self.own_shards, queries, quadratic_forms, self.device, run.settings.bits,
-                task.blocks,
-            )  # fmt: skip
         projections = identity(run.shapes) if full_width else self.projections
-        capture = ScoreCapture(self.lm, {layer: projections[layer] for layer in queries}, queries, quadratic_forms)
+        capture = ScoreCapture(self.lm, {layer: projections[layer] for layer in queries}, queries, forms)
         return self._score_with_model(capture, len(task.dampings) * len(groups))
 
     def preconditioned(self, groups: list[list[Query]]) -> tuple[dict[str, Tensor], QuadraticForms]:
