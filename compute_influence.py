@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     self_influence = SelfInfluence(run, kind, layers, dampings) if needs_self_influence else None
     blocks = {layer: block_name(layer) if score_settings.layerwise else "" for layer in layers}
     task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
-    with score_files(base, record, dampings) as files:
+    with score_files(base, record, dampings, run.shards) as files:
         scorer = Scorer(task, lm, execution, self_influence)
         write_scores(scorer, groups, files, score_settings.mode)
         for s, file in enumerate(files) if processes.state().is_main_process else ():
@@ -75,9 +75,6 @@ def main(args: argparse.Namespace) -> None:
 def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str) -> None:
     """Score the groups of queries and fill the files. A pass over all train examples scores what fits in memory."""
     self_influence = scorer.self_influence
-    for file in files if processes.state().is_main_process else ():
-        file.create()
-    processes.state().wait_for_everyone()
     for first in range(0, len(groups), scorer.queries_per_pass):
         batch = groups[first : first + scorer.queries_per_pass]
         scores = progress.bar(scorer.score(batch), total=len(scorer.own_shards), desc="scoring", unit="shard")
@@ -94,7 +91,6 @@ def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFil
             self_influence.save()
     for file in files:
         file.close()
-    processes.state().wait_for_everyone()
 
 
 def describe_scores(

@@ -63,7 +63,6 @@ def main(args: argparse.Namespace) -> None:
     with extract.locked(folder):
         # Find the run, or complete the settings of a new one
         run = open_run.find_run(folder, run_flags, must_exist=args.extend)
-        processes.state().wait_for_everyone()  # all ranks have looked before rank 0 writes
         if run:
             open_run.say_kept_settings(run, run_flags)
         settings = run.settings if run else open_run.new_settings(run_flags, execution)
@@ -106,6 +105,7 @@ def set_up(
         new_or_extended = run or RunDir(folder, RunRecord(settings, vars(args), **described))
         extract.write_train(new_or_extended, tokenizer, further, args.cache_dir, args.num_proc)
     run = open_run.reload(folder)
+    run.check_model(described)  # each rank has loaded a model of its own
     if run.record.projections is None:
         calibrate.make_projections(lm, run, execution)
         run = open_run.reload(folder)

@@ -226,7 +226,7 @@ class RunDir:
         Raises:
             ValueError: They are not those of run.json.
         """
-        datasets = [self._load_part(number) for number in range(len(self.parts))]
+        datasets = [files.retried(partial(self._load_part, number)) for number in range(len(self.parts))]
         return concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]
 
     def _load_part(self, number: int) -> Dataset:
@@ -257,7 +257,7 @@ class RunDir:
         """
         path, checksums = self.folder / "projections.safetensors", self.record.projections
         try:
-            tensors = store.load_tensors(path, checksums, self.projection_layout)
+            tensors = files.retried(lambda: store.load_tensors(path, checksums, self.projection_layout))
         except ValueError as error:
             raise ValueError(f"expected the run's projections, but {error}; extract again with --overwrite") from error
         return store.projections_of_tensors(tensors, self.shapes)
@@ -332,7 +332,7 @@ class RunDir:
         """
         if kind == "none":
             return lambda layer: {}
-        file, layout = self._hessian_file(kind), self.hessian_layout(kind)
+        file, layout = files.retried(lambda: self._hessian_file(kind)), self.hessian_layout(kind)
         counts = {"examples": torch.tensor(self.examples), "tokens": file.read("tokens")}
 
         names = [name.rpartition(".") for name in layout]
@@ -352,7 +352,7 @@ class RunDir:
             ValueError: The shard is missing or was altered.
         """
         try:
-            return self.shard(index).open(kind)
+            return files.retried(lambda: self.shard(index).open(kind))
         except ValueError as error:
             raise ValueError(
                 f"expected {len(self.shards)} intact shards, but {error}; "

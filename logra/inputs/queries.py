@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import build_examples
 from logra.inputs.rows import Encoded, encode_messages, encode_prompt, row_problem
+from logra.runtime import processes
 from logra.runtime.files import has_shape, read_lines, read_row, same_name, short_name
 from logra.runtime.settings import QuerySettings, RunSettings
 
@@ -34,6 +35,7 @@ class Query(NamedTuple):
     row: dict
 
 
+@processes.on_rank_0
 def load_queries(
     query_settings: QuerySettings,
     settings: RunSettings,

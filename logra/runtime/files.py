@@ -9,16 +9,19 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 from filelock import SoftFileLease, Timeout
 
+T = TypeVar("T")
 LOCK_LEASE_SECONDS = 60.0  # see locked
+NETWORK_DISK_SECONDS = 60.0  # for so long an NFS client may remember that a file is missing, or its old size
 
 
 def sync(path: Path) -> None:
@@ -142,6 +145,22 @@ def write_json(path: Path, content: dict, tag: str = "", parents: bool = True) -
     with atomic(path, tag, parents) as temporary:
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def retried(read: Callable[[], T]) -> T:
+    """Return read(), which reads files that another machine may just have written.
+
+    When the processes run on several machines, a ValueError or OSError counts only after NETWORK_DISK_SECONDS.
+    """
+    several_machines = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+    deadline = time.monotonic() + (NETWORK_DISK_SECONDS if several_machines else 0)
+    while True:
+        try:
+            return read()
+        except (ValueError, OSError):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(1)
 
 
 def check_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from logra.hessian import KINDS
 from logra.quantise import FLOAT_DTYPES
+from logra.runtime.processes import finish
 from logra.runtime.progress import begin, printable, say
 from logra.runtime.settings import (
     CPU_BATCH_TOKENS,
@@ -176,6 +177,7 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
     args = parser.parse_args()
     try:
         main(args)
+        finish()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":

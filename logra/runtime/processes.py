@@ -1,4 +1,4 @@
-"""The processes that accelerate launched: connect them, divide work among them, end them with their launcher.
+"""The processes that accelerate launched: connect them, divide work among them, decide together, end together.
 
 Only this module uses accelerate's processes. A rank is the number of a process.
 """
@@ -7,13 +7,24 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# The longest wait of a rank for another one: rank 0 tokenises alone, and a faster rank waits for the slowest.
+TIMEOUT = timedelta(hours=24)
+GOODBYE = b"."  # what a rank sends before it ends without an error
+_connections: list[socket.socket] = []  # rank 0: to all others; the others: to rank 0
 
 
 def start() -> None:
@@ -27,7 +38,7 @@ def start() -> None:
         raise ValueError(
             f"expected at most {gpus} processes on this machine, one a GPU, got {local}; lower --num_processes"
         )
-    timeout = InitProcessGroupKwargs(timeout=timedelta(days=7))  # the other ranks wait while rank 0 tokenises
+    timeout = InitProcessGroupKwargs(timeout=TIMEOUT)
     if "RANK" in os.environ:
         end_with_parent()
         name_network_interface()
@@ -35,6 +46,8 @@ def start() -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != connected:
         raise ValueError(f"expected {world} processes (WORLD_SIZE), got {connected}; use accelerate launch")
+    if world > 1:
+        end_with_others()
 
 
 def state() -> PartialState:
@@ -47,14 +60,37 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def share(count: int) -> range:
-    """Return the indices of this rank's share of `count` items, such as shards."""
-    return range(state().process_index, count, state().num_processes)
+def share(count: int, rank: int | None = None) -> range:
+    """Return the indices of a rank's share of `count` items, such as shards; by default this rank's."""
+    return range(state().process_index if rank is None else rank, count, state().num_processes)
 
 
 def gather_list(mine: list) -> list:
     """Return the items of all ranks, in order of rank, on every rank."""
     return gather_object(mine) if state().num_processes > 1 else mine
+
+
+def on_rank_0(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that decides something from the disk: rank 0 runs it, and every rank returns its result.
+
+    Over a network file system, machines may see different files for a while. Ranks that decided each for itself could
+    then wait for each other without end. A ValueError or OSError of rank 0 is raised on every rank.
+    """
+
+    @wraps(function)
+    def decided(*args: P.args, **kwargs: P.kwargs) -> T:
+        outcome: list = [None, None]
+        if state().is_main_process:
+            try:
+                outcome[0] = function(*args, **kwargs)
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    return decided
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -84,6 +120,41 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_others() -> None:
+    """Start threads that end this process as soon as another rank has died, on whatever machine.
+
+    Each rank keeps a connection to rank 0. The system closes a process's connections when it ends, in whatever way.
+    """
+    if state().is_main_process:
+        with socket.create_server(("", 0)) as server:
+            broadcast_object_list([server.getsockname()[1]])
+            _connections.extend(server.accept()[0] for _ in range(state().num_processes - 1))
+    else:
+        port: list = [None]
+        broadcast_object_list(port)
+        _connections.append(socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=60))
+
+    def watch(connection: socket.socket) -> None:
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # also notices a machine without power
+        try:
+            message = connection.recv(1)
+        except OSError:
+            message = b""
+        if message != GOODBYE:
+            os._exit(1)
+
+    for connection in _connections:
+        threading.Thread(target=watch, args=(connection,), daemon=True).start()
+
+
+def finish() -> None:
+    """Tell the other ranks that this one ends without an error."""
+    for connection in _connections:
+        with suppress(OSError):  # the other rank has ended already
+            connection.sendall(GOODBYE)
 
 
 def name_network_interface() -> None:

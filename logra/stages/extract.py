@@ -39,6 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
         processes.state().wait_for_everyone()
 
 
+@processes.on_rank_0
 def has_documents(run: RunDir, documents: DataSettings) -> bool:
     """Return whether the run already holds these documents (--extend).
 
@@ -201,7 +202,7 @@ def _write_shard(shard: Shard, gradients: HostGradients, bytes_before: int, bar:
 def write_hessian(kind: str, run: RunDir) -> None:
     """Sum the Hessian's statistics over all shards and write them, unless a whole Hessian of this kind exists."""
     processes.state().wait_for_everyone()
-    if kind == "none" or run.hessian_problem(kind) is None:
+    if kind == "none" or processes.on_rank_0(run.hessian_problem)(kind) is None:
         return
     progress.say(f"Hessian {kind}: at most {check_hessian_memory(run, kind) / 1e6:,.0f} MB of memory per process")
     own_shards, device = processes.share(len(run.shards)), processes.state().device

@@ -33,6 +33,7 @@ def run_name(settings: RunSettings) -> str:
     return "_".join(parts)
 
 
+@processes.on_rank_0
 def find_folder(flags: RunFlags, must_exist: bool) -> Path:
     """Return the run's folder: --log_dir, or logs/ and the name that follows from the flags.
 
@@ -49,6 +50,7 @@ def find_folder(flags: RunFlags, must_exist: bool) -> Path:
     return folder
 
 
+@processes.on_rank_0
 def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
     """Return the run in a folder, or None if it is to be made, or made anew.
 
@@ -100,14 +102,13 @@ def say_kept_settings(run: RunDir, flags: RunFlags) -> None:
         say(f"As in {run.folder / 'run.json'}: {', '.join(kept)}")
 
 
+@processes.on_rank_0
 def reload(folder: Path) -> RunDir:
-    """Read run.json on all ranks after rank 0 has written it, and before rank 0 writes it again."""
-    processes.state().wait_for_everyone()
-    run = RunDir.load(folder)
-    processes.state().wait_for_everyone()
-    return run
+    """Read run.json after rank 0 has written it."""
+    return RunDir.load(folder)
 
 
+@processes.on_rank_0
 def usable_hessian(run: RunDir, hessian: str | None) -> str:
     """Return the kind of Hessian to score with: `hessian` if given, else the run's first one.
 
@@ -127,6 +128,7 @@ def usable_hessian(run: RunDir, hessian: str | None) -> str:
     return kind
 
 
+@processes.on_rank_0
 def new_settings(flags: RunFlags, execution: Execution) -> RunSettings:
     """Return the complete settings of a new run: block_size from the model's configuration, dtype from the device.
 
@@ -137,8 +139,7 @@ def new_settings(flags: RunFlags, execution: Execution) -> RunSettings:
     settings = RunSettings.from_user_flags(flags.user_flags, kind)
     settings.check_hessian(kind, kind)
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    with processes.state().main_process_first():  # the embedded model is converted once
-        context = model.context_length(model.load_config(settings.model_name, **hub))
+    context = model.context_length(model.load_config(settings.model_name, **hub))
     completed = settings.completed(context, model.default_dtype(processes.state().device))
     if settings.block_size is None and completed.block_size < 512:
         say(f"--block_size is {completed.block_size}, the model's context")
@@ -163,7 +164,7 @@ def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, 
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     device = processes.state().device
     with processes.state().main_process_first():  # one rank converts the embedded model
-        tokenizer = model.load_tokenizer(name, **hub)
+        tokenizer = files.retried(lambda: model.load_tokenizer(name, **hub))
     if execution.fsdp:
         lm, weights_hash = model.load_sharded_model(name, dtype, device, **hub)
     else:

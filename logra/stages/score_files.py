@@ -17,6 +17,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,42 +105,61 @@ SCORES_JSON = {
 } | dict.fromkeys(("split", "query_loss", "queries"), str)
 
 
+def create_matrix(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Create a file of a float32 matrix, and map it into memory.
+
+    Raises:
+        OSError: The disk is too small. Without this check a memory-mapped write would crash.
+    """
+    matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return matrix
+
+
 class ScoreFile:
-    """The scores of one damping. All ranks write to it, each the columns of its shards.
+    """The scores of one damping. Each rank writes files of its own, the columns of its shards; rank 0 joins them.
+
+    Several machines must not write to one file: over a network file system each of them writes whole pages back, with
+    old values in the columns of the others.
 
     Args:
         folder: The folder to write to.
         record: Of the scores. It says Q, N, and what is kept: all scores or the top k, dots of the blocks or none.
+        shards: The example ids of each shard.
     """
 
-    def __init__(self, folder: Path, record: ScoreRecord):
-        self.folder, self.record, self.top_k_only = folder, record, record.top_k_only
-        shape = (record.num_queries, record.num_examples)
-        self.shapes: dict[str, tuple[int, ...]] = {"scores.npy": shape} if record.top_k_only is None else {}
+    def __init__(self, folder: Path, record: ScoreRecord, shards: list[range]):
+        self.folder, self.record, self.shards, self.top_k_only = folder, record, shards, record.top_k_only
+        queries, rank = record.num_queries, processes.state().process_index
+        self.rows: dict[str, tuple[int, ...]] = {"scores.npy": (queries,)} if record.top_k_only is None else {}
         if record.blocks:
-            self.shapes["layer_scores.npy"] = (len(record.blocks), *shape)
-        self.matrices: dict[str, np.memmap] = {}
+            self.rows["layer_scores.npy"] = (len(record.blocks), queries)
+        self.columns, width = self._columns(rank)
+        self.matrices = {
+            name: create_matrix(self._part(name, rank), (*rows, width)) for name, rows in self.rows.items()
+        }
         self.extremes: dict[tuple[int, str], RunningTopK] = {}  # by a batch's first query, and top or bottom
 
-    def create(self) -> None:
-        """Create empty matrices, on one rank, before any rank writes.
+    def _part(self, name: str, rank: int) -> Path:
+        """Return the file of a rank's columns; a single process writes the final file."""
+        return self.folder / (name if processes.state().num_processes == 1 else f"{name}.{rank}")
 
-        Raises:
-            OSError: The disk is too small. Without this check a memory-mapped write would crash.
-        """
-        for name, shape in self.shapes.items():
-            path = self.folder / name
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            if hasattr(os, "posix_fallocate"):
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    def _columns(self, rank: int) -> tuple[dict[range, slice], int]:
+        """Return the example ids of each shard of a rank -> its columns in the rank's files, and their number."""
+        columns, width = {}, 0
+        for index in processes.share(len(self.shards), rank):
+            ids = self.shards[index]
+            columns[ids], width = slice(width, width + len(ids)), width + len(ids)
+        return columns, width
 
     def put(self, first_query: int, ids: range, scores: Tensor, block_dots: list[Tensor]) -> None:
-        """Store the scores of a batch of queries and of the examples `ids`.
+        """Store the scores of a batch of queries and of a shard's examples.
 
         Args:
             first_query: Number of the batch's first query.
-            ids: Of n examples.
+            ids: Of the n examples of a shard.
             scores: [queries, n].
             block_dots: Dots of each block, L times [queries, n].
         """
@@ -147,18 +167,35 @@ class ScoreFile:
             for end in ("top", "bottom"):
                 running = RunningTopK(len(scores), self.top_k_only, end == "top")
                 self.extremes.setdefault((first_query, end), running).add(scores, torch.arange(ids.start, ids.stop))
-        for name in self.shapes:
-            if name not in self.matrices:
-                self.matrices[name] = np.load(self.folder / name, mmap_mode="r+")
+        for name, matrix in self.matrices.items():
             values = scores if name == "scores.npy" else torch.stack(block_dots)
-            self.matrices[name][..., first_query : first_query + len(scores), ids.start : ids.stop] = values.numpy()
+            matrix[..., first_query : first_query + len(scores), self.columns[ids]] = values.numpy()
 
     def close(self) -> None:
-        """Flush this rank's scores. With top_k_only, merge the ranks' top k and write them."""
+        """Flush this rank's scores, and join those of all ranks."""
         for matrix in self.matrices.values():
             matrix.flush()
-        if self.top_k_only is None:
-            return
+        self.matrices.clear()
+        processes.state().wait_for_everyone()
+        if processes.state().is_main_process and processes.state().num_processes > 1:
+            for name, rows in self.rows.items():
+                self._join(name, rows)
+        if self.top_k_only is not None:
+            self._join_extremes()
+
+    def _join(self, name: str, rows: tuple[int, ...]) -> None:
+        """Copy the columns of all ranks into one matrix, and delete the ranks' files."""
+        joined = create_matrix(self.folder / name, (*rows, self.record.num_examples))
+        for rank in range(processes.state().num_processes):
+            path = self._part(name, rank)
+            part = files.retried(partial(np.load, path, mmap_mode="r"))
+            for ids, columns in self._columns(rank)[0].items():
+                joined[..., ids.start : ids.stop] = part[..., columns]
+            path.unlink()
+        joined.flush()
+
+    def _join_extremes(self) -> None:
+        """Write the highest and lowest scores of all ranks."""
         merged: dict[tuple[int, str], RunningTopK] = {}
         for key, part in processes.gather_list(list(self.extremes.items())):
             empty = RunningTopK(len(part.scores), part.k, part.largest)
@@ -180,13 +217,16 @@ class ScoreFile:
 
 
 @contextmanager
-def score_files(base: Path, record: ScoreRecord, dampings: list[Damping]) -> Iterator[list[ScoreFile]]:
+def score_files(
+    base: Path, record: ScoreRecord, dampings: list[Damping], shards: list[range]
+) -> Iterator[list[ScoreFile]]:
     """Yield a ScoreFile for each damping. The folders get their final names when the block ends without an error.
 
     Args:
         base: scores/<label>; a folder is named <base>-<damping>.
         record: Of the scores, without a damping.
         dampings: One for each file.
+        shards: The example ids of each shard.
 
     Raises:
         ValueError: Another command writes the same scores.
@@ -198,7 +238,9 @@ def score_files(base: Path, record: ScoreRecord, dampings: list[Damping]) -> Ite
             stack.enter_context(files.locked(base.with_name(f"{base.name}.lock"), str(base)))
             for path in folders:
                 stack.enter_context(files.atomic(path)).mkdir()
-        yield [ScoreFile(files.temporary_path(path), entry) for path, entry in zip(folders, records, strict=True)]
+        processes.state().wait_for_everyone()
+        temporary = [files.temporary_path(path) for path in folders]
+        yield [ScoreFile(path, entry, shards) for path, entry in zip(temporary, records, strict=True)]
 
 
 class SelfInfluence:
@@ -217,9 +259,8 @@ class SelfInfluence:
         names = [f"{kind}-{damping.label}-{layers_hash}.safetensors" for damping in dampings]
         self.paths = [run.folder / "self_influence" / name for name in names]
         self.layout: store.Layout = {"values": (torch.float32, [run.examples])}
-        stored = [self._load(path) for path in self.paths]
-        # another command may be writing them, so all ranks must have found them
-        self.complete = all(processes.gather_list([all(values is not None for values in stored)]))
+        stored = processes.on_rank_0(lambda: [self._load(path) for path in self.paths])()
+        self.complete = all(values is not None for values in stored)
         self.values = torch.stack(stored) if self.complete else torch.zeros(len(dampings), run.examples)
 
     def _load(self, path: Path) -> Tensor | None:

@@ -64,6 +64,7 @@ def launch(mounts: list[Path], script: str, flags: str) -> str:
     return said[0]
 
 
+@pytest.mark.slow
 def test_two_machines_on_a_network_disk(machines, tiny, tmp_path, cli, monkeypatch):
     """Gradients, Hessian and scores are those of one process, whatever each machine remembers of the disk."""
     model = tiny / "llama"
@@ -81,9 +82,15 @@ def test_two_machines_on_a_network_disk(machines, tiny, tmp_path, cli, monkeypat
     launch(machines, "compute_influence.py", scored)
     one, two = (RunDir.load(folder / "log") for folder in (tmp_path, machines[0]))
     expected = stored_gradients(one)
-    assert all((grads - expected[layer]).norm() < 1e-5 * expected[layer].norm() for layer, grads in stored_gradients(two).items())
+    assert all(
+        (grads - expected[layer]).norm() < 1e-5 * expected[layer].norm()
+        for layer, grads in stored_gradients(two).items()
+    )
     sums = hessian_tensors(one, "ekfac")
-    assert all((tensor - sums[key]).double().norm() <= 1e-5 * sums[key].double().norm() for key, tensor in hessian_tensors(two, "ekfac").items())
+    assert all(
+        (tensor - sums[key]).double().norm() <= 1e-5 * sums[key].double().norm()
+        for key, tensor in hessian_tensors(two, "ekfac").items()
+    )
     for name in ("scores.npy", "layer_scores.npy"):
         found = [np.load(next((folder / "log/scores").glob(f"*/{name}"))) for folder in (tmp_path, machines[0])]
         assert found[0].shape == found[1].shape and np.abs(found[0] - found[1]).max() < 1e-4 * np.abs(found[0]).max()
