@@ -17,9 +17,10 @@ from logra.inputs.queries import Query, group_queries, load_queries, merge_group
 from logra.run_dir import RunDir
 from logra.runtime import flags, processes, progress
 from logra.runtime.settings import QuerySettings, ScoreSettings
-from logra.stages import open_run
+from logra.stages import open_run, self_check
 from logra.stages.score import Scorer, ScoreTask, block_name
 from logra.stages.score_files import ScoreFile, ScoreRecord, SelfInfluence, score_files
+from logra.stages.self_check import CheckedPair
 
 
 def build_parser() -> flags.Parser:
@@ -62,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
     task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
     with score_files(base, record, dampings, run.shards) as files:
         scorer = Scorer(task, lm, execution, self_influence)
-        write_scores(scorer, groups, files, score_settings.mode)
+        pairs = write_scores(scorer, groups, files, score_settings.mode)
+        self_check.check(pairs, files, score_settings.mode, self_influence and self_influence.values)
         for s, file in enumerate(files) if processes.state().is_main_process else ():
             values = self_influence.values[s] if score_settings.self_influence else None
             file.describe(query_rows(queries), values)
@@ -72,8 +74,13 @@ def main(args: argparse.Namespace) -> None:
     progress.summary("analysis.py")
 
 
-def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str) -> None:
-    """Score the groups of queries and fill the files. A pass over all train examples scores what fits in memory."""
+def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str) -> list[CheckedPair]:
+    """Score the groups of queries and fill the files. A pass over all train examples scores what fits in memory.
+
+    Returns:
+        A few scores of this rank, computed again.
+    """
+    pairs: list[CheckedPair] = []
     self_influence = scorer.self_influence
     for first in range(0, len(groups), scorer.queries_per_pass):
         batch = groups[first : first + scorer.queries_per_pass]
@@ -89,8 +96,10 @@ def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFil
                 file.put(first, ids, influence.scores_of_mode(sum(block_dots), values, mode), block_dots)
         if self_influence and not self_influence.complete:
             self_influence.save()
+        pairs += self_check.recomputed(scorer, files, first, len(batch))
     for file in files:
         file.close()
+    return pairs
 
 
 def describe_scores(

@@ -154,6 +154,13 @@ class TensorFile:
             self._altered(f"the checksum of {name} differs")
         return data.view(dtype).view(shape)
 
+    def read_row(self, name: str, row: int) -> Tensor:
+        """Read one row of a tensor, without a check of its content."""
+        dtype, (rows, *shape) = self.layout[name]
+        size, begin = self.size(name) // rows, self.header_bytes + self.offsets[name][0]
+        data = os.pread(self.file.fileno(), size, begin + row * size)
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
     def check(self) -> None:
         """Read every tensor once, which checks it, and close the file."""
         with self:

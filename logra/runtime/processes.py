@@ -78,11 +78,11 @@ def on_rank_0(function: Callable[P, T]) -> Callable[P, T]:
     """
 
     @wraps(function)
-    def decided(*args: P.args, **kwargs: P.kwargs) -> T:
+    def decided(*values: P.args, **options: P.kwargs) -> T:
         outcome: list = [None, None]
         if state().is_main_process:
             try:
-                outcome[0] = function(*args, **kwargs)
+                outcome[0] = function(*values, **options)
             except (ValueError, OSError) as error:
                 outcome[1] = error
         broadcast_object_list(outcome)

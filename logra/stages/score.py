@@ -96,6 +96,9 @@ class Scorer:
         lm: The run's model.
         execution: How to run the model.
         self_influence: Computed along with the scores unless complete; None if it is not needed.
+
+    Attributes:
+        stored_queries: Layer -> preconditioned queries [rows, k] of the last pass over stored gradients.
     """
 
     def __init__(self, task: ScoreTask, lm: nn.Module, execution: Execution, self_influence: SelfInfluence | None):
@@ -107,6 +110,7 @@ class Scorer:
         memory = int(available_memory() / 4 / processes.processes_here())
         self.queries_per_step = min(processes.gather_list([max(1, memory // query_bytes)]))
         self.queries_per_pass = 2**31 if task.query_rank else self.queries_per_step  # factored queries are small
+        self.stored_queries: dict[str, Tensor] = {}
         self.capture = GradientCapture(lm, self.projections)
         with self.capture:
             self.extractor = make_extractor(lm, self.capture, execution, self.run)
@@ -121,6 +125,7 @@ class Scorer:
         run, task = self.run, self.task
         if task.stores_gradients:
             queries, forms = self.preconditioned(groups)
+            self.stored_queries = queries
             return influence.score_shards(
                 run.open_shard, self.own_shards, queries, forms, self.device, run.settings.bits, task.blocks
             )

@@ -14,7 +14,7 @@ self_influence/<label>.safetensors                 values [N] float32; reused, s
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import xxhash
+from safetensors import safe_open
 from torch import Tensor
 
 from logra import store
@@ -170,6 +171,18 @@ class ScoreFile:
         for name, matrix in self.matrices.items():
             values = scores if name == "scores.npy" else torch.stack(block_dots)
             matrix[..., first_query : first_query + len(scores), self.columns[ids]] = values.numpy()
+
+    def kept_examples(self, first_query: int, query: int, ids: range) -> Sequence[int]:
+        """Return the examples `ids`; with top_k_only, this rank's examples with the highest scores for a query."""
+        return self.extremes[first_query, "top"].ids[query].tolist() if self.top_k_only else ids
+
+    def read(self, query: int, example: int) -> float | None:
+        """Return a score of the closed file; None if top_k_only left it out."""
+        if self.top_k_only is None:
+            return float(np.load(self.folder / "scores.npy", mmap_mode="r")[query, example])
+        with safe_open(self.folder / "top.safetensors", "pt") as file:
+            scores = file.get_tensor("scores")[query][file.get_tensor("ids")[query] == example]
+        return scores.item() if len(scores) else None
 
     def close(self) -> None:
         """Flush this rank's scores, and join those of all ranks."""

@@ -1,7 +1,11 @@
 """The scripts as users start them: subprocesses, accelerate launch, the five commands of the design."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +106,12 @@ def test_two_processes_score_as_one(cli, tiny, workspace, kind, stored):
     assert cli("extract_log", *flags, "--log_dir", "log", "--hessian", kind, "--store_dtype", stored)[0] == 0
     query = "--log_dir log --split queries.jsonl --mode cosine --damping 0.1 1"
     begin = f"accelerate launch --num_processes 2 --num_machines 1 --multi_gpu {ROOT}/compute_influence.py {query}"
-    done = start(f"{begin} && {begin} --top_k_only 4", workspace)
+    begin = f"PYTHONPATH={ROOT}/tests/runtime/watch_writes {begin}"
+    done = start(f"{begin} --layerwise && {begin} --top_k_only 4", workspace)
     assert done.returncode == 0, done.stderr
+    written = [set(Path(f"written.{rank}").read_text().split("\n")) for rank in (0, 1)]
+    assert all(any("scores.npy" in name for name in names) for names in written)
+    assert not {name for name in written[0] & written[1] if name}, "one writer a file"
     assert done.stdout.count("Next:") == 2
     folders = sorted(Path("log/scores").glob("*/scores.npy"))
     two = [np.load(path) for path in folders]
@@ -127,3 +135,22 @@ def test_scripts_start_from_any_folder(tiny, workspace):
     done = start(f"python {ROOT}/compute_influence.py {flags} --split queries.jsonl", workspace)
     assert done.returncode == 0, done.stderr
     assert np.load(next(workspace.glob("logs/*/scores/*/scores.npy"))).shape[0] == 3
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    """Even a rank that waits for nobody, on another machine: no launcher is shared, and no collective is open."""
+    program = "import time; from logra.runtime import processes; processes.start(); print('up', flush=True)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", f"{program}; time.sleep(100)"]
+        ranks.append(subprocess.Popen(command, env=os.environ | master | place, stdout=subprocess.PIPE, text=True))
+    try:
+        assert all(rank.stdout.readline() == "up\n" for rank in ranks)
+        ranks[1].kill()
+        assert ranks[0].wait(20) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()

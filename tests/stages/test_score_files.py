@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_jsonl
 from helpers import QUERIES, extract, influence
+
+from logra.stages.score_files import ScoreFile
 
 
 def test_self_influence_is_kept_for_the_same_run_only(cli, tiny, workspace):
@@ -23,6 +27,21 @@ def test_self_influence_is_kept_for_the_same_run_only(cli, tiny, workspace):
     assert cli("extract_log", "--log_dir", "log", "--data_name", "more.jsonl", "--extend")[0] == 0
     more, _ = influence(cli, "--mode", "cosine", "--self_influence")
     assert more.shape[1] == expected.shape[1] + 1 and np.isfinite(more).all()
+
+
+@pytest.mark.parametrize("flags", ["--mode dot", "--mode cosine --top_k_only 5", "--mode l2 --damping 0.1 1"])
+@pytest.mark.parametrize("store_dtype", ["float32", "int1"])
+def test_scores_that_differ_from_the_shards_are_refused(cli, tiny, workspace, monkeypatch, flags, store_dtype):
+    """Stage 3 computes some scores again: scores that were changed on their way to the file leave no folder."""
+    extract(cli, tiny / "llama", "--rank", 8, "--hessian", "ekfac", "--store_dtype", store_dtype)
+    put = ScoreFile.put
+    changes = {"none": lambda s: s, "zero": torch.zeros_like, "order": lambda s: s.roll(1, 1), "sign": torch.neg}
+    for name, change in changes.items():
+        monkeypatch.setattr(ScoreFile, "put", lambda self, q, ids, s, b, f=change: put(self, q, ids, f(s.clone()), b))
+        status, _, err = cli("compute_influence", *QUERIES, *flags.split())
+        assert (status == 0) == (name == "none") == any(Path("log/scores").glob("*/run.json")), (name, err)
+        assert name == "none" or "computed again from its shard" in err
+        shutil.rmtree("log/scores", ignore_errors=True)
 
 
 @pytest.mark.parametrize("mode", ["dot", "cosine"])
