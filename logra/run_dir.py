@@ -80,13 +80,16 @@ RUN_JSON = {
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the results."""
+    """Return the versions of Python and of PACKAGES."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of run.json (see the module's docstring). `parts` are `data` and the `extensions`, in order."""
+    """The content of run.json (see the module's docstring). `parts` are `data` and the `extensions`, in order.
+
+    `versions` are those of the command that made the record. They stay when run.json is written again.
+    """
 
     settings: RunSettings
     arguments: dict[str, Any]
