@@ -156,7 +156,7 @@ class TensorFile:
     def read_row(self, name: str, row: int) -> Tensor:
         """Read one row of a tensor, without a check of its content."""
         dtype, (rows, *shape) = self.layout[name]
-        size, begin = self.size(name) // rows, self.header_bytes + self.offsets[name][0]
+        size, begin = self.size(name) // rows, len(self.header) + self.byte_ranges[name].start
         data = os.pread(self.file.fileno(), size, begin + row * size)
         return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
