@@ -16,6 +16,7 @@ from logra.inputs import model
 from logra.inputs.queries import Query, group_queries, load_queries, merge_group, query_hash, query_rows
 from logra.run_dir import RunDir
 from logra.runtime import flags, processes, progress
+from logra.runtime.memory import is_out_of_memory
 from logra.runtime.settings import QuerySettings, ScoreSettings
 from logra.stages import open_run, self_check
 from logra.stages.score import Scorer, ScoreTask, block_name
@@ -81,10 +82,32 @@ def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFil
         A few scores of this rank, computed again.
     """
     pairs: list[CheckedPair] = []
-    self_influence = scorer.self_influence
-    for first in range(0, len(groups), scorer.queries_per_pass):
+    first, self_influence = 0, scorer.self_influence
+    while first < len(groups):
         batch = groups[first : first + scorer.queries_per_pass]
-        scores = progress.bar(scorer.score(batch), total=len(scorer.own_shards), desc="scoring", unit="shard")
+        if not all(processes.gather_list([write_pass(scorer, batch, first, files, mode)])):
+            scorer.halve_queries(len(batch))
+            for file in files:
+                file.forget(first)
+            continue
+        if self_influence and not self_influence.complete:
+            self_influence.save()
+        pairs += self_check.recomputed(scorer, files, first, len(batch))
+        first += len(batch)
+    for file in files:
+        file.close()
+    return pairs
+
+
+def write_pass(scorer: Scorer, batch: list[list[Query]], first: int, files: list[ScoreFile], mode: str) -> bool:
+    """Score a batch of groups, of which `first` is the first one's number. Return False if memory runs out.
+
+    Raises:
+        RuntimeError, ValueError: Memory runs out for a single query; or as Scorer.score.
+    """
+    self_influence = scorer.self_influence
+    scores = progress.bar(scorer.score(batch), total=len(scorer.own_shards), desc="scoring", unit="shard")
+    try:
         for shard, dots, self_influence_parts in scores:
             ids = scorer.run.shards[shard]
             if self_influence_parts:
@@ -94,12 +117,11 @@ def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFil
                 block_dots = [dots[block].T[rows].cpu() for block in dict.fromkeys(scorer.task.blocks.values())]
                 values = self_influence.values[s, ids.start : ids.stop] if self_influence else None
                 file.put(first, ids, influence.scores_of_mode(sum(block_dots), values, mode), block_dots)
-        if self_influence and not self_influence.complete:
-            self_influence.save()
-        pairs += self_check.recomputed(scorer, files, first, len(batch))
-    for file in files:
-        file.close()
-    return pairs
+    except (RuntimeError, ValueError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def describe_scores(

@@ -5,6 +5,7 @@ The projected gradient of one example is G~ = sum_t d~_t x~_t^T, [r_out, r_in], 
 coordinates. The parameters are frozen, so the autograd graph starts at the first tracked layer.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Self
@@ -103,7 +104,7 @@ class GradientCapture:
 
     def _collect(self, name: str, x: Tensor, d: Tensor) -> None:
         """Add one call of one layer: x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...]."""
-        if x.shape[:-1].numel() != self._positions.numel():
+        if x.shape[:-1] not in (self._positions.shape, (self._positions.numel(),)):
             raise ValueError(
                 f"expected one input per token, {list(self._positions.shape)}, in layer {name}, got "
                 f"{list(x.shape[:-1])}, as in a mixture of experts; leave the layer out with --layers"
@@ -115,6 +116,7 @@ class GradientCapture:
             mask = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
             x, d = (x * mask).flatten(0, 1), d.flatten(0, 1)
             self._add(self._batch_sums, {f"{name}.A": x.T @ x, f"{name}.B": d.T @ d})
+            self._calls[name] += 1
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
         """Return the per-example gradients [B, r_out * r_in] of x~ [B, T, r_in] and d~ [B, T, r_out]."""
@@ -135,7 +137,7 @@ class GradientCapture:
             ValueError: A tracked layer does not take part in the loss, or does not see every token.
         """
         self.commit()
-        self._positions, self._grads = positions, {}
+        self._positions, self._grads, self._calls = positions, {}, Counter[str]()
         losses.sum().backward()
         grads, self._grads = self._grads, {}
         missing = set(self.projections) - set(grads) if self.want_grads else set()
@@ -144,6 +146,9 @@ class GradientCapture:
                 f"expected every tracked layer to take part in the loss, got no gradient for {sorted(missing)[0]} "
                 f"({len(missing)} such layers); leave them out with --layers"
             )
+        for name, calls in self._calls.items():
+            for factor in "AB" if calls > 1 else ():
+                self._batch_sums[f"{name}.{factor}"] /= calls**0.5
         if self.want_factors:
             counts = {"examples": torch.tensor(len(losses)), "tokens": positions.sum()}
             self._batch_sums |= {f"{name}.square": grad.square().sum(dim=0) for name, grad in grads.items()} | counts
@@ -162,7 +167,8 @@ class GradientCapture:
         """Return the factor sums since the last call, on the device, and reset them.
 
         <layer>.A [r_in, r_in], <layer>.B [r_out, r_out], <layer>.square [r_out * r_in] (with grads), and the counts
-        `examples` and `tokens` (int64).
+        `examples` and `tokens` (int64). A and B of a layer that runs M times in a forward pass are divided by sqrt(M):
+        they are sums over M * tokens positions, and B (x) A / tokens then is the K-FAC of all of them (hessian).
         """
         self.commit()
         factors, self._factor_sums = self._factor_sums, {}

@@ -92,7 +92,11 @@ class ScoreErrorEstimate:
     def __init__(self, eigenvalues: dict[str, tuple[Tensor, Tensor]], store_dtype: str, damping: float):
         """Take layer -> eigenvalues (of inputs [r_in], of output gradients [r_out]), and the relative damping."""
         self.eigenvalues, self.bits, self.damping = eigenvalues, INTEGER_BITS[store_dtype], damping
-        self.scores: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all layers."""
+        self.scores: dict[torch.device, Tensor] = {}  # [2, n, n], summed over the layers on each device
 
     def add(self, layer: str, grads: Tensor) -> None:
         """Add a layer's gradients [n, k]; the n examples are the same for every layer."""
@@ -101,16 +105,17 @@ class ScoreErrorEstimate:
         preconditioned = grads.float() / (values + self.damping * values.mean()).clamp_min(1e-38)
         rounded = unpack(*pack(grads, self.bits), self.bits, grads.shape[1])
         scores = torch.stack([preconditioned @ grads.float().T, preconditioned @ rounded.T])  # [2, n, n]
-        self.scores = scores if self.scores is None else self.scores + scores
+        self.scores[grads.device] = self.scores.get(grads.device, 0) + scores
 
     def result(self) -> float:
         """Return min over c of |c rounded - exact| / |exact|, from 0 to 1; 0 for a single example.
 
         The factor c is free because it changes no ranking: signs give scores larger than the gradient's.
         """
-        if self.scores is None:
+        if not self.scores:
             return 0.0
-        exact, rounded = self.scores.double() * (1 - torch.eye(len(self.scores[0]), device=self.scores.device))
+        scores = sum(part.double().cpu() for part in self.scores.values())
+        exact, rounded = scores * (1 - torch.eye(len(scores[0])))
         cosine = (exact * rounded).sum() / (exact.norm() * rounded.norm()).clamp_min(1e-38)
         return (1 - cosine.square()).clamp_min(0).sqrt().item() if exact.any() else 0.0
 

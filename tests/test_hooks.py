@@ -7,6 +7,7 @@ import reference
 import torch
 from conftest import make_model
 from helpers import compute_gradients, draw_projections, random_ids, relative
+from torch import nn
 
 from logra import loss, projection
 from logra.hooks import GradientCapture
@@ -145,3 +146,46 @@ def test_nothing_is_computed_below_the_first_tracked_layer(model):
     with GradientCapture(model, projections) as capture:
         run_batch(model, capture, random_ids([5]))
     assert needs == [False]
+
+
+class Turned(nn.Module):
+    """A layer that sees [T, B, d], or whose weights are used `calls` times on [B, T, d]."""
+
+    def __init__(self, calls: int = 0):
+        super().__init__()
+        self.calls, self.layer = calls, nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.calls:
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+        for _ in range(self.calls):
+            x = self.layer(x).tanh()
+        return x
+
+
+def test_inputs_of_another_layout_are_refused():
+    """[T, B, d] holds as many inputs as [B, T, d], but in another order: examples would be mixed."""
+    model, x, positions = Turned(), torch.randn(2, 3, 6), torch.ones(2, 3, dtype=torch.bool)
+    shapes = {"layer": (6, 6)}
+    refusal = pytest.raises(ValueError, match=r"one input per token, \[2, 3\], in layer layer, got \[3, 2\]")
+    with GradientCapture(model, projection.identity(shapes)) as capture, refusal:
+        capture.backward(model(x).square().sum(dim=(1, 2)), positions)
+
+
+def test_kfac_of_a_layer_that_runs_several_times():
+    """C ~ (M tokens / n) * (B / (M tokens)) (x) (A / (M tokens)): M times as many positions as tokens."""
+    model, x, positions, seen = Turned(3), torch.randn(4, 5, 6), torch.ones(4, 5, dtype=torch.bool), []
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        seen.append((inputs[0].detach(), output))
+
+    with GradientCapture(model, projection.identity({"layer": (6, 6)}), factors=True) as capture:
+        model.layer.register_forward_hook(keep)
+        capture.backward(model(x).square().sum(dim=(1, 2)), positions)
+        sums = capture.take_factors()
+    a = sum(inputs.flatten(0, 1).double().T @ inputs.flatten(0, 1).double() for inputs, _ in seen)
+    b = sum(output.grad.flatten(0, 1).double().T @ output.grad.flatten(0, 1).double() for _, output in seen)
+    expected = torch.kron(b / 60, a / 60) * (60 / 4)
+    found = torch.kron(sums["layer.B"].double() / 20, sums["layer.A"].double() / 20) * (20 / 4)
+    assert len(seen) == 3 and sums["tokens"] == 20 and relative(found, expected) < 1e-5

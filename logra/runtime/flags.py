@@ -182,7 +182,9 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
             time.sleep(5)
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, torch.OutOfMemoryError):
-            reason = f"expected GPU memory for a batch, got none ({reason}); lower --batch_tokens or --batch_size"
+            reason = (
+                f"expected free GPU memory, got too little ({reason}); end other programs on the GPU, or use --fsdp"
+            )
         suffix = f" (rank {rank})" if rank != "0" else ""
         print(f"{parser.prog}: error: {reason}{suffix}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -38,6 +38,9 @@ def shard(
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(meta_model.base_model, mesh=mesh, ignored_params=unsharded)
+    meta_model.recorded_all_gather = _RecordedAllGather()  # one a model, which all its Locksteps share
+    for module in (meta_model.base_model, *blocks):
+        module.set_custom_all_gather(meta_model.recorded_all_gather)
     meta_model.to_empty(device=device)
     meta_model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -74,11 +77,9 @@ class Lockstep:
     """
 
     def __init__(self, lm: nn.Module, run_empty_batch: Callable[[], object]):
-        self.lm, self.gather = lm, _RecordedAllGather()
-        sharded_modules = [module for module in lm.modules() if isinstance(module, FSDPModule)]
-        for module in sharded_modules:
-            module.set_custom_all_gather(self.gather)
-        self.sharded = bool(sharded_modules)
+        self.lm, self.sharded = lm, isinstance(lm.base_model, FSDPModule)
+        self.gather = lm.recorded_all_gather if self.sharded else _RecordedAllGather()
+        self.gather.calls = []
         if self.sharded:
             run_empty_batch()
         self.calls_of_a_step = self.gather.calls

@@ -6,10 +6,23 @@ import sys
 import psutil
 import torch
 
+OUT_OF_MEMORY_WORDS = (  # in errors of other types; cuBLAS has no memory left for its workspace
+    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
+)  # fmt: skip
+
+
+class TooLittleMemoryError(ValueError):
+    """Memory ran out for a single example."""
+
 
 def available_memory() -> int:
     """Return the bytes of free main memory on this machine."""
     return psutil.virtual_memory().available
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of free memory of a device; of main memory for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def peak_memory() -> int:
@@ -20,6 +33,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error means that the GPU's or this machine's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    known = isinstance(error, torch.OutOfMemoryError | TooLittleMemoryError)
+    return known or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)

@@ -58,13 +58,14 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes) -> dict[str, T
     """
     examples, generator = run.train(), np.random.default_rng(run.settings.seed)
     sample = np.sort(generator.choice(run.examples, calibration_size(run), replace=False))
+    sample = sample[processes.share(len(sample))]  # before batching: ranks may have found different batch sizes
     batches = length_batches(token_counts(examples)[sample], extractor.batch_tokens, extractor.batch_size)
     sums = {}
     for layer, (r_out, r_in) in sizes.items():
         sums[f"{layer}.A"] = torch.zeros(r_in, r_in, dtype=torch.float64)
         sums[f"{layer}.B"] = torch.zeros(r_out, r_out, dtype=torch.float64)
-    for number in progress.bar(processes.share(len(batches)), desc="calibrating", unit="batch"):
-        ids = sample[batches[number]].tolist()
+    for batch in progress.bar(batches, desc="calibrating", unit="batch"):
+        ids = sample[batch].tolist()
         rows = examples[ids]
         extractor.check_vocabulary(rows["input_ids"], ids)
         for _ in extractor.run(rows["input_ids"], rows.get("counted"), list(range(len(ids)))):

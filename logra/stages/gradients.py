@@ -7,6 +7,7 @@ example's loss.
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from logra.loss import example_losses, input_device
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.fsdp import Lockstep
+from logra.runtime.memory import TooLittleMemoryError
 from logra.runtime.progress import say
 from logra.runtime.settings import Execution
 
 ROUNDING_SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
 MIN_SPEEDUP = 1.03  # a larger batch must be this much faster to be chosen
 Counted = list[list[bool]] | None
+TakeGradients = Callable[[dict[str, Tensor]], object]
 
 
 def run_batch(
@@ -37,7 +40,8 @@ def run_batch(
 class HostGradients:
     """The gradients of n examples while they are copied to the CPU, and their factor sums.
 
-    On a GPU the copies run in a stream of their own, into pinned memory, while the next batch is computed.
+    From a GPU the copies run in a stream of their own, into pinned memory, while the next batch is computed. The device
+    of a gradient decides about its stream: a model may lie on the CPU, or on several GPUs.
 
     Args:
         examples: n.
@@ -51,25 +55,34 @@ class HostGradients:
         self.grads: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         self.rows: list[int] = []  # row of each copied gradient
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def add(self, rows: list[int], grads: dict[str, Tensor]) -> None:
-        """Start to copy the gradients of these rows, {layer: [len(rows), k]}."""
-        begin, end = len(self.rows), len(self.rows) + len(rows)
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # without a stream, this changes nothing
-            for layer, grad in grads.items():
+    def copy(self, grads: dict[str, Tensor]) -> None:
+        """Start to copy the next B examples' gradients, {layer: [B, k]}. They count once their rows are in `rows`."""
+        begin = len(self.rows)
+        if self.score_error and begin == 0:
+            self.score_error.reset()  # after an attempt for which memory ran out
+        for layer, grad in grads.items():
+            stream = self._stream(grad.device)
+            with torch.cuda.stream(stream) if stream else nullcontext():
                 if self.score_error and begin == 0:
                     self.score_error.add(layer, grad[:ROUNDING_SAMPLE])
                 for name, tensor in stored_tensors(layer, grad, self.store_dtype).items():
                     if name not in self.grads:
-                        shape, pinned = (self.examples, *tensor.shape[1:]), self.stream is not None
+                        shape, pinned = (self.examples, *tensor.shape[1:]), stream is not None
                         self.grads[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned)
-                    self.grads[name][begin:end].copy_(tensor, non_blocking=True)
-                if self.stream:
-                    grad.record_stream(self.stream)
-        self.rows += rows
+                    self.grads[name][begin : begin + len(tensor)].copy_(tensor, non_blocking=True)
+            if stream:
+                grad.record_stream(stream)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """Return the stream of copies from a GPU, after the work that is queued there; None for the CPU."""
+        if device.type != "cuda":
+            return None
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        self.streams[device].wait_stream(torch.cuda.current_stream(device))
+        return self.streams[device]
 
     def wait(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the gradients {layer: [n, k]}, in the order of the examples, and the factor sums, on the CPU.
@@ -77,8 +90,8 @@ class HostGradients:
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
-        if self.stream:
-            self.stream.synchronize()
+        for stream in self.streams.values():
+            stream.synchronize()
         order = torch.from_numpy(np.argsort(self.rows))
         result = {}
         for name in list(self.grads):
@@ -135,20 +148,22 @@ class Extractor:
         self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
         result = HostGradients(len(token_ids), store_dtype, first_id, score_error)
         for batch in length_batches([len(ids) for ids in token_ids], self.batch_tokens, self.batch_size):
-            for rows, grads in self.run(token_ids, counted, batch):
-                result.add(rows, grads)
+            for rows in self.run(token_ids, counted, batch, result.copy):
+                result.rows += rows
             on_batch(sum(len(token_ids[i]) for i in batch))
         result.factors = self.capture.take_factors()
         return result
 
     def run(
-        self, token_ids: list[list[int]], counted: Counted, batch: list[int]
-    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Run a batch, in parts if it does not fit in memory; yield each part's rows and gradients {layer: [B, k]}.
+        self, token_ids: list[list[int]], counted: Counted, batch: list[int], take: TakeGradients = lambda grads: None
+    ) -> Iterator[list[int]]:
+        """Run a batch, in parts if it does not fit in memory; yield each part's rows when it is done.
 
         Args:
             token_ids, counted: See gradients.
             batch: The rows of `token_ids` that are in the batch.
+            take: Called with each part's gradients {layer: [B, k]}. If memory runs out there, or on another rank, it is
+                called again with those of a smaller part.
 
         Raises:
             ValueError: Memory runs out for a single example.
@@ -159,24 +174,29 @@ class Extractor:
             tokens = len(rows) * max(len(token_ids[i]) for i in rows)
             if len(rows) == 1 or tokens <= self.batch_tokens:
                 self.lockstep.any(True)  # tells the other ranks that this one has a batch; see finish
-                grads = self._try_batch([token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None)
-                if grads is not None:
-                    yield rows, grads
+                ids, counts = [token_ids[i] for i in rows], [counted[i] for i in rows] if counted else None
+                if self._try_batch(ids, counts, take):
+                    yield rows
                     continue
                 self._shrink_batches(tokens, len(rows))
             half = len(rows) // 2
             parts[:0] = [part for part in (rows[:half], rows[half:]) if part]
 
-    def _try_batch(self, token_ids: list[list[int]], counted: Counted) -> dict[str, Tensor] | None:
-        """Return a batch's gradients, or None if memory ran out (with a sharded model, on any rank)."""
-        grads = self.lockstep.step(lambda: run_batch(self.model, self.capture, token_ids, counted))
-        if grads is not None:
+    def _try_batch(self, token_ids: list[list[int]], counted: Counted, take: TakeGradients) -> bool:
+        """Compute and take a batch's gradients. Return False if memory ran out (with a sharded model, on any rank)."""
+
+        def attempt() -> bool:
+            take(run_batch(self.model, self.capture, token_ids, counted))
+            return True
+
+        done = self.lockstep.step(attempt)
+        if done:
             self.capture.commit()
         else:
             self.capture.rollback()
             gc.collect()
             torch.cuda.empty_cache()  # does nothing without a GPU
-        return grads
+        return bool(done)
 
     def _shrink_batches(self, tokens: int, examples: int) -> None:
         """Halve the size of later batches after memory ran out for one of `tokens` tokens.
@@ -185,7 +205,7 @@ class Extractor:
         """
         can_halve = examples > 1
         if not self.lockstep.any(can_halve):
-            raise ValueError(
+            raise TooLittleMemoryError(
                 f"expected memory for an example of {tokens} tokens, got too little; use --gradient_checkpointing, "
                 "--fsdp, --device_map auto or a smaller --block_size"
             )
@@ -239,14 +259,18 @@ class Extractor:
         token_ids = [[i % self.vocabulary for i in range(length)]] * examples
         for _ in range(2):  # the first run warms up
             begin = time.perf_counter()
-            grads = self._try_batch(token_ids, None)
+            done = self._try_batch(token_ids, None, _wait_for_device)
             self.capture.take_factors()
-            if grads is None:
+            if not done:
                 return None
-            if grads:
-                next(iter(grads.values())).sum().item()  # waits for the device
         seconds = time.perf_counter() - begin
         return self.lockstep.largest(seconds)
+
+
+def _wait_for_device(grads: dict[str, Tensor]) -> None:
+    """Wait until the device has computed a batch's gradients."""
+    for grad in list(grads.values())[:1]:
+        grad.sum().item()
 
 
 def make_extractor(lm: nn.Module, capture: GradientCapture, execution: Execution, run: RunDir) -> Extractor:

@@ -4,6 +4,7 @@ Notation: Q queries, N train examples, S dampings, rows = S * Q (by damping, the
 layer, R rank of a query (--query_rank).
 """
 
+import gc
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from logra.inputs.queries import Query
 from logra.projection import Projection, identity
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
-from logra.runtime.memory import available_memory
+from logra.runtime.memory import available_memory, free_memory
 from logra.runtime.settings import Execution
 from logra.stages.gradients import make_extractor
 from logra.stages.score_files import SelfInfluence
@@ -107,13 +108,22 @@ class Scorer:
         self.projections = self.run.projections()
         self.own_shards = processes.share(len(self.run.shards))
         query_bytes = 4 * sum(r_out * r_in for r_out, r_in in self.run.projected.values()) * (1 + len(task.dampings))
-        memory = int(available_memory() / 4 / processes.processes_here())
+        memory = int(min(available_memory() / processes.processes_here(), free_memory(self.device)) / 4)
         self.queries_per_step = min(processes.gather_list([max(1, memory // query_bytes)]))
         self.queries_per_pass = 2**31 if task.query_rank else self.queries_per_step  # factored queries are small
         self.stored_queries: dict[str, Tensor] = {}
         self.capture = GradientCapture(lm, self.projections)
         with self.capture:
             self.extractor = make_extractor(lm, self.capture, execution, self.run)
+
+    def halve_queries(self, queries: int) -> None:
+        """Score fewer queries in later passes, after memory ran out in one of `queries` queries."""
+        self.queries_per_pass = self.queries_per_step = queries // 2
+        progress.say(f"out of memory with {queries} queries in a pass; going on with {queries // 2}")
+        if self.self_influence and not self.self_influence.complete:
+            self.self_influence.values.zero_()
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
     @property
     def _self_influence_is_streamed(self) -> bool:

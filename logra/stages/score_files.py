@@ -172,6 +172,10 @@ class ScoreFile:
             values = scores if name == "scores.npy" else torch.stack(block_dots)
             matrix[..., first_query : first_query + len(scores), self.columns[ids]] = values.numpy()
 
+    def forget(self, first_query: int) -> None:
+        """Forget the scores of a batch of queries and of all later ones."""
+        self.extremes = {key: running for key, running in self.extremes.items() if key[0] < first_query}
+
     def kept_examples(self, first_query: int, query: int, ids: range) -> Sequence[int]:
         """Return the examples `ids`; with top_k_only, this rank's examples with the highest scores for a query."""
         return self.extremes[first_query, "top"].ids[query].tolist() if self.top_k_only else ids

@@ -1,9 +1,10 @@
-"""extract_log.py whose memory runs out: FAULTS holds places, for each batch of several examples the next one.
+"""A script, the first argument, whose memory runs out: FAULTS has places, the next for each batch of several examples.
 
 Places: forward (in the last block), backward (in the first block), gather (an all-gather's buffer), batch (before the
 model runs), none. RANKS holds the ranks that this befalls.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,10 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import extract_log
 from logra.inputs.model import blocks
 from logra.runtime import flags, fsdp
-from logra.stages import gradients
+from logra.stages import gradients, score
 
 faults = os.environ["FAULTS"].split(",") if os.environ.get("RANK", "0") in os.environ["RANKS"].split(",") else []
 armed = set()
@@ -62,5 +62,7 @@ def give_way_once(self, size, examples):
 
 gradients.run_batch, gradients.Extractor._shrink_batches = run_batch, give_way_once
 fsdp._RecordedAllGather.allocate = failing_allocate
+score.available_memory = lambda: int(os.environ.get("MEMORY", 2**33))  # bytes that bound the queries of a pass
 if __name__ == "__main__":
-    flags.run_script(extract_log.main, extract_log.build_parser())
+    script = importlib.import_module(sys.argv.pop(1))
+    flags.run_script(script.main, script.build_parser())

@@ -1,6 +1,7 @@
 """Runs that are killed, short of memory, sharded or locked end with what an undisturbed run gives."""
 
 import random
+import shutil
 import time
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_memory_that_runs_out(undisturbed, workspace):
     """A batch in whose forward or backward pass memory runs out is halved; no example is lost or counted twice."""
     done = start(
         "RANKS=0 FAULTS=forward,none,backward,batch,none,none,none,none,none,forward,none,batch,none,backward "
-        f"python {ROOT}/tests/robustness/short_of_memory.py {undisturbed} --log_dir log",
+        f"python {ROOT}/tests/robustness/short_of_memory.py extract_log {undisturbed} --log_dir log",
         workspace,
     )
     assert done.returncode == 0, done.stderr
@@ -73,12 +74,30 @@ def test_memory_that_runs_out_on_one_rank_of_a_sharded_model(undisturbed, worksp
     done = start(
         "RANKS=1 FAULTS=forward,backward,none,gather,batch,none,none,forward,gather "
         "accelerate launch --num_processes 2 --num_machines 1 "
-        f"--multi_gpu {ROOT}/tests/robustness/short_of_memory.py {undisturbed} --log_dir log --fsdp",
+        f"--multi_gpu {ROOT}/tests/robustness/short_of_memory.py extract_log {undisturbed} --log_dir log --fsdp",
         workspace,
     )
     assert done.returncode == 0, done.stderr
     assert "out of memory" in done.stdout
     same_run(workspace / "log", workspace / "ref")
+
+
+def test_memory_that_runs_out_while_a_sharded_model_scores(undisturbed, workspace):
+    """A pass over the examples has a Lockstep of its own beside the queries'; neither replays the other's gathers."""
+    begin = "accelerate launch --num_processes 2 --num_machines 1 --multi_gpu"
+    flags = f"{undisturbed} --store_dtype none --split queries.jsonl"
+    done = launch(2, workspace, f"{undisturbed} --store_dtype none --log_dir log --fsdp")
+    assert done.returncode == 0, done.stderr
+    faults = "RANKS=1 MEMORY=1 FAULTS=none,forward,none,backward,forward,none,backward,forward"
+    script = f"{ROOT}/tests/robustness/short_of_memory.py compute_influence"
+    done = start(f"{faults} {begin} {script} {flags} --log_dir log --fsdp", workspace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("out of memory") > 1
+    found = np.load(next(workspace.glob("log/scores/*/scores.npy")))
+    shutil.rmtree(workspace / "log/scores")
+    assert start(f"python {ROOT}/compute_influence.py {flags} --log_dir log", workspace).returncode == 0
+    expected = np.load(next(workspace.glob("log/scores/*/scores.npy")))
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
 
 
 @pytest.mark.slow

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
 from helpers import compute_gradients, draw_projections, random_ids, relative
 
 from logra.hooks import GradientCapture
+from logra.inputs.model import blocks
+from logra.quantise import ScoreErrorEstimate
+from logra.runtime.memory import is_out_of_memory
 from logra.stages import gradients
 from logra.stages.gradients import Extractor
 
@@ -59,3 +63,105 @@ def test_an_example_without_tokens(model):
     with GradientCapture(model, projections) as capture:
         grads = compute_gradients(model, capture, [*random_ids([6]), []], 10**6, None)
     assert all(g[0].any() and not g[1].any() for g in grads.values())
+
+
+def test_memory_that_runs_out_while_gradients_are_packed(model, monkeypatch):
+    """Packing is part of the attempt: the batch is halved, and gradients and the rounding error are as without it."""
+    _, projections = draw_projections(model)
+    ids = random_ids([12, 3, 20, 1, 9, 20])
+    values = {layer: (torch.ones(p.p_in.shape[0]), torch.ones(p.p_out.shape[0])) for layer, p in projections.items()}
+
+    def run(extractor: Extractor) -> tuple[dict, float]:
+        gradients_on_host = extractor.gradients(
+            ids, None, 0, "int8", score_error=ScoreErrorEstimate(values, "int8", 0.1)
+        )
+        return gradients_on_host.wait()[0], gradients_on_host.score_error.result()
+
+    with GradientCapture(model, projections, factors=True) as capture:
+        extractor = Extractor(model, capture, 60)
+        expected, error = run(extractor)
+        packing, failures = gradients.stored_tensors, [True, False, True]
+
+        def short(layer, grads, store_dtype):
+            if len(grads) > 1 and failures and failures.pop():
+                raise torch.AcceleratorError("CUDA error: out of memory", 2)
+            return packing(layer, grads, store_dtype)
+
+        monkeypatch.setattr(gradients, "stored_tensors", short)
+        extractor.batch_tokens = 60
+        found, found_error = run(extractor)
+    assert not failures and all(
+        torch.allclose(found[name].float(), expected[name].float(), atol=1) for name in expected
+    )
+    assert error > 0 and found_error == 0, "the first part that succeeded has a single example, which has no pair"
+
+
+def test_the_device_of_a_gradient_decides_about_streams(model, monkeypatch):
+    """A model on the CPU needs no stream, whatever the machine has (the README's example, accelerate launch --cpu)."""
+    _, projections = draw_projections(model)
+    ids = random_ids([12, 3])
+    with GradientCapture(model, projections) as capture:
+        expected = compute_gradients(model, capture, ids, 10**6)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        found = compute_gradients(model, capture, ids, 10**6)
+    assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+
+
+def test_each_gpu_has_a_stream_of_its_own(monkeypatch):
+    """Copies wait for the work on their own device, and `wait` waits for each of them."""
+    made, synchronized = [], []
+
+    class Stream:
+        def __init__(self, device):
+            made.append(device)
+
+        def wait_stream(self, other):
+            assert other == self.device_of_last(), "the current stream of the gradient's device"
+
+        def device_of_last(self):
+            return f"current of {made[-1]}"
+
+        def synchronize(self):
+            synchronized.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
+    host = gradients.HostGradients(1, "float32", 0, None)
+    one, two = torch.device("cuda:0"), torch.device("cuda:1")
+    streams = [host._stream(one), host._stream(two)]
+    assert made == [one, two] and host._stream(two) is streams[1] and host._stream(torch.device("cpu")) is None
+    host.wait()
+    assert synchronized == streams
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gradients_of_a_model_on_two_gpus(model):
+    """--device_map auto: layers on two GPUs, their copies in flight while the next batch is computed."""
+    _, projections = draw_projections(model)
+    ids = random_ids([30] * 64)
+    with GradientCapture(model, projections) as capture:
+        expected = compute_gradients(model, capture, ids, 10**6)
+    memory = {0: sum(p.nbytes for p in model.parameters()) * 2 // 3, 1: 10**9}
+    device_map = infer_auto_device_map(model, memory, [type(blocks(model)[0]).__name__])
+    assert {*device_map.values()} == {0, 1}
+    spread = dispatch_model(model, device_map=device_map)
+    with GradientCapture(spread, projections) as capture:
+        for _ in range(5):
+            found = compute_gradients(spread, capture, ids, 120)
+            assert all(relative(found[layer], expected[layer]) < 1e-4 for layer in expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_errors_of_memory(message, is_memory):
+    """Each form in which torch and cuBLAS say that memory ran out, and none that says something else."""
+    assert is_out_of_memory(RuntimeError(message)) == is_memory

@@ -11,8 +11,11 @@ import reference
 import torch
 from conftest import make_model, make_texts, make_tokenizer
 from helpers import DATA, QUERIES, close, extract, influence
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+
+from logra import influence as influence_module
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied"])
@@ -205,3 +208,30 @@ def test_a_group_of_queries_is_their_mean(cli, tiny, workspace):
     assert [json.loads(line)["id"] for line in open(folder / "queries.jsonl")] == ["x", "y"]
     status, out, err = cli("analysis", "--log_dir", "log", "--top_k", 2)
     assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    "flags", ["--mode cosine --damping 0.1 1", "--mode l2 --damping 0.1 --top_k_only 4", "--mode dot --damping 0.1"]
+)
+def test_memory_that_runs_out_for_queries(cli, tiny, workspace, monkeypatch, flags):
+    """A pass for which memory runs out is taken again with half of the queries; the scores are the same."""
+    extract(cli, tiny / "llama", "--rank", 4, "--hessian", "ekfac", "--shard_examples", 5)
+    results = []
+    score_shards = influence_module.score_shards
+
+    def short(open_shard, shards, queries, *rest):
+        for number, scored in enumerate(score_shards(open_shard, shards, queries, *rest)):
+            if number == 2 and len(next(iter(queries.values()))) > 2 * (1 + flags.endswith(" 1")):
+                raise torch.OutOfMemoryError("simulated")
+            yield scored
+
+    for scorer in (score_shards, short):
+        monkeypatch.setattr(influence_module, "score_shards", scorer)
+        status, out, err = cli("compute_influence", *QUERIES, *flags.split())
+        assert status == 0, err
+        (path,) = Path("log/scores").glob("*-0.1/top.safetensors" if "top" in flags else "*-0.1/scores.npy")
+        tensors = load_file(path) if "top" in flags else {"scores": torch.from_numpy(np.load(path))}
+        results.append(tensors)
+        shutil.rmtree("log/scores"), shutil.rmtree("log/self_influence", ignore_errors=True)
+    assert "out of memory with 3 queries in a pass; going on with 1" in out
+    assert all(torch.allclose(results[0][key].double(), results[1][key].double(), rtol=1e-4) for key in results[0])
