@@ -88,7 +88,8 @@ def test_memory_that_runs_out_while_a_sharded_model_scores(undisturbed, workspac
     flags = f"{undisturbed} --store_dtype none --split queries.jsonl"
     done = launch(2, workspace, f"{undisturbed} --store_dtype none --log_dir log --fsdp")
     assert done.returncode == 0, done.stderr
-    faults = "RANKS=1 MEMORY=1 FAULTS=none,forward,none,backward,forward,none,backward,forward"
+    write_jsonl(workspace / "queries.jsonl", [{"text": text} for text in make_texts(12, seed=2)])
+    faults = f"RANKS=1 QUERIES=6 FAULTS={','.join(['forward', 'backward'] * 20)}"
     script = f"{ROOT}/tests/robustness/short_of_memory.py compute_influence"
     done = start(f"{faults} {begin} {script} {flags} --log_dir log --fsdp", workspace)
     assert done.returncode == 0, done.stderr
