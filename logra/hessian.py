@@ -28,9 +28,8 @@ class GradientSource(Protocol):
     """What statistics() reads; run_dir.RunDir is one."""
 
     projected: Shapes
+    examples: int
 
-    @property
-    def examples(self) -> int: ...
     @property
     def shards(self) -> list[range]: ...
     def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]: ...
@@ -98,6 +97,11 @@ class IdentityPreconditioner:
         return g.new_zeros(len(g)) if self.zero else g.square().sum(dim=1)
 
 
+def change_basis(g: Tensor, basis_in: Tensor, basis_out: Tensor) -> Tensor:
+    """Return U_B G~ U_A^T of each row of g [n, k], as [n, r_out, r_in]; U_A is basis_in, U_B is basis_out."""
+    return basis_out.to(g) @ g.view(-1, len(basis_out), len(basis_in)) @ basis_in.to(g).T
+
+
 class EigenPreconditioner:
     """For kfac and ekfac: C = U^T diag(eigenvalues) U with U = U_B (x) U_A."""
 
@@ -113,8 +117,8 @@ class EigenPreconditioner:
         """Return (C + lambda I)^-1 g for each row of g, [n, k] float32."""
         solved = self._in_eigenbasis(g) * self.inverse.to(g.device)
         if self.bases:
-            u_a, u_b = (basis.to(g.device) for basis in self.bases)
-            solved = u_b.T @ solved @ u_a
+            u_a, u_b = self.bases
+            solved = change_basis(solved, u_a.T, u_b.T)
         return solved.flatten(1)
 
     def quadratic(self, g: Tensor) -> Tensor:
@@ -123,11 +127,7 @@ class EigenPreconditioner:
 
     def _in_eigenbasis(self, g: Tensor) -> Tensor:
         """Return U_B G~ U_A^T of each row of g, [n, r_out, r_in]."""
-        g = g.view(-1, *self.inverse.shape)
-        if self.bases:
-            u_a, u_b = (basis.to(g.device) for basis in self.bases)
-            g = u_b @ g @ u_a.T
-        return g
+        return change_basis(g, *self.bases) if self.bases else g.view(-1, *self.inverse.shape)
 
 
 class DensePreconditioner:
@@ -197,9 +197,7 @@ def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tenso
     """Return sum (U_B G~ U_A^T)^2 over blocks of gradients [n, k], as [k] float64."""
     squares = torch.zeros(len(basis_out) * len(basis_in), dtype=torch.float64)
     for block in blocks:
-        g = block.view(-1, len(basis_out), len(basis_in))
-        rotated = basis_out.to(g) @ g @ basis_in.to(g).T
-        squares += rotated.square().sum(dim=0).flatten().double().cpu()
+        squares += change_basis(block, basis_in, basis_out).square().sum(dim=0).flatten().double().cpu()
     return squares
 
 

@@ -6,6 +6,7 @@ coordinates. The parameters are frozen, so the autograd graph starts at the firs
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import torch
@@ -83,7 +84,7 @@ class GradientCapture:
         self.model.eval().requires_grad_(False)
         self._handles = []
         for name, projection in self.projections.items():
-            hook = self._hook(name, _SideProjection(projection.p_in), _SideProjection(projection.p_out))
+            hook = partial(self._hook, name, _SideProjection(projection.p_in), _SideProjection(projection.p_out))
             self._handles.append(self.model.get_submodule(name).register_forward_hook(hook))
         return self
 
@@ -96,12 +97,9 @@ class GradientCapture:
             parameter.requires_grad_(trainable)
         self._grads, self._factor_sums, self._batch_sums = {}, {}, {}
 
-    def _hook(self, name: str, p_in: _SideProjection, p_out: _SideProjection):
-        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            anchor = torch.empty(0, device=output.device, requires_grad=True)
-            return _Tap.apply(output, p_in(inputs[0].detach()), anchor, lambda x, d: self._collect(name, x, p_out(d)))
-
-        return hook
+    def _hook(self, name: str, p_in: _SideProjection, p_out: _SideProjection, layer, inputs, output: Tensor) -> Tensor:
+        anchor = torch.empty(0, device=output.device, requires_grad=True)
+        return _Tap.apply(output, p_in(inputs[0].detach()), anchor, lambda x, d: self._collect(name, x, p_out(d)))
 
     def _collect(self, name: str, x: Tensor, d: Tensor) -> None:
         """Add one call of one layer: x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...]."""
@@ -112,8 +110,7 @@ class GradientCapture:
             )
         x, d = (tensor.reshape(*self._positions.shape, -1) for tensor in (x, d))
         if self.want_grads:
-            grad = self._reduce(name, x, d)
-            self._grads[name] = self._grads[name] + grad if name in self._grads else grad
+            self._add(self._grads, {name: self._reduce(name, x, d)})
         if self.want_factors and not self.squares_only:
             mask = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
             x, d = (x * mask).flatten(0, 1), d.flatten(0, 1)

@@ -51,29 +51,23 @@ def _fast_queries(
 
 
 def _score_layer(
-    file: GradientFile,
-    layer: str,
-    query: Tensor | BitQueries,
-    quadratic_forms: list[QuadraticForm],
-    bits: int | None,
-    buffer: Tensor,
+    stored: Tensor, scale: Tensor | None, query: Tensor | BitQueries, forms: list[QuadraticForm], bits: int | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return (dots [n, rows], self-influences, S times [n]) of one layer of a shard. The buffer takes the stored rows.
+    """Return (dots [n, rows], self-influences, S times [n]) of one layer of a shard, as it is stored.
 
     Packed rows are unpacked a block at a time, which bounds the memory.
     """
-    stored = file.read(layer, buffer)
-    scale, k = None if bits is None else file.read(f"{layer}.scale"), query.shape[1]
+    k = query.shape[1]
     if isinstance(query, BitQueries):
         dots = query.score(stored, scale)
-        blocks = _unpacked_blocks(stored, scale, bits, k, "cpu") if quadratic_forms else ()
-        parts = [[form(z) for form in quadratic_forms] for z in blocks]
+        blocks = _unpacked_blocks(stored, scale, bits, k, "cpu") if forms else ()
+        parts = [[form(z) for form in forms] for z in blocks]
         return dots, [torch.cat(values) for values in zip(*parts, strict=True)]
     if bits is None:
         z = stored.to(query)
-        return z @ query.T, [form(z) for form in quadratic_forms]
+        return z @ query.T, [form(z) for form in forms]
     blocks = _unpacked_blocks(stored, scale, bits, k, query.device)
-    parts = [[z @ query.T, *(form(z) for form in quadratic_forms)] for z in blocks]
+    parts = [[z @ query.T, *(form(z) for form in forms)] for z in blocks]
     dots, *self_influences = (torch.cat(values) for values in zip(*parts, strict=True))
     return dots, self_influences
 
@@ -116,10 +110,12 @@ def score_shards(
     workers = 2 if gpu else threads if len(queries[layers[0]]) <= MANY_QUERIES else 1
 
     def score(shard: int, file: GradientFile, layer: str) -> tuple[int, GradientFile, str, Tensor, list[Tensor]]:
-        size, forms = file.size(layer), quadratic_forms[layer]
+        size = file.size(layer)
         if len(getattr(thread, "buffer", ())) < size:
             thread.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=gpu)
-        return shard, file, layer, *_score_layer(file, layer, fast_queries[layer], forms, bits, thread.buffer)
+        stored, scale = file.read(layer, thread.buffer), None if bits is None else file.read(f"{layer}.scale")
+        scores = _score_layer(stored, scale, fast_queries[layer], quadratic_forms[layer], bits)
+        return shard, file, layer, *scores
 
     calls = ((score, shard, file, layer) for shard in shards for file in [open_shard(shard)] for layer in layers)
     with ThreadPoolExecutor(workers, None, torch.set_num_threads, (max(1, threads // workers),)) as pool:

@@ -91,7 +91,7 @@ class ScoreErrorEstimate:
 
     def __init__(self, eigenvalues: dict[str, tuple[Tensor, Tensor]], store_dtype: str, damping: float):
         """Take layer -> eigenvalues (of inputs [r_in], of output gradients [r_out]), and the relative damping."""
-        self.eigenvalues, self.store_dtype, self.damping = eigenvalues, store_dtype, damping
+        self.eigenvalues, self.bits, self.damping = eigenvalues, INTEGER_BITS[store_dtype], damping
         self.scores: Tensor | None = None
 
     def add(self, layer: str, grads: Tensor) -> None:
@@ -99,8 +99,7 @@ class ScoreErrorEstimate:
         values_in, values_out = self.eigenvalues[layer]
         values = torch.outer(values_out, values_in).flatten().to(grads.device)
         preconditioned = grads.float() / (values + self.damping * values.mean()).clamp_min(1e-38)
-        packed, scale = pack(grads, INTEGER_BITS[self.store_dtype])
-        rounded = unpack(packed, scale, INTEGER_BITS[self.store_dtype], grads.shape[1])
+        rounded = unpack(*pack(grads, self.bits), self.bits, grads.shape[1])
         scores = torch.stack([preconditioned @ grads.float().T, preconditioned @ rounded.T])  # [2, n, n]
         self.scores = scores if self.scores is None else self.scores + scores
 

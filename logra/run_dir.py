@@ -11,7 +11,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -54,11 +54,6 @@ class TrainPart:
     bytes_per_example: int
     factor_bytes_per_shard: int
 
-    @classmethod
-    def from_json(cls, content: dict) -> Self:
-        """Return the part of an entry of run.json that has the shape PART_JSON."""
-        return cls(**content | {"settings": DataSettings(**content["settings"])})
-
 
 def _is_layer(sizes: Any) -> bool:
     """Return whether the value is [d_out, d_in, r_out, r_in]."""
@@ -84,16 +79,24 @@ RUN_JSON = {
 }
 
 
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of PACKAGES."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of run.json (see the module's docstring). `parts` are `data` and the `extensions`, in order."""
+    """The content of run.json (see the module's docstring). `parts` are `data` and the `extensions`, in order.
+
+    `versions` are those of the command that made the record. They stay when run.json is written again.
+    """
 
     settings: RunSettings
     arguments: dict[str, Any]
     model: dict[str, str]
     tokenizer: str
     layers: dict[str, list[int]]
-    versions: dict[str, str] | None = None
+    versions: dict[str, str] = field(default_factory=_versions)
     parts: tuple[TrainPart, ...] = ()
     projections: dict[str, str] | None = None
 
@@ -110,7 +113,8 @@ class RunRecord:
             raise ValueError("missing or impossible entries")
         entries = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         entries["settings"] = RunSettings(**content["settings"])
-        return cls(**entries, parts=tuple(map(TrainPart.from_json, parts)))
+        train_parts = (TrainPart(**part | {"settings": DataSettings(**part["settings"])}) for part in parts)
+        return cls(**entries, parts=tuple(train_parts))
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of run.json."""
@@ -128,13 +132,24 @@ class RunDir:
         layers: Layer -> [d_out, d_in, r_out, r_in].
         shapes: Layer -> (d_out, d_in).
         projected: Layer -> (r_out, r_in).
+        parts: The entries of run.json for train/ and for each extension, in order.
+        examples: Number of train examples, N.
+        fingerprints: The fingerprint of each part's examples.
+        first_hessian: The kind of Hessian that the run was started with.
+        rotated: Whether the projections hold eigenvectors of the calibration sample's covariances.
+        squares_only: Whether the shards lack the factors A and B; see RunSettings.squares_only.
     """
 
     def __init__(self, folder: Path, record: RunRecord):
         self.folder, self.record = folder, record
-        self.settings, self.layers = record.settings, record.layers
+        self.settings, self.layers, self.parts = record.settings, record.layers, record.parts
         self.shapes = {name: (sizes[0], sizes[1]) for name, sizes in self.layers.items()}
         self.projected = {name: (sizes[2], sizes[3]) for name, sizes in self.layers.items()}
+        self.examples = sum(part.examples for part in self.parts)
+        self.fingerprints = [part.fingerprint for part in self.parts]
+        self.first_hessian = record.arguments["hessian"] or "raw"
+        self.rotated = self.settings.basis == "eigen" or self.settings.lora == "pca"
+        self.squares_only = self.settings.squares_only(self.first_hessian)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -158,41 +173,8 @@ class RunDir:
         return run
 
     def save(self, **changes: Any) -> None:
-        """Apply changes to the record and write run.json. The versions are those of the first save."""
-        versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-        self.record = replace(self.record, **{"versions": self.record.versions or versions} | changes)
-        self.__dict__.pop("shards", None)  # computed anew from the record
-        files.write_json(self.folder / "run.json", self.record.to_json())
-
-    @property
-    def first_hessian(self) -> str:
-        """The kind of Hessian that the run was started with."""
-        return self.record.arguments["hessian"] or "raw"
-
-    @property
-    def rotated(self) -> bool:
-        """Whether the projections hold eigenvectors of the calibration sample's covariances."""
-        return self.settings.basis == "eigen" or self.settings.lora == "pca"
-
-    @property
-    def squares_only(self) -> bool:
-        """Whether the shards lack the factors A and B; see RunSettings.squares_only."""
-        return self.settings.squares_only(self.first_hessian)
-
-    @property
-    def parts(self) -> tuple[TrainPart, ...]:
-        """The entries of run.json for train/ and for each extension, in order."""
-        return self.record.parts
-
-    @property
-    def examples(self) -> int:
-        """Number of train examples, N."""
-        return sum(part.examples for part in self.parts)
-
-    @property
-    def fingerprints(self) -> list[str]:
-        """The fingerprint of each part's examples."""
-        return [part.fingerprint for part in self.parts]
+        """Write run.json with changes to the record. This object keeps its record; `load` reads the new one."""
+        files.write_json(self.folder / "run.json", replace(self.record, **changes).to_json())
 
     @cached_property
     def shards(self) -> list[range]:
@@ -318,11 +300,7 @@ class RunDir:
 
     def hessian_problem(self, kind: str) -> str | None:
         """Return what is wrong with a Hessian file (missing, altered, other examples), or None if it is intact."""
-        try:
-            self._hessian_file(kind).check()
-        except ValueError as error:
-            return str(error)
-        return None
+        return store.problem(lambda: self._hessian_file(kind))
 
     def statistics(self, kind: str) -> Callable[[str], dict[str, Tensor]]:
         """Return a function layer -> its statistics, as hessian.preconditioner takes them.

@@ -14,7 +14,8 @@ Notation: n examples of a shard, r_in/r_out projected sizes, k = r_out * r_in.
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -38,13 +39,13 @@ Layout = dict[str, tuple[torch.dtype, list[int]]]  # tensor name -> (dtype, shap
 COUNTS_LAYOUT: Layout = {"examples": (torch.int64, []), "tokens": (torch.int64, [])}
 
 
-def _offsets(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Return the first and last + 1 byte of each tensor, counted after the header."""
-    offsets, begin = {}, 0
+def _byte_ranges(layout: Layout) -> dict[str, range]:
+    """Return the bytes of each tensor, counted after the header."""
+    ranges, end = {}, 0
     for name, (dtype, shape) in layout.items():
-        end = begin + math.prod(shape) * dtype.itemsize
-        offsets[name], begin = (begin, end), end
-    return offsets
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        ranges[name] = range(begin, end)
+    return ranges
 
 
 def layout_bytes(layout: Layout) -> int:
@@ -54,10 +55,10 @@ def layout_bytes(layout: Layout) -> int:
 
 def _header(layout: Layout) -> bytes:
     """Return the header of a file with these tensors, in the safetensors format."""
-    entries = {
-        name: {"dtype": _DTYPE_NAMES[layout[name][0]], "shape": list(layout[name][1]), "data_offsets": offsets}
-        for name, offsets in _offsets(layout).items()
-    }
+    entries = {}
+    for name, span in _byte_ranges(layout).items():
+        dtype, shape = layout[name]
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [span.start, span.stop]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -111,17 +112,16 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, checksums: Any, layout: Layout):
-        self.path, self.layout, self.offsets = path, layout, _offsets(layout)
+        self.path, self.layout, self.byte_ranges = path, layout, _byte_ranges(layout)
         self.checksums = checksums if isinstance(checksums, dict) else {}
         try:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
-        header = _header(layout)
-        self.header_bytes = len(header)
-        if os.fstat(self.file.fileno()).st_size != self.header_bytes + layout_bytes(layout):
+        self.header = _header(layout)
+        if os.fstat(self.file.fileno()).st_size != len(self.header) + layout_bytes(layout):
             self._altered("its size differs")
-        if self.file.read(self.header_bytes) != header:
+        if self.file.read(len(self.header)) != self.header:
             self._altered("its tensors are not those of the run's settings")
 
     def __enter__(self) -> "TensorFile":
@@ -140,25 +140,29 @@ class TensorFile:
 
     def size(self, name: str) -> int:
         """Return the bytes of a tensor."""
-        begin, end = self.offsets[name]
-        return end - begin
+        return len(self.byte_ranges[name])
 
     def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
         """Read a tensor into the start of `buffer` (uint8, large enough), or into new memory, and check it."""
         size, (dtype, shape) = self.size(name), self.layout[name]
         data = (torch.empty(size, dtype=torch.uint8) if buffer is None else buffer)[:size]
-        view, begin, done = memoryview(data.numpy()), self.header_bytes + self.offsets[name][0], 0
+        view, begin, done = memoryview(data.numpy()), len(self.header) + self.byte_ranges[name].start, 0
         while done < size and (count := os.preadv(self.file.fileno(), [view[done:]], begin + done)):
             done += count
         if done < size or xxhash.xxh3_64_hexdigest(view) != self.checksums.get(name):
             self._altered(f"the checksum of {name} differs")
         return data.view(dtype).view(shape)
 
-    def check(self) -> None:
-        """Read every tensor once, which checks it, and close the file."""
-        with self:
-            for name in self.layout:
-                self.read(name)
+
+def problem(open_file: Callable[[], TensorFile]) -> str | None:
+    """Open a file and read every tensor. Return what is wrong (missing, altered, other examples), or None."""
+    try:
+        with open_file() as file:
+            for name in file.layout:
+                file.read(name)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def load_tensors(path: Path, checksums: Any, layout: Layout) -> dict[str, Tensor]:
@@ -294,9 +298,5 @@ class Shard(NamedTuple):
 
     def problem(self) -> str | None:
         """Return what is wrong with the shard (missing, altered, other examples), or None if it is intact."""
-        try:
-            for kind in self.layouts:
-                self.open(kind).check()
-        except ValueError as error:
-            return str(error)
-        return None
+        problems = (problem(partial(self.open, kind)) for kind in self.layouts)
+        return next(filter(None, problems), None)

@@ -85,19 +85,17 @@ def locked(path: Path, what: str) -> Iterator[None]:
     lock = SoftFileLease(path, lease_duration=LOCK_LEASE_SECONDS, timeout=1)
     try:
         try:
-            lock.acquire()
+            held = lock.acquire()
         except Timeout:
             if path.exists() and f"host={socket.gethostname()}\n" in path.read_text():
                 raise
-            lock.acquire(timeout=2 * LOCK_LEASE_SECONDS)
+            held = lock.acquire(timeout=2 * LOCK_LEASE_SECONDS)
     except Timeout:
         raise ValueError(
             f"expected {what} for this run alone, got another one at work there (see {path}); wait until it ends"
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def remove(path: Path) -> None:

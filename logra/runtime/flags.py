@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from logra.hessian import KINDS
-from logra.quantise import FLOAT_DTYPES
 from logra.runtime.progress import begin, printable, say
 from logra.runtime.settings import (
     CPU_BATCH_TOKENS,
@@ -100,8 +99,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of RunSettings, and --preset, --rank, --hessian, --log_dir and --cache_dir."""
     preset = (
         "sets several flags and prints them; a flag that you give overrides it. best: most accurate per stored byte; "
+        "paper: the setting of arXiv 2405.13954 (none)"
     )
-    preset += "paper: the setting of arXiv 2405.13954 (none)"
     hessian = "kind of Hessian; for another one of a finished run, stage 2 needs neither model nor data (raw)"
     group = parser.add_argument_group("the run (a flag that is not given is read from run.json where there is one)")
     add_settings(group, RunSettings(), optional=True, skip=DATA_FIELDS)
@@ -126,8 +125,7 @@ def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: P
     """Add the flags of the generation scripts, with these defaults."""
     group = parser.add_argument_group("model and files")
     group.add_argument("--model_name", default=model, help="local folder or Hub id (%(default)s)")
-    group.add_argument("--revision", help="commit, tag or branch of the model on the Hub (the newest)")
-    group.add_argument("--dtype", choices=list(FLOAT_DTYPES), help="dtype of the model (float32; bfloat16 on a GPU)")
+    add_settings(group, RunSettings(), skip={*RUN_FIELDS} - {"revision", "dtype"})
     group.add_argument(
         "--prompts", type=Path, default=prompts, help="a .txt with a prompt per line, or a .jsonl with id and prompt"
     )

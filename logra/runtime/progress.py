@@ -69,12 +69,10 @@ def bar(items: Iterable | None = None, **options) -> tqdm:
 
 def duration(seconds: float) -> str:
     """Return seconds as text: 42 s, 3 min 20 s, 2 h 5 min."""
-    rounded = round(seconds)
-    if rounded < 60:
-        return f"{rounded} s"
-    return (
-        f"{rounded // 60} min {rounded % 60} s" if rounded < 3600 else f"{rounded // 3600} h {rounded % 3600 // 60} min"
-    )
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def summary(following: str, tokens: int = 0) -> None:

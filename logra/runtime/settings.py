@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -28,14 +29,11 @@ def number(kind: type, low: float, what: str, high: float = math.inf) -> Callabl
     """
 
     def parse(text: str):
-        try:
+        with suppress(ValueError, OverflowError):
             value = kind(float(text)) if kind is int and re.fullmatch(r"\d+(\.0*)?e\d+", text) else kind(text)
-            valid = math.isfinite(value) and low <= value <= high
-        except (ValueError, OverflowError):
-            valid = False
-        if not valid:
-            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
-        return value
+            if math.isfinite(value) and low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
 
     return parse
 
@@ -60,12 +58,9 @@ def positive_int_or_auto(text: str) -> int | str:
     return text if text == "auto" else positive_int(text)
 
 
-def setting(default: Any, help: str, type: Callable | None = None, **options: Any) -> Any:
+def setting(default: Any, help: str, type: Callable = str, **options: Any) -> Any:
     """Return a dataclass field that is also a flag. A bool becomes a switch; `options` go to add_argument."""
-    if isinstance(default, bool):
-        options |= {"action": "store_const", "const": True}
-    elif type:
-        options["type"] = type
+    options |= {"action": "store_const", "const": True} if isinstance(default, bool) else {"type": type}
     return field(default=default, metadata=options | {"help": help})
 
 
@@ -141,22 +136,21 @@ class RunSettings(DataSettings):
             ValueError: The flags contradict each other.
         """
         settings = cls(**user_flags)
-        integer = settings.store_dtype in INTEGER_BITS
-        basis = settings.basis or ("eigen" if integer or hessian in ("kfac", "ekfac") else "projected")
-        if integer and settings.store_dtype != "none" and basis != "eigen":
+        eigen = settings.bits is not None or hessian in ("kfac", "ekfac")
+        basis = settings.basis or ("eigen" if eigen else "projected")
+        if settings.bits and basis != "eigen":
             raise ValueError(
                 f"expected --basis eigen with --store_dtype {settings.store_dtype}, got projected, where a few large "
                 "coordinates make the others round to zero; leave --basis out"
             )
         if settings.lora == "none" and settings.bytes_per_example:
             raise ValueError("expected --bytes_per_example with a projection, got --lora none; leave one out")
-        if settings.lora == "none":
-            reason = "--lora none, which does not project"
-        elif settings.bytes_per_example:
-            reason = "--bytes_per_example, which chooses the rank"
-        else:
+        if settings.lora != "none" and not settings.bytes_per_example:
             return replace(settings, basis=basis)
         if "rank_in" in user_flags or "rank_out" in user_flags:
+            reason = "--lora none, which does not project"
+            if settings.bytes_per_example:
+                reason = "--bytes_per_example, which chooses the rank"
             raise ValueError(f"expected no rank with {reason}, got one; leave --rank out")
         return replace(settings, basis=basis, rank_in=None, rank_out=None)
 
@@ -224,20 +218,19 @@ class RunSettings(DataSettings):
 
 
 RUN_FIELDS = tuple(f.name for f in fields(RunSettings))
-_NEVER_NULL = ("block_size", "dtype", "basis")  # in run.json; None as flags
 
 
 def is_setting(field: Field, value: Any) -> bool:
-    """Return whether run.json may hold this value for a field of RunSettings: one that the flag accepts."""
+    """Return whether run.json may hold this value for a field of RunSettings: one that the flag accepts.
+
+    The field's type says whether it may be null. The default may be None where the type is not: run.json is complete.
+    """
     options = field.metadata
-    if value is None:
-        return field.name in ("rank_in", "rank_out") or (field.default is None and field.name not in _NEVER_NULL)
-    if "action" in options:
-        return isinstance(value, bool)
-    try:
-        return value in options.get("choices", [value]) and options.get("type", str)(str(value)) == value
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
+    if value is None or "action" in options:
+        return isinstance(value, field.type)  # type: ignore[arg-type]
+    with suppress(argparse.ArgumentTypeError, ValueError):
+        return value in options.get("choices", [value]) and options["type"](str(value)) == value
+    return False
 
 
 @dataclass(frozen=True)
