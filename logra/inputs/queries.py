@@ -5,10 +5,8 @@ assistant's turns count). Rows of stage 1 also hold prompt_ids and response_ids,
 """
 
 import json
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +14,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.documents import load_documents
-from logra.inputs.examples import build_examples
-from logra.inputs.rows import Encoded, encode_messages, encode_prompt, row_problem
+from logra.inputs.examples import examples_in_memory
+from logra.inputs.rows import Encoded, encode_messages, encode_prompt, encode_rows, row_problem
 from logra.runtime.files import has_shape, read_lines, read_row, same_name, short_name
 from logra.runtime.settings import QuerySettings, RunSettings
 
@@ -89,15 +87,11 @@ def _read_split(
         settings, pack=False, skip_bad_rows=True, max_examples=query_settings.max_queries, max_tokens=None,
         shuffle_seed=None,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as work:
-        rows = build_examples(documents, tokenizer, settings, None, Path(work))[0].to_list()
     queries = []
-    for row in rows:
-        counted = [True] * len(row["input_ids"])
-        if query_settings.query_loss == "response":
-            counted = row.get("counted", counted)
-        query_id = f"{row['document_id']}-{row['block']}"
-        queries.append(Query(query_id, row["input_ids"], counted, {"text": row["text"]}))
+    for row in examples_in_memory(documents, tokenizer, settings):
+        query_id, token_ids = f"{row['document_id']}-{row['block']}", row["input_ids"]
+        counted = row.get("counted") if query_settings.query_loss == "response" else None
+        queries.append(Query(query_id, token_ids, counted or [True] * len(token_ids), {"text": row["text"]}))
     return queries
 
 
@@ -140,8 +134,7 @@ def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase) -> E
         prompt, response = row["prompt_ids"], row["response_ids"]
         return prompt + response, [False] * len(prompt) + [True] * len(response)
     if isinstance(row.get("text"), str):
-        ids = tokenizer(row["text"])["input_ids"]
-        return ids, [True] * len(ids)
+        return encode_rows("text", tokenizer, [(row["text"],)])[0]
     if has_shape(row, {"prompt": str, "response": str}):
         return encode_prompt(tokenizer, row["prompt"], row["response"])
     if not row_problem("messages", (row.get("messages"),)):
@@ -169,8 +162,8 @@ def merge_group(group: list[Query]) -> Query:
     """Return a group as one query: its name, all its tokens, and its queries' ids as the text."""
     ids = [query.id for query in group]
     text = f"{len(ids)} queries: {', '.join(ids)}"
-    token_ids = list(chain.from_iterable(query.token_ids for query in group))
-    counted = list(chain.from_iterable(query.counted for query in group))
+    token_ids = [token for query in group for token in query.token_ids]
+    counted = [counts for query in group for counts in query.counted]
     return Query(group[0].row["group"], token_ids, counted, {"text": text})
 
 

@@ -6,10 +6,8 @@ and lambda as in hessian. Sides are projected to rank 64 at most, so that C [k, 
 
 import copy
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +20,7 @@ from logra import hessian, influence, projection, store
 from logra.hooks import GradientCapture
 from logra.inputs import model
 from logra.inputs.documents import load_documents
-from logra.inputs.examples import build_examples
+from logra.inputs.examples import examples_in_memory
 from logra.loss import IGNORE
 from logra.projection import Projection
 from logra.runtime.memory import available_memory
@@ -81,9 +79,7 @@ def first_examples(
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """Return token ids, and which of them count, of the first examples of a run's data."""
     documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
-    with tempfile.TemporaryDirectory() as work:
-        limited = replace(settings, max_examples=examples)
-        rows = build_examples(documents, tokenizer, limited, None, Path(work))[0][:]
+    rows = examples_in_memory(documents, tokenizer, replace(settings, max_examples=examples))[:]
     return rows["input_ids"], rows.get("counted") or [[True] * len(ids) for ids in rows["input_ids"]]
 
 
