@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 from transformers import PreTrainedTokenizerBase
@@ -53,15 +53,14 @@ def load_queries(
         ValueError: There is no query, or one is empty or too long.
     """
     split = query_settings.split
+    generated = Path("data/generated") / short_name(settings.model_name) / "queries.jsonl"
+    path = generated if split == "generated" else Path(split)
     if split in SPLITS:
-        name, queries = split, _read_split(settings, query_settings, tokenizer, cache_dir)
+        queries = _read_split(settings, query_settings, tokenizer, cache_dir)
+    elif path.suffix == ".jsonl":
+        queries = _read_file(path, settings.model_name, tokenizer, query_settings)
     else:
-        path = Path(split)
-        if split == "generated":
-            path = Path("data/generated") / short_name(settings.model_name) / "queries.jsonl"
-        elif path.suffix != ".jsonl":
-            raise ValueError(f"expected --split generated, {', '.join(SPLITS)} or a .jsonl file, got {split!r}")
-        name, queries = path.stem, _read_file(path, settings.model_name, tokenizer, query_settings)
+        raise ValueError(f"expected --split generated, {', '.join(SPLITS)} or a .jsonl file, got {split!r}")
     if not queries:
         raise ValueError(f"expected queries in {split}, got none; check the file or the split")
     query_id, count = Counter(query.id for query in queries).most_common(1)[0]
@@ -75,7 +74,7 @@ def load_queries(
                 f"expected queries of at most {context} tokens, the model's context, got {len(query.token_ids)} in "
                 f"query {query.id}; shorten it"
             )
-    return name, queries
+    return path.stem, queries
 
 
 def _read_split(
@@ -109,7 +108,6 @@ def _read_file(
     for number, line in enumerate(read_lines(path)[: query_settings.max_queries]):
         try:
             row = read_row(line)
-            row = row if isinstance(row, dict) else {}
             token_ids, counted = _encode(row, model_name, tokenizer)
         except ValueError as error:
             raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
@@ -120,7 +118,7 @@ def _read_file(
     return queries
 
 
-def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode(row: Any, model_name: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Return a row's token ids, and which of them count.
 
     Raises:
@@ -133,11 +131,11 @@ def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase) -> E
             )
         prompt, response = row["prompt_ids"], row["response_ids"]
         return prompt + response, [False] * len(prompt) + [True] * len(response)
-    if isinstance(row.get("text"), str):
+    if has_shape(row, {"text": str}):
         return encode_rows("text", tokenizer, [(row["text"],)])[0]
     if has_shape(row, {"prompt": str, "response": str}):
         return encode_prompt(tokenizer, row["prompt"], row["response"])
-    if not row_problem("messages", (row.get("messages"),)):
+    if has_shape(row, {"messages": lambda messages: not row_problem("messages", (messages,))}):
         return encode_messages(tokenizer, row["messages"])
     raise ValueError("neither `text`, nor `prompt` and `response`, nor `messages` with an answer; add them")
 

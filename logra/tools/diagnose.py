@@ -83,13 +83,12 @@ def sketches(run: RunDir) -> np.ndarray:
     layer, bits = next(iter(run.layers)), run.settings.bits
     k = math.prod(run.projected[layer])
     directions = torch.randn(k, SKETCH_SIZE, generator=torch.Generator().manual_seed(0)) / k**0.5
-    blocks = []
-    for index in range(len(run.shards)):
-        with run.open_shard(index) as file:
-            stored = file.read(layer)
-            grads = stored.float() if bits is None else unpack(stored, file.read(f"{layer}.scale"), bits, k)
-            blocks.append((grads @ directions).numpy())
-    return np.concatenate(blocks)
+    shards = range(len(run.shards))
+    blocks = run.read(layer, shards)
+    if bits is not None:
+        scales = run.read(f"{layer}.scale", shards)
+        blocks = (unpack(packed, scale, bits, k) for packed, scale in zip(blocks, scales, strict=True))
+    return np.concatenate([(grads.float() @ directions).numpy() for grads in blocks])
 
 
 def duplicates(run: RunDir, train: Dataset) -> Iterator[str]:

@@ -168,11 +168,10 @@ def say_layers(run: RunDir) -> None:
 
 def say_disk(run: RunDir, kind: str, train_bytes: float) -> None:
     """Print the bytes of the run's folder, and of its gradients in other types; warn if the disk is too small."""
-    sizes = run.shard_sizes(run.examples)
-    shards = math.ceil(run.examples / sizes["shard_examples"])
+    (train,) = run.parts
     parts = {
-        "gradients": run.examples * sizes["bytes_per_example"],
-        "factor sums": shards * sizes["factor_bytes_per_shard"],
+        "gradients": run.examples * train.bytes_per_example,
+        "factor sums": len(run.shards) * train.factor_bytes_per_shard,
         "Hessian": layout_bytes(run.hessian_layout(kind)) if kind != "none" else 0,
         "projections": layout_bytes(run.projection_layout),
         "train": train_bytes,

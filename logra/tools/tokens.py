@@ -89,19 +89,23 @@ class TokenSplitter:
             groups = [self.groups[i] for i in numbers]
             examples = [] if self.grouped else [[_as_query(train, e) for e in proponents[i]] for i in numbers]
             solved, _ = self.scorer.preconditioned(groups + examples)
-            queries = {layer: grads[: len(groups)] for layer, grads in solved.items()}
-            means = {layer: grads[len(groups) :] for layer, grads in solved.items()}
-            pairs |= self._split_pairs(train, queries, {i: shown[i] for i in numbers})
+            pairs |= self._split_pairs(train, solved, {i: shown[i] for i in numbers})
             with self.capture:
-                for row, i in enumerate(numbers if examples else ()):
-                    matrices = {layer: mean[[row]] * len(proponents[i]) for layer, mean in means.items()}
+                for row, i in enumerate(numbers if examples else (), len(groups)):
+                    matrices = {layer: mean[[row]] * len(proponents[i]) for layer, mean in solved.items()}
                     query_shares.append(self._shares(self.groups[i][0], matrices, 1.0)[0].tokens)
         return pairs, query_shares
 
     def _split_pairs(
         self, train: Dataset, queries: dict[str, Tensor], shown: dict[int, list[int]]
     ) -> dict[tuple[int, int], PairShares]:
-        """Split the scores of some queries, {layer: [len(shown), k]}, with the examples shown for each."""
+        """Split the scores of some queries with the examples shown for each.
+
+        Args:
+            train: The run's examples.
+            queries: {layer: [rows, k]}; the first len(shown) rows are the queries, in the order of `shown`.
+            shown: Example ids of each query, by the query's number.
+        """
         pairs, row_of = {}, {query: row for row, query in enumerate(shown)}
         examples = sorted({example for ids in shown.values() for example in ids})
         if self.mode == "l2":
