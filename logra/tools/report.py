@@ -36,7 +36,7 @@ def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
     """Return what the page shows for all queries together: run, scores, and the settings of both."""
     settings: dict = {"run": str(run.folder), "queries": scores.split, "query_loss": scores.query_loss}
     settings |= {name: value for name, value in asdict(run.settings).items() if value not in (None, False)}
-    settings["layers"] = f"{len(scores.layers)} of {len(run.layers)}"
+    settings |= {"layers": f"{len(scores.layers)} of {len(run.layers)}"}
     return {"run": run, "scores": scores, "settings": settings, "shaded": shaded}
 
 
