@@ -105,8 +105,7 @@ def rank_queries(
             progress.say(f"query {query['id']}: {known} of {args.top_k}: --top_k_only kept no more")
         values = None if scores.matrix is None else rankings["top"].scores
         rows = {side: rank.ranked_rows(query, side, r, args.top_k, examples, values) for side, r in rankings.items()}
-        marked = {side: [row["score"] for row in rows[side]] for side in rows}
-        histogram = None if values is None else report.histogram(values, marked)
+        histogram = None if values is None else report.histogram(values)
         shown = {"number": number, "rows": rows, "histogram": histogram, "table": table}
         queries.append(rank.query_text(query) | shown)
     return queries

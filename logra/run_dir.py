@@ -118,8 +118,8 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of run.json."""
-        content = {"format": FORMAT} | asdict(self)
-        parts = content.pop("parts")
+        content = {"format": FORMAT} | vars(self) | {"settings": asdict(self.settings)}
+        parts = [vars(part) | {"settings": asdict(part.settings)} for part in content.pop("parts")]
         if self.projections is None:
             del content["projections"]
         return content | ({"data": parts[0]} if parts else {}) | ({"extensions": parts[1:]} if parts[1:] else {})

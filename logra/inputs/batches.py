@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from logra.loss import IGNORE
 
@@ -55,15 +57,12 @@ def make_batch(
     token_ids: list[list[int]], counted: list[list[bool]] | None = None, device: torch.device | str = "cpu"
 ) -> Batch:
     """Pad token ids on the right. Without `counted`, every token but an example's first one counts."""
-    shape = (len(token_ids), max(1, *map(len, token_ids)))
-    input_ids, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
-    for row, tokens in enumerate(token_ids):
-        length = len(tokens)
-        input_ids[row, :length] = torch.as_tensor(tokens, dtype=torch.long)
-        targets[row, : max(length - 1, 0)] = input_ids[row, 1:length]
-        if counted is not None and length:
-            targets[row, : length - 1][~torch.as_tensor(counted[row][1:], dtype=torch.bool)] = IGNORE
-    counts = targets != IGNORE
+    counted = counted or [[True] * len(tokens) for tokens in token_ids]
+    # An example without tokens takes one position.
+    input_ids = pad_sequence([torch.tensor(tokens or [0]) for tokens in token_ids], batch_first=True)
+    is_counted = pad_sequence([torch.tensor(marks or [False]) for marks in counted], batch_first=True)
+    counts = pad(is_counted[:, 1:], (0, 1))  # of the next token; after the last position there is none
+    targets = input_ids.roll(-1, 1).masked_fill(~counts, IGNORE)
     positions = counts.flip(1).cumsum(1).flip(1) > 0  # up to the last position whose target counts
     rows = counts.flatten().nonzero().squeeze(1)
     return Batch(*(tensor.to(device, non_blocking=True) for tensor in (input_ids, targets, positions, rows)))

@@ -6,6 +6,7 @@ cut into full blocks. Row numbers are example ids.
 
 import gc
 import shutil
+import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -68,6 +69,13 @@ def build_examples(
     )
     ids = chain.from_iterable(examples["document_ids"][:]) if settings.pack else examples["document_id"][:]
     return examples, {"documents": len(set(ids)), "dropped_rows": dropped_rows, "rows": len(documents)}
+
+
+def examples_in_memory(documents: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> Dataset:
+    """Return the examples of build_examples, without files."""
+    with tempfile.TemporaryDirectory() as work:
+        examples, _ = build_examples(documents, tokenizer, settings, None, Path(work))
+        return Dataset.from_list(examples.to_list())
 
 
 def _tokenise(

@@ -5,19 +5,17 @@ assistant's turns count). Rows of stage 1 also hold prompt_ids and response_ids,
 """
 
 import json
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.documents import load_documents
-from logra.inputs.examples import build_examples
-from logra.inputs.rows import Encoded, encode_messages, encode_prompt, row_problem
+from logra.inputs.examples import examples_in_memory
+from logra.inputs.rows import Encoded, encode_messages, encode_prompt, encode_rows, row_problem
 from logra.runtime import processes
 from logra.runtime.files import has_shape, read_lines, read_row, same_name, short_name
 from logra.runtime.settings import QuerySettings, RunSettings
@@ -57,15 +55,14 @@ def load_queries(
         ValueError: There is no query, or one is empty or too long.
     """
     split = query_settings.split
+    generated = Path("data/generated") / short_name(settings.model_name) / "queries.jsonl"
+    path = generated if split == "generated" else Path(split)
     if split in SPLITS:
-        name, queries = split, _read_split(settings, query_settings, tokenizer, cache_dir)
+        queries = _read_split(settings, query_settings, tokenizer, cache_dir)
+    elif path.suffix == ".jsonl":
+        queries = _read_file(path, settings.model_name, tokenizer, query_settings)
     else:
-        path = Path(split)
-        if split == "generated":
-            path = Path("data/generated") / short_name(settings.model_name) / "queries.jsonl"
-        elif path.suffix != ".jsonl":
-            raise ValueError(f"expected --split generated, {', '.join(SPLITS)} or a .jsonl file, got {split!r}")
-        name, queries = path.stem, _read_file(path, settings.model_name, tokenizer, query_settings)
+        raise ValueError(f"expected --split generated, {', '.join(SPLITS)} or a .jsonl file, got {split!r}")
     if not queries:
         raise ValueError(f"expected queries in {split}, got none; check the file or the split")
     query_id, count = Counter(query.id for query in queries).most_common(1)[0]
@@ -79,7 +76,7 @@ def load_queries(
                 f"expected queries of at most {context} tokens, the model's context, got {len(query.token_ids)} in "
                 f"query {query.id}; shorten it"
             )
-    return name, queries
+    return path.stem, queries
 
 
 def _read_split(
@@ -91,15 +88,11 @@ def _read_split(
         settings, pack=False, skip_bad_rows=True, max_examples=query_settings.max_queries, max_tokens=None,
         shuffle_seed=None,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as work:
-        rows = build_examples(documents, tokenizer, settings, None, Path(work))[0].to_list()
     queries = []
-    for row in rows:
-        counted = [True] * len(row["input_ids"])
-        if query_settings.query_loss == "response":
-            counted = row.get("counted", counted)
-        query_id = f"{row['document_id']}-{row['block']}"
-        queries.append(Query(query_id, row["input_ids"], counted, {"text": row["text"]}))
+    for row in examples_in_memory(documents, tokenizer, settings):
+        query_id, token_ids = f"{row['document_id']}-{row['block']}", row["input_ids"]
+        counted = row.get("counted") if query_settings.query_loss == "response" else None
+        queries.append(Query(query_id, token_ids, counted or [True] * len(token_ids), {"text": row["text"]}))
     return queries
 
 
@@ -117,7 +110,6 @@ def _read_file(
     for number, line in enumerate(read_lines(path)[: query_settings.max_queries]):
         try:
             row = read_row(line)
-            row = row if isinstance(row, dict) else {}
             token_ids, counted = _encode(row, model_name, tokenizer)
         except ValueError as error:
             raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
@@ -128,7 +120,7 @@ def _read_file(
     return queries
 
 
-def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode(row: Any, model_name: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Return a row's token ids, and which of them count.
 
     Raises:
@@ -141,12 +133,11 @@ def _encode(row: dict, model_name: str, tokenizer: PreTrainedTokenizerBase) -> E
             )
         prompt, response = row["prompt_ids"], row["response_ids"]
         return prompt + response, [False] * len(prompt) + [True] * len(response)
-    if isinstance(row.get("text"), str):
-        ids = tokenizer(row["text"])["input_ids"]
-        return ids, [True] * len(ids)
+    if has_shape(row, {"text": str}):
+        return encode_rows("text", tokenizer, [(row["text"],)])[0]
     if has_shape(row, {"prompt": str, "response": str}):
         return encode_prompt(tokenizer, row["prompt"], row["response"])
-    if not row_problem("messages", (row.get("messages"),)):
+    if has_shape(row, {"messages": lambda messages: not row_problem("messages", (messages,))}):
         return encode_messages(tokenizer, row["messages"])
     raise ValueError("neither `text`, nor `prompt` and `response`, nor `messages` with an answer; add them")
 
@@ -171,8 +162,8 @@ def merge_group(group: list[Query]) -> Query:
     """Return a group as one query: its name, all its tokens, and its queries' ids as the text."""
     ids = [query.id for query in group]
     text = f"{len(ids)} queries: {', '.join(ids)}"
-    token_ids = list(chain.from_iterable(query.token_ids for query in group))
-    counted = list(chain.from_iterable(query.counted for query in group))
+    token_ids = [token for query in group for token in query.token_ids]
+    counted = [counts for query in group for counts in query.counted]
     return Query(group[0].row["group"], token_ids, counted, {"text": text})
 
 

@@ -51,7 +51,7 @@ def start() -> None:
 
 
 def state() -> PartialState:
-    """Return this process's rank and device, and the number of processes. Without `start` there is one process."""
+    """Return this process's rank and device, and the number of processes. A single process need not call `start`."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -48,20 +48,18 @@ def spectra(run: RunDir, record: ScoreRecord) -> Iterator[str]:
         return
     if kind == "raw":
         layers = list(dict.fromkeys(layers[i] for i in np.linspace(0, len(layers) - 1, RAW_LAYERS).astype(int)))
-    statistics, traces, rows = run.statistics(kind), {}, []
+    statistics, rows = run.statistics(kind), []
     for layer in progress.bar(layers, desc="spectra", unit="layer"):
         values, k = eigenvalues(kind, statistics(layer)), math.prod(run.projected[layer])
-        traces[layer] = values.sum().item()
-        lam = hessian.damping_lambda(traces[layer], k, *record.applied_damping)
-        largest = values[: max(1, k // 100)].sum().item() / max(traces[layer], 1e-30)
+        trace = values.sum().item()
+        lam = hessian.damping_lambda(trace, k, *record.applied_damping)
+        largest = values[: max(1, k // 100)].sum().item() / max(trace, 1e-30)
         effective_dimension = (values / (values + lam)).sum().item() if lam else 0.0
-        rows.append((layer, k, largest, lam, effective_dimension))
+        rows.append((layer, k, trace, largest, lam, effective_dimension))
+    total = max(sum(trace for _, _, trace, *_ in rows), 1e-30)
     yield f"{'layer':44s}{'k':>9s}{'trace':>11s}{'share':>8s}{'top 1%':>8s}{'lambda':>11s}{'effective':>11s}"
-    for layer, k, largest, lam, effective_dimension in rows:
-        share = traces[layer] / max(sum(traces.values()), 1e-30)
-        yield (
-            f"{layer:44s}{k:9,d}{traces[layer]:11.3g}{share:8.1%}{largest:8.1%}{lam:11.3g}{effective_dimension:11,.0f}"
-        )
+    for layer, k, trace, largest, lam, effective in rows:
+        yield f"{layer:44s}{k:9,d}{trace:11.3g}{trace / total:8.1%}{largest:8.1%}{lam:11.3g}{effective:11,.0f}"
     if kind == "raw":
         yield f"({len(rows)} of {len(record.layers)} layers, whose C was decomposed)"
 
@@ -85,13 +83,12 @@ def sketches(run: RunDir) -> np.ndarray:
     layer, bits = next(iter(run.layers)), run.settings.bits
     k = math.prod(run.projected[layer])
     directions = torch.randn(k, SKETCH_SIZE, generator=torch.Generator().manual_seed(0)) / k**0.5
-    blocks = []
-    for index in range(len(run.shards)):
-        with run.open_shard(index) as file:
-            stored = file.read(layer)
-            grads = stored.float() if bits is None else unpack(stored, file.read(f"{layer}.scale"), bits, k)
-            blocks.append((grads @ directions).numpy())
-    return np.concatenate(blocks)
+    shards = range(len(run.shards))
+    blocks = run.read(layer, shards)
+    if bits is not None:
+        scales = run.read(f"{layer}.scale", shards)
+        blocks = (unpack(packed, scale, bits, k) for packed, scale in zip(blocks, scales, strict=True))
+    return np.concatenate([(grads.float() @ directions).numpy() for grads in blocks])
 
 
 def duplicates(run: RunDir, train: Dataset) -> Iterator[str]:

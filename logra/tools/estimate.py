@@ -6,7 +6,6 @@ This reads the model's configuration and a sample of the documents. The model is
 
 import math
 import shutil
-import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -24,7 +23,7 @@ from logra import hessian, loss, projection
 from logra.hooks import GradientCapture
 from logra.inputs import model
 from logra.inputs.documents import load_documents
-from logra.inputs.examples import build_examples, token_counts
+from logra.inputs.examples import examples_in_memory, token_counts
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
 from logra.runtime import processes, progress
@@ -112,16 +111,13 @@ def data_size(
     rows = np.unique(np.linspace(0, len(documents) - 1, min(SAMPLE, len(documents))).astype(int))
     unlimited = replace(settings, max_examples=None, max_tokens=None, shuffle_seed=None)
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as work:
-        sample, _ = build_examples(documents.select(rows), tokenizer, unlimited, None, Path(work))
-        lengths, sample_bytes = token_counts(sample), sample.data.nbytes
-        sample = Dataset.from_list(sample.to_list())  # in memory: the files are deleted
-    seconds = time.perf_counter() - begin
+    sample = examples_in_memory(documents.select(rows), tokenizer, unlimited)
+    seconds, lengths = time.perf_counter() - begin, token_counts(sample)
     factor = len(documents) / len(rows)
     examples, tokens = factor * len(lengths), factor * int(lengths.sum())
     used = min(1.0, (settings.max_examples or examples) / examples, settings.max_tokens / tokens)
-    size = DataSize(round(used * examples), used * tokens, used * factor * sample_bytes, used * factor * seconds)
-    return size, sample
+    train_bytes = used * factor * sample.data.nbytes
+    return DataSize(round(used * examples), used * tokens, train_bytes, used * factor * seconds), sample
 
 
 def with_examples(run: RunDir, examples: int) -> RunDir:
@@ -169,11 +165,10 @@ def say_layers(run: RunDir) -> None:
 
 def say_disk(run: RunDir, kind: str, train_bytes: float) -> None:
     """Print the bytes of the run's folder, and of its gradients in other types; warn if the disk is too small."""
-    sizes = run.shard_sizes(run.examples)
-    shards = math.ceil(run.examples / sizes["shard_examples"])
+    (train,) = run.parts
     parts = {
-        "gradients": run.examples * sizes["bytes_per_example"],
-        "factor sums": shards * sizes["factor_bytes_per_shard"],
+        "gradients": run.examples * train.bytes_per_example,
+        "factor sums": len(run.shards) * train.factor_bytes_per_shard,
         "Hessian": layout_bytes(run.hessian_layout(kind)) if kind != "none" else 0,
         "projections": layout_bytes(run.projection_layout),
         "train": train_bytes,

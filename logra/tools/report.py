@@ -33,20 +33,11 @@ class Shaded(NamedTuple):
 
 
 def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
-    """Return what the page shows for all queries together: the settings of the run and of the scores."""
-    damping = f"{scores.damping_absolute} (absolute)" if scores.damping is None else scores.damping
+    """Return what the page shows for all queries together: run, scores, and the settings of both."""
     settings: dict = {"run": str(run.folder), "queries": scores.split, "query_loss": scores.query_loss}
     settings |= {name: value for name, value in asdict(run.settings).items() if value not in (None, False)}
-    settings |= {
-        "layers": f"{len(scores.layers)} of {len(run.layers)}", "model": run.record.model["class"],
-        "model fingerprint": run.record.model["fingerprint"], "data fingerprint": ", ".join(run.fingerprints),
-        "versions": run.record.versions,
-    }  # fmt: skip
-    return {
-        "title": run.folder.name, "examples": run.examples, "mode": scores.mode, "hessian": scores.hessian,
-        "damping": damping, "settings": settings, "shaded": shaded,
-        "rounded": run.settings.store_dtype if run.settings.bits else None,
-    }  # fmt: skip
+    settings |= {"layers": f"{len(scores.layers)} of {len(run.layers)}"}
+    return {"run": run, "scores": scores, "settings": settings, "shaded": shaded}
 
 
 def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
@@ -62,25 +53,18 @@ def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
     return shaded
 
 
-def histogram(values: np.ndarray, marked: dict[str, list[float]]) -> dict:
-    """Return what the page draws for a query's scores; positions and lengths are from 0 to 100.
-
-    Args:
-        values: All scores of the query.
-        marked: Side -> scores to mark.
+def histogram(values: np.ndarray) -> dict:
+    """Return what the page draws for all scores of a query; positions and lengths are from 0 to 100.
 
     Returns:
-        bars (x, width, height, count), marks (side, x), low and high score, zero (x of 0, or None), and count. A bar's
-        height is the square root of its count, so that a single score is visible beside a thousand.
+        bars (x, width, height, count), low and high score, and count. A bar's height is the square root of its count,
+        so that a single score is visible beside a thousand.
     """
     counts, edges = np.histogram(values, bins=HISTOGRAM_BINS)
-    low, high = float(edges[0]), float(edges[-1])
     heights = 100 * np.sqrt(counts / max(counts.max(), 1))
     width = 100 / HISTOGRAM_BINS
     bars = [(i * width, width, h, int(n)) for i, (h, n) in enumerate(zip(heights, counts, strict=True)) if n]
-    marks = [(side, 100 * (score - low) / (high - low)) for side, scores in marked.items() for score in scores]
-    zero = 100 * -low / (high - low) if low < 0 < high else None
-    return {"bars": bars, "marks": marks, "low": low, "high": high, "zero": zero, "count": len(values)}
+    return {"bars": bars, "low": float(edges[0]), "high": float(edges[-1]), "count": len(values)}
 
 
 def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray]:
@@ -93,23 +77,6 @@ def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray
         yield index.get_scores(query) if query and any(words) else np.zeros(len(texts), np.float32)
 
 
-def word_matches(texts: list[str], query_texts: list[str], k: int) -> list[list[int]] | None:
-    """Return the ids of the k texts with the best BM25 scores for each query; None if there are too many texts."""
-    if len(texts) > MAX_BM25_TEXTS:
-        return None
-    matches = []
-    for scores in bm25_scores(texts, query_texts):
-        best = np.argsort(-scores, kind="stable")[:k]
-        matches.append([int(i) for i in best if scores[i] > 0])
-    return matches
-
-
-def bars(values: dict[str, float]) -> list[dict]:
-    """Return a bar for each block of layers: name, value, and length from -100 to 100."""
-    largest = max(map(abs, values.values()), default=0.0) or 1.0
-    return [{"name": name, "value": value, "length": 100 * value / largest} for name, value in values.items()]
-
-
 def render(content: dict, queries: list[dict], top_k: int) -> str:
     """Return the page. If it is too large, show fewer cards per query and side, then fewer queries.
 
@@ -120,12 +87,11 @@ def render(content: dict, queries: list[dict], top_k: int) -> str:
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(shade=shade, bars=bars)
+    environment.filters["shade"] = shade
     template = environment.get_template("report.html.j2")
     cards, count = top_k, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
     while True:
-        shown = [q | {"rows": {side: rows[:cards] for side, rows in q["rows"].items()}} for q in queries[:count]]
-        page = template.render(content, queries=shown, cards=cards, top_k=top_k, total=len(queries))
+        page = template.render(content, queries=queries[:count], cards=cards, top_k=top_k, total=len(queries))
         if len(page.encode()) <= MAX_REPORT_BYTES or cards == count == 1:
             return page
         if cards > MIN_CARDS or count == 1:
@@ -147,9 +113,13 @@ def add_layers(queries: list[dict], folder: Path, record: ScoreRecord) -> None:
 
 
 def add_word_matches(queries: list[dict], texts: list[str], k: int) -> None:
-    """Add the BM25 ranks of the examples shown, if these are among the k best."""
-    matches = word_matches(texts, [query["prompt"] + query["response"] for query in queries], k)
-    for query, best in zip(queries, matches or [], strict=False):
+    """Add the BM25 ranks of the examples shown, if these are among the k best. Nothing if there are too many texts."""
+    if len(texts) > MAX_BM25_TEXTS:
+        return
+    query_texts = [query["prompt"] + query["response"] for query in queries]
+    for query, scores in zip(queries, bm25_scores(texts, query_texts), strict=True):
+        best = np.argsort(-scores, kind="stable")[:k].tolist()
+        ranks = {example: rank for rank, example in enumerate(best, 1) if scores[example] > 0}
         query["word_matches"] = True
         for row in [*query["rows"]["top"], *query["rows"]["bottom"]]:
-            row["word_rank"] = best.index(row["example"]) + 1 if row["example"] in best else None
+            row["word_rank"] = ranks.get(row["example"])

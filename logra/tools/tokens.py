@@ -59,6 +59,7 @@ class TokenSplitter:
         blocks = {layer: block_name(layer) for layer in scores.layers}
         task = ScoreTask(run, scores.hessian, blocks, [scores.applied_damping])
         self.scorer = Scorer(task, self.lm, execution, None)
+        self.capture = TokenCapture(self.lm, {layer: self.scorer.projections[layer] for layer in blocks})
         if self.mode != "dot":
             self_influence = SelfInfluence(run, task.kind, scores.layers, task.dampings)
             if not self_influence.complete:
@@ -86,27 +87,28 @@ class TokenSplitter:
             groups = [self.groups[i] for i in numbers]
             examples = [] if self.grouped else [[_as_query(train, e) for e in proponents[i]] for i in numbers]
             solved, _ = self.scorer.preconditioned(groups + examples)
-            queries = {layer: grads[: len(groups)] for layer, grads in solved.items()}
-            means = {layer: grads[len(groups) :] for layer, grads in solved.items()}
-            pairs |= self._split_pairs(train, queries, {i: shown[i] for i in numbers})
-            with self._new_capture() as capture:
-                for row, i in enumerate(numbers if examples else ()):
-                    matrices = {layer: mean[[row]] * len(proponents[i]) for layer, mean in means.items()}
-                    query_shares.append(self._shares(capture, self.groups[i][0], matrices, 1.0)[0].tokens)
+            pairs |= self._split_pairs(train, solved, {i: shown[i] for i in numbers})
+            with self.capture:
+                for row, i in enumerate(numbers if examples else (), len(groups)):
+                    matrices = {layer: mean[[row]] * len(proponents[i]) for layer, mean in solved.items()}
+                    query_shares.append(self._shares(self.groups[i][0], matrices, 1.0)[0].tokens)
         return pairs, query_shares
-
-    def _new_capture(self) -> TokenCapture:
-        return TokenCapture(self.lm, {layer: self.scorer.projections[layer] for layer in self.scorer.task.blocks})
 
     def _split_pairs(
         self, train: Dataset, queries: dict[str, Tensor], shown: dict[int, list[int]]
     ) -> dict[tuple[int, int], PairShares]:
-        """Split the scores of some queries, {layer: [len(shown), k]}, with the examples shown for each."""
+        """Split the scores of some queries with the examples shown for each.
+
+        Args:
+            train: The run's examples.
+            queries: {layer: [rows, k]}; the first len(shown) rows are the queries, in the order of `shown`.
+            shown: Example ids of each query, by the query's number.
+        """
         pairs, row_of = {}, {query: row for row, query in enumerate(shown)}
         examples = sorted({example for ids in shown.values() for example in ids})
         if self.mode == "l2":
             solved_examples, _ = self.scorer.preconditioned([[_as_query(train, example)] for example in examples])
-        with self._new_capture() as capture:
+        with self.capture:
             for number, example in enumerate(bar(examples, desc="tokens", unit="example")):
                 numbers = [query for query, ids in shown.items() if example in ids]
                 matrices = {layer: q[[row_of[query] for query in numbers]] for layer, q in queries.items()}
@@ -116,16 +118,15 @@ class TokenSplitter:
                 elif self.mode == "cosine":
                     value = self.self_influence[example]
                     scale = value.clamp_min(1e-30).rsqrt().item() if value > 0 else 0.0
-                shares = self._shares(capture, _as_query(train, example), matrices, scale)
+                shares = self._shares(_as_query(train, example), matrices, scale)
                 pairs |= {(query, example): split for query, split in zip(numbers, shares, strict=True)}
         return pairs
 
-    def _shares(
-        self, capture: TokenCapture, text: Query, matrices: dict[str, Tensor], scale: float
-    ) -> list[PairShares]:
+    def _shares(self, text: Query, matrices: dict[str, Tensor], scale: float) -> list[PairShares]:
         """Split a text's dots with P matrices [P, k] a layer, times `scale`."""
-        capture.matrices = {layer: matrix.view(-1, *self.run.projected[layer]) for layer, matrix in matrices.items()}
-        extractor = Extractor(self.lm, capture, CPU_BATCH_TOKENS)
+        shapes = self.run.projected
+        self.capture.matrices = {layer: matrix.view(-1, *shapes[layer]) for layer, matrix in matrices.items()}
+        extractor = Extractor(self.lm, self.capture, CPU_BATCH_TOKENS)
         parts, _ = extractor.gradients([text.token_ids], [text.counted]).wait()  # {layer: [1, P, T]}
         token_shares = scale * sum(part[0].double() for part in parts.values())
         block_shares: dict[str, Tensor] = {}  # block -> [P]

@@ -6,22 +6,19 @@ and lambda as in hessian. Sides are projected to rank 64 at most, so that C [k, 
 
 import copy
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from logra import hessian, influence, projection, store
 from logra.hooks import GradientCapture
 from logra.inputs import model
 from logra.inputs.documents import load_documents
-from logra.inputs.examples import build_examples
+from logra.inputs.examples import examples_in_memory
 from logra.loss import IGNORE
 from logra.projection import Projection
 from logra.runtime.memory import available_memory
@@ -51,7 +48,10 @@ def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir
     projections = projection.draw(shapes, projected, settings.seed)
     say_untracked(lm, shapes)
 
-    token_ids, counted = first_examples(settings, tokenizer, examples, cache_dir)
+    documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
+    rows = examples_in_memory(documents, tokenizer, replace(settings, max_examples=examples))[:]
+    token_ids = rows["input_ids"]
+    counted = rows.get("counted") or [[True] * len(ids) for ids in token_ids]
     with GradientCapture(lm, projections, factors=True) as capture:
         grads, sums = Extractor(lm, capture, sum(map(len, token_ids))).gradients(token_ids, counted).wait()
     fits = COPY_BYTES * sum(p.numel() for p in lm.parameters()) < available_memory()
@@ -71,17 +71,6 @@ def say_untracked(lm: nn.Module, shapes: projection.Shapes) -> None:
     untracked = [name for name in model.linear_layers(lm) if name not in shapes]
     kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in untracked)
     say(f"{len(shapes)} layers are tracked, {len(untracked)} are not: {', '.join(kinds)}")
-
-
-def first_examples(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, examples: int, cache_dir: str | None
-) -> tuple[list[list[int]], list[list[bool]]]:
-    """Return token ids, and which of them count, of the first examples of a run's data."""
-    documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
-    with tempfile.TemporaryDirectory() as work:
-        limited = replace(settings, max_examples=examples)
-        rows = build_examples(documents, tokenizer, limited, None, Path(work))[0][:]
-    return rows["input_ids"], rows.get("counted") or [[True] * len(ids) for ids in rows["input_ids"]]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -144,5 +144,10 @@ def test_the_report_works_in_a_browser(cli, hostile, tmp_path, width):
 
 def test_texts_without_a_word():
     """Where no text has a word of two letters, none matches, instead of an error."""
-    assert report.word_matches(["a b.", "..", ""], ["what is it?", ""], 2) == [[], []]
-    assert report.word_matches(["a b.", "it", ""], ["what is it?", ""], 2) == [[1], []]
+    for word, expected in (("..", None), ("it", 1)):
+        rows = [{"example": i} for i in range(3)]
+        query = {"prompt": "what is ", "response": "it?", "rows": {"top": rows, "bottom": []}}
+        empty = query | {"prompt": "", "response": "", "rows": {"top": [{"example": 1}], "bottom": []}}
+        report.add_word_matches([query, empty], ["a b.", word, ""], 2)
+        assert [row["word_rank"] for row in rows] == [None, expected, None]
+        assert empty["rows"]["top"][0]["word_rank"] is None
