@@ -48,7 +48,9 @@ def verify(
         ValueError: The difference is larger than rounding explains.
     """
     if settings.quantize:
-        raise ValueError("expected --verify without --quantize, got both: torch has no such gradients; leave one out")
+        raise ValueError(
+            "expected --verify without --quantize, got both, and quantised weights have no gradient; leave one out"
+        )
     lm, tokenizer, _ = load_model(settings, execution, accelerator)
     shapes = model.choose_layers(lm, settings.mlp_only, settings.layers)
     rank_in, rank_out = (min(rank or MAX_RANK, MAX_RANK) for rank in (settings.rank_in, settings.rank_out))
