@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-# Masks and rotary frequencies that older versions of transformers saved. Models now compute them.
-OLD_BUFFERS = r"\.(attn|attention)\.(masked_bias|bias|causal_mask)$|\.inv_freq$"
+# Masks, rotary frequencies and version numbers that older libraries saved. Models now compute or ignore them.
+OLD_BUFFERS = r"\.(attn|attention)\.(masked_bias|bias|causal_mask)$|\.inv_freq$|\bdecoder\.version$"
 PROBE_TOKENS = 32
 logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+
+
+class IncompleteError(ValueError):
+    """Weights are missing, left over or of another shape."""
 
 
 def check_keys(name: str, info: dict[str, Any]) -> None:
@@ -24,7 +28,7 @@ def check_keys(name: str, info: dict[str, Any]) -> None:
             reports them: without tied weights and without buffers that the model's class declares as not saved.
 
     Raises:
-        ValueError: A weight is missing, left over or has another shape.
+        IncompleteError: A weight is missing, left over or has another shape.
     """
     missing = sorted(info["missing_keys"])
     left_over = sorted(key for key in info["unexpected_keys"] if not re.search(OLD_BUFFERS, key))
@@ -33,23 +37,23 @@ def check_keys(name: str, info: dict[str, Any]) -> None:
     found = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in kinds if keys]
     if not found:
         return
-    prefix = _common_prefix(left_over, set(missing))
-    remedy = (
-        f"remove the prefix {prefix!r} from the keys of its files"
-        if prefix
-        else "save the model again with save_pretrained"
-    )
-    raise ValueError(
-        f"expected all weights of the model in the files of {name!r}, and no others, got {', '.join(found)}; {remedy}"
+    prefix = _common_prefix(left_over, missing)
+    remedy = f"remove the prefix {prefix!r} from the keys of" if prefix else "write again, with save_pretrained,"
+    raise IncompleteError(
+        f"expected all weights of the model in the files of {name!r}, and no others, got {', '.join(found)}; "
+        f"{remedy} its files"
     )
 
 
-def _common_prefix(left_over: list[str], missing: set[str]) -> str | None:
-    """Return what all left-over keys begin with (as _orig_mod. or module.), if they are missing keys without it."""
+def _common_prefix(left_over: list[str], missing: list[str]) -> str | None:
+    """Return what all left-over keys begin with (as _orig_mod. or module.), if it hides the first missing keys."""
     parts = left_over[0].split(".") if left_over else []
     for count in range(1, len(parts)):
         prefix = ".".join(parts[:count]) + "."
-        if all(key.startswith(prefix) and key.removeprefix(prefix) in missing for key in left_over):
+        hidden = left_over[0].removeprefix(prefix)
+        if all(key.startswith(prefix) for key in left_over) and any(
+            f".{key}".endswith(f".{hidden}") for key in missing
+        ):
             return prefix
     return None
 
@@ -70,6 +74,8 @@ def merge_adapter(base: PreTrainedModel, name: str, kind: str, revision: str | N
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
             warnings.filterwarnings("error", "Unexpected keyword arguments")  # settings of a newer peft
             return _merge(base, name, revision)
+    except IncompleteError:
+        raise
     except Exception as error:  # each type of adapter raises exceptions of its own
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -98,10 +104,12 @@ def _merge(base: PreTrainedModel, name: str, revision: str | None) -> PreTrained
 
 
 def _check_adapter_keys(name: str, tuned: nn.Module, result: Any) -> None:
-    """Raise a ValueError unless a file held all trained parameters of an adapter, and no others."""
+    """Raise an IncompleteError unless a file held all trained parameters of an adapter, and no others."""
     absent = set(result.missing_keys)
     loaded = {p.data_ptr() for key, p in tuned.named_parameters(remove_duplicate=False) if key not in absent}
-    missing = [key for key, p in tuned.named_parameters() if p.requires_grad and p.data_ptr() not in loaded]
+    constant = re.compile(r"\.ranknum\.")  # of AdaLoRA; not saved
+    trained = {key: p for key, p in tuned.named_parameters() if p.requires_grad and not constant.search(key)}
+    missing = [key for key, p in trained.items() if p.data_ptr() not in loaded]
     check_keys(name, {"missing_keys": missing, "unexpected_keys": result.unexpected_keys, "mismatched_keys": []})
 
 

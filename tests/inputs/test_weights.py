@@ -79,6 +79,19 @@ def test_a_model_in_parts_is_refused(tiny, tmp_path, caplog, fault, parts, suffi
     assert fingerprint(load_model(str(tmp_path / "whole"), torch.float32)) == fingerprint(make_model("llama"))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama_tied"])
+def test_a_prefix_is_found(tiny, tmp_path, name):
+    """Also before keys without `transformer.`, and where a tied head was saved."""
+    head = {"lm_head.weight": torch.ones(320, 24)}
+    folder = rewrite(
+        tiny / name,
+        tmp_path / "m",
+        lambda w: {f"module.{key.removeprefix('transformer.')}": tensor for key, tensor in (head | w).items()},
+    )
+    with pytest.raises(ValueError, match=r"remove the prefix 'module\.' from the keys of its files"):
+        load_model(str(folder), torch.float32)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_script_refuses(cli, tiny, workspace, fault):
     """Stages 1, 2 and 3, --verify, --trial, --tokens and an adapter on such a model: one line, exit status 2."""
@@ -89,6 +102,8 @@ def test_every_script_refuses(cli, tiny, workspace, fault):
     extract(cli, model, "--rank", 4)
     save_adapter("LORA", model, workspace / "adapter")
     Path("prompts.txt").write_text("the old mill\n")
+    queries = ("--log_dir", "log", "--split", "queries.jsonl")
+    assert cli("compute_influence", *queries)[0] == 0
     rewrite(tiny / "llama", model, change)
     for script, *rest in (
         ("generate", "--model_name", model, "--prompts", "prompts.txt"),
@@ -96,7 +111,8 @@ def test_every_script_refuses(cli, tiny, workspace, fault):
         ("extract_log", *flags, "--overwrite"),
         ("extract_log", *flags, "--verify"),
         ("extract_log", *flags, "--trial"),
-        ("compute_influence", "--log_dir", "log", "--split", "queries.jsonl"),
+        ("compute_influence", *queries),
+        ("analysis", "--log_dir", "log", "--tokens"),
         ("extract_log", "--model_name", "adapter", "--data_name", "docs.jsonl", "--log_dir", "new"),
     ):
         status, _, err = cli(script, *rest)
@@ -300,6 +316,7 @@ def test_every_type_of_adapter(tiny, tmp_path):
             assert f"of type {kind}, which can't be" in str(error) and "\n" not in str(error)
             continue
         assert_equal_to_own(tiny / "llama", tmp_path / kind, kind not in WRONG_BACKWARD)
+        assert {p.dtype for p in load_model(str(tmp_path / kind), torch.bfloat16).parameters()} == {torch.bfloat16}
     assert refused - {"ADAMSS"} == NOT_WEIGHTS | NOT_ON_LLAMA, "ADAMSS needs scikit-learn"
 
 
@@ -339,10 +356,10 @@ def test_an_adapter_in_parts_is_refused(tiny, tmp_path, kind):
             rf"1 missing \({first.split('.')[0]}\S+(lora_B|bank)",
         ),
         (lambda w: w | {"base_model.model.other": torch.ones(1)}, r"1 left over \(base_model\.model\.other"),
-        (lambda w: w | {first: torch.ones(7, 7)}, r"size mismatch for \S+(lora_B|bank)"),
+        (lambda w: w | {first: torch.ones(7, 7)}, rf"of type {kind}, .*size mismatch for \S+(lora_B|bank)"),
     ):
         save_file(change(weights), tmp_path / "a/adapter_model.safetensors")
-        with pytest.raises(ValueError, match=rf"of type {kind}, .*{message}") as refusal:
+        with pytest.raises(ValueError, match=message) as refusal:
             load_model(str(tmp_path / "a"), torch.float32)
         assert "\n" not in str(refusal.value)
     save_file(weights, tmp_path / "a/adapter_model.safetensors")
