@@ -50,10 +50,8 @@ def _common_prefix(left_over: list[str], missing: list[str]) -> str | None:
     parts = left_over[0].split(".") if left_over else []
     for count in range(1, len(parts)):
         prefix = ".".join(parts[:count]) + "."
-        hidden = left_over[0].removeprefix(prefix)
-        if all(key.startswith(prefix) for key in left_over) and any(
-            f".{key}".endswith(f".{hidden}") for key in missing
-        ):
+        hidden = "." + left_over[0].removeprefix(prefix)
+        if all(key.startswith(prefix) for key in left_over) and any(f".{key}".endswith(hidden) for key in missing):
             return prefix
     return None
 
