@@ -119,7 +119,8 @@ class Base(NamedTuple):
 
 def _base(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Base:
     """Return the base model of an adapter; of a model that is not an adapter, the model itself."""
-    file = find_adapter_config_file(name, revision=revision)
+    is_default = Path(name) == Path(DEFAULT_MODEL)  # it is never looked up on the Hub
+    file = None if is_default else find_adapter_config_file(name, revision=revision)
     if file is None:
         return Base(name, None, hub_options(revision, trust_remote_code))
     if importlib.util.find_spec("peft") is None:
