@@ -6,7 +6,7 @@ import re
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file, logging
 
+from logra.inputs.weights import check_keys, merge_adapter
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
@@ -47,7 +48,7 @@ def _convert_default() -> None:
         )
     source = Path(package.submodule_search_locations[0])
     gguf_file = next(source.glob("*.gguf")).name
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
+    loaded = _load_whole(str(source), gguf_file=gguf_file, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config  # save_pretrained refuses a model that was loaded from GGUF
     config.name_or_path = DEFAULT_MODEL
@@ -88,23 +89,51 @@ def _load(loader, name: str, what: str, trust_remote_code: bool = False, **optio
         ) from error
 
 
+def _load_whole(name: str, **options) -> PreTrainedModel:
+    """Return a model of which every weight was in its files, and no weight of its files is left over."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_keys refuses other shapes
+    model, info = _load(AutoModelForCausalLM, name, "a causal language model", **options)
+    check_keys(name, info)
+    return model
+
+
 def load_config(name: str, **hub):
     """Return the model's configuration, or that of an adapter's (peft) base model. `hub`: see hub_options."""
-    return _load(AutoConfig, _base_name(name, **hub), "a model", **hub)
+    base = _base(name, **hub)
+    return _load(AutoConfig, base.name, "a model", **base.hub)
 
 
-def _base_name(name: str, revision: str | None = None, **_) -> str:
-    """Return the name of an adapter's base model; of a model that is not an adapter, its own name."""
-    is_model = (Path(name) / "config.json").exists()
-    file = None if is_model else find_adapter_config_file(name, revision=revision)
+class Base(NamedTuple):
+    """The model under an adapter, or the model itself.
+
+    Attributes:
+        name: Local folder or Hub id.
+        adapter: peft's type of the adapter; None where there is none.
+        hub: See hub_options. The revision of an adapter's base model is the one that the adapter names.
+    """
+
+    name: str
+    adapter: str | None
+    hub: dict[str, Any]
+
+
+def _base(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+    """Return the base model of an adapter; of a model that is not an adapter, the model itself."""
+    is_default = Path(name) == Path(DEFAULT_MODEL)  # it is never looked up on the Hub
+    file = None if is_default else find_adapter_config_file(name, revision=revision)
     if file is None:
-        return name
+        return Base(name, None, hub_options(revision, trust_remote_code))
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"expected the package peft to load the adapter {name}, got none; run pip install peft")
+    if any(path for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in Path(name).glob(pattern)):
+        raise ValueError(f"expected a model or an adapter in {name}, got both; move one to a folder of its own")
     config = parse_json(Path(file).read_bytes())
-    if not has_shape(config, {"base_model_name_or_path": str}):
-        raise ValueError(f"expected the name of a base model in {file}, got none; restore it")
-    return config["base_model_name_or_path"]
+    if not has_shape(config, {"base_model_name_or_path": str, "peft_type": str}):
+        raise ValueError(f"expected base model and type of an adapter in {file}, got none; restore them")
+    base = config["base_model_name_or_path"]
+    if find_adapter_config_file(base, revision=config.get("revision")):
+        raise ValueError(f"expected a model under the adapter {name}, got the adapter {base}; merge that one first")
+    return Base(base, config["peft_type"], hub_options(config.get("revision"), trust_remote_code))
 
 
 def context_length(config) -> int | None:
@@ -114,8 +143,9 @@ def context_length(config) -> int | None:
 
 def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; an adapter without one uses its base model's. `hub`: see hub_options."""
-    has_tokenizer = not Path(name).exists() or any(Path(name).glob("tokenizer*"))
-    tokenizer = _load(AutoTokenizer, name if has_tokenizer else _base_name(name, **hub), "a tokenizer", **hub)
+    if Path(name).exists() and not any(Path(name).glob("tokenizer*")):
+        name, _, hub = _base(name, **hub)
+    tokenizer = _load(AutoTokenizer, name, "a tokenizer", **hub)
     tokenizer.model_max_length = 10**12  # no warnings about long texts; lengths are checked elsewhere
     return tokenizer
 
@@ -134,7 +164,7 @@ def load_model(
     device_map: str | dict | None = None,
     **hub,
 ) -> PreTrainedModel:
-    """Return the model in eval mode.
+    """Return the model in eval mode. An adapter is merged into the weights of its base model.
 
     Args:
         name: Local folder or Hub id of a model or of a peft adapter.
@@ -145,9 +175,9 @@ def load_model(
         hub: See hub_options.
 
     Raises:
-        ValueError: The model can't be loaded, or its loss can't be reproduced (see loss.check_head).
+        ValueError: The model can't be loaded whole, or its loss can't be reproduced (see loss.check_head).
     """
-    options: dict = {"dtype": dtype} | hub
+    options: dict = {"dtype": dtype}
     if quantize:
         if not torch.cuda.is_available():
             raise ValueError(f"expected a GPU for --quantize {quantize}, got none; leave it out")
@@ -158,9 +188,15 @@ def load_model(
     offload = tempfile.TemporaryDirectory(prefix="offload-") if device_map else None
     if offload:
         options |= {"device_map": device_map, "offload_folder": offload.name}
-    _base_name(name, **hub)  # refuses an adapter where peft is missing
-    model = _load(AutoModelForCausalLM, name, "a causal language model", **options).eval()
-    model.offload = offload  # the folder is deleted with the model
+    base = _base(name, **hub)
+    if base.adapter is None:
+        model = _load_whole(name, **options, **hub)
+    else:
+        model = _load_whole(base.name, dtype=dtype, **base.hub)
+        model = merge_adapter(model, name, base.adapter, hub.get("revision"))
+        if device_map:
+            model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), **options)
+    model.eval().offload = offload  # the folder is deleted with the model
     if not device_map:
         model = model.to(device)
     check_head(model)
@@ -219,19 +255,16 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
         ValueError: No layer matches; or, without a pattern, a matrix is not in a layer of a known type.
     """
     head, shapes, untracked = model.get_output_embeddings(), {}, []
-    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}  # peft's
-    adapter_prefixes = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding) or name.startswith(adapter_prefixes):
+        if module is head or isinstance(module, nn.Embedding):
             continue
         if mlp_only and not re.search(MLP_PATTERN, name, re.IGNORECASE):
             continue
-        layer = adapted[name].base_layer if name in adapted else module  # the hook sees base and adapter summed
-        if isinstance(layer, nn.Linear):
-            shapes[name] = (layer.out_features, layer.in_features)
-        elif isinstance(layer, Conv1D):
-            shapes[name] = (layer.weight.shape[1], layer.weight.shape[0])
-        elif name not in adapted:
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+        else:
             weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
             untracked += [f"{name}.{key} {list(weight.shape)}" for key, weight in weights]
     if untracked and not pattern:

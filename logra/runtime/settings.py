@@ -96,7 +96,7 @@ class RunSettings(DataSettings):
 
     # fmt: off
     model_name: str = setting(DEFAULT_MODEL, "local folder or Hub id of a causal language model with nn.Linear or "
-        "Conv1D layers, or the folder of a LoRA adapter")
+        "Conv1D layers, or the folder of an adapter (peft)")
     revision: str | None = setting(None, "commit, tag or branch of the model on the Hub (the newest)")
     block_size: int = setting(None, "at most this many tokens per example (512, or the model's context)", positive_int)
     pack: bool = setting(False, "join documents into full blocks")

@@ -4,7 +4,6 @@ Notation: n train examples, k = r_out * r_in, G full weight gradients, x_t and d
 and lambda as in hessian. Sides are projected to rank 64 at most, so that C [k, k] can be built and solved.
 """
 
-import copy
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from logra.inputs.documents import load_documents
 from logra.inputs.examples import examples_in_memory
 from logra.loss import IGNORE
 from logra.projection import Projection
+from logra.quantise import FLOAT_DTYPES
 from logra.runtime.memory import available_memory
 from logra.runtime.progress import bar, say
 from logra.runtime.settings import Execution, RunSettings
@@ -41,6 +41,10 @@ def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir
     Raises:
         ValueError: The difference is larger than rounding explains.
     """
+    if settings.quantize:
+        raise ValueError(
+            "expected --verify without --quantize, got both, and quantised weights have no gradient; leave one out"
+        )
     lm, tokenizer, _ = load_model(settings, execution)
     shapes = model.choose_layers(lm, settings.mlp_only, settings.layers)
     rank_in, rank_out = (min(rank or MAX_RANK, MAX_RANK) for rank in (settings.rank_in, settings.rank_out))
@@ -56,7 +60,9 @@ def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir
         grads, sums = Extractor(lm, capture, sum(map(len, token_ids))).gradients(token_ids, counted).wait()
     fits = COPY_BYTES * sum(p.numel() for p in lm.parameters()) < available_memory()
     dtype = torch.float64 if fits else torch.float32
-    expected = plain_loop(copy.deepcopy(lm).to("cpu", dtype).requires_grad_(), projections, token_ids, counted)
+    hub = model.hub_options(settings.revision, execution.trust_remote_code)
+    reference = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
+    expected = plain_loop(reference.to(dtype).requires_grad_(), projections, token_ids, counted)
     errors = {key: relative_error((grads | sums)[key], value) for key, value in expected.items()}
 
     checked_layers = list(shapes)[:: max(1, (len(shapes) - 1) // (CHECKED_LAYERS - 1))]
@@ -109,7 +115,6 @@ def autograd_gradients(
 
         handles.append(lm.get_submodule(name).register_forward_hook(hook))
     modules = [lm.get_submodule(name) for name in layers]
-    modules = [getattr(module, "base_layer", module) for module in modules]  # peft adds its adapters outside
     weights = [module.weight for module in modules]
     ids = torch.tensor([token_ids], device=weights[0].device)
     targets = ids[0, 1:].masked_fill(~torch.tensor(counted[1:], dtype=torch.bool, device=ids.device), IGNORE)

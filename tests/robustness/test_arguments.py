@@ -171,7 +171,8 @@ def test_more_hostile_arguments(cli, small, script):
 CONTRADICTIONS = {
     "extract_log": [
         ("--extend",), ("--extend", "--log_dir", "log", "--overwrite", "--data_name", "docs.jsonl"),
-        ("--fsdp", "--device_map", "auto"), ("--lora", "none", "--rank", 4), ("--lora", "none", "--rank_in", 4),
+        ("--fsdp", "--device_map", "auto"), ("--verify", 2, "--quantize", "4bit"),
+        ("--lora", "none", "--rank", 4), ("--lora", "none", "--rank_in", 4),
         ("--lora", "none", "--bytes_per_example", 10**6), ("--bytes_per_example", 10**6, "--rank", 4),
         ("--bytes_per_example", 1), ("--store_dtype", "int8", "--basis", "projected"),
         ("--store_dtype", "int1", "--hessian", "raw"), ("--train_loss", "response"), ("--block_size", 10**12),

@@ -21,6 +21,18 @@ def test_verify_passes_on_every_architecture(cli, tiny, workspace, model_name):
     assert not Path("logs").exists()
 
 
+def test_verify_copies_no_model(cli, tiny, workspace, monkeypatch):
+    """The reference is loaded anew, on the CPU: the device never holds the model twice. Also with a device_map."""
+
+    def refuse(*_):
+        raise AssertionError("a copy lies where the model lies")
+
+    monkeypatch.setattr(torch.nn.Module, "__deepcopy__", refuse, raising=False)
+    for flags in ((), ("--device_map", "auto")):
+        status, out, err = cli("extract_log", "--model_name", tiny / "llama", *DATA, "--verify", 2, *flags)
+        assert status == 0 and "FAIL" not in out, err
+
+
 def test_verify_counts_the_response_alone(cli, tiny, workspace):
     """With --train_loss response the plain loop counts the same tokens."""
     rows = [json.dumps({"prompt": "the old mill", "response": f" ran past {w}"}) for w in ("birds", "cold water")]
