@@ -108,9 +108,13 @@ def _offsets(
     """
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], encoded["offset_mapping"]
+        offsets = encoded["offset_mapping"]
+        starts = [start for start, _ in [*offsets, (len(text), 0)]][1:]  # of the token after each
+        # what a normalizer composed or removed belongs to the token before it: offsets omit it
+        ends = [n if text[end:n].strip() else end for (_, end), n in zip(offsets, starts, strict=True)]
+        return encoded["input_ids"], [(start, end) for (start, _), end in zip(offsets, ends, strict=True)]
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    offsets: list[tuple[int, int]] = []
+    offsets = []
     for start, end in pairwise([0, *borders, len(text)]):
         part = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
         if ids[: len(part)] != part:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, make_model, make_tokenizer, write_jsonl
+from conftest import make_model, make_tokenizer, write_jsonl
 from helpers import extract
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -126,6 +126,22 @@ def test_generated_tokens_are_attributed_as_they_are(cli, tiny, workspace):
     assert cli("extract_log", "--model_name", "other/tiny", "--data_name", "docs.jsonl", "--log_dir", "log2")[0] == 0
     status, _, err = cli("compute_influence", "--log_dir", "log2")
     assert status == 2 and "m/tiny" in err
+
+
+def test_response_ids_are_used_as_they_are(workspace):
+    """Also where the tokenizer would make other tokens of the text, or where the text was edited."""
+    row = {
+        "id": "a",
+        "prompt": "the",
+        "response": "river",
+        "model": "m",
+        "prompt_ids": [1, 1],
+        "response_ids": [9, 2, 9],
+    }
+    write_jsonl(Path("q.jsonl"), [row])
+    settings = RunSettings(model_name="m", data_name="d")
+    _, (query,) = load_queries(QuerySettings("q.jsonl"), settings, make_tokenizer())
+    assert query.token_ids == [1, 1, 9, 2, 9] and query.counted == [False, False, True, True, True]
 
 
 def test_generation_stops_at_both_ends(tiny):
