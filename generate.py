@@ -8,6 +8,7 @@ Works for any causal language model:
 import argparse
 from pathlib import Path
 
+from logra.inputs.rows import prompt_tokens
 from logra.runtime import flags, progress
 from logra.runtime.settings import Sampling
 from logra.stages.generate import ModelSource, write_queries
@@ -23,19 +24,11 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def encode(tokenizer, prompt: str) -> list[int]:
-    """Return the token ids of the prompt."""
-    ids = tokenizer(prompt)["input_ids"]
-    if not ids:
-        raise ValueError(f"expected a prompt of at least one token, got {prompt!r}; change it")
-    return ids
-
-
 def main(args: argparse.Namespace) -> None:
     """Generate continuations and write them as queries."""
     sampling = flags.read_settings(Sampling, args)
     source = ModelSource(args.model_name, args.dtype, args.revision, args.trust_remote_code)
-    path = write_queries(args.prompts, args.output, source, encode, sampling)
+    path = write_queries(args.prompts, args.output, source, prompt_tokens, sampling)
     progress.say(f"Wrote {path}")
     progress.summary("extract_log.py")
 

@@ -26,7 +26,7 @@ def build_parser() -> flags.Parser:
 
 def encode(tokenizer, prompt: str) -> list[int]:
     """Return the token ids of the prompt as a user's turn, followed by what opens the assistant's turn."""
-    return chat_tokens(tokenizer, [{"role": "user", "content": prompt}], prompt=True)
+    return chat_tokens(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def main(args: argparse.Namespace) -> None:

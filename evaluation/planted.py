@@ -34,7 +34,7 @@ import testbed
 
 from logra.inputs.batches import make_batch
 from logra.inputs.model import load_model, load_tokenizer
-from logra.inputs.rows import encode_prompt
+from logra.inputs.rows import encode_rows
 from logra.loss import hidden_states
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
@@ -162,7 +162,8 @@ def fine_tune(model: torch.nn.Module, token_ids: list[list[int]], epochs: int, s
 @torch.no_grad()
 def knows_answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, query: dict) -> bool:
     """Say whether the answer is the greedy continuation of the query's prompt."""
-    ids, counted = (torch.tensor(part) for part in encode_prompt(tokenizer, query["prompt"], query["response"]))
+    (encoded,) = encode_rows("prompt", tokenizer, [(query["prompt"], query["response"])])
+    ids, counted = (torch.tensor(part) for part in encoded)
     best = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].argmax(dim=1).cpu()
     return bool((best[:-1] == ids[1:])[counted[1:]].all())
 

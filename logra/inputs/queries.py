@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import examples_in_memory
-from logra.inputs.rows import Encoded, encode_messages, encode_prompt, encode_rows, row_problem
+from logra.inputs.rows import Encoded, encode_rows, row_problem
 from logra.runtime import processes
 from logra.runtime.files import has_shape, read_lines, read_row, same_name, short_name
 from logra.runtime.settings import QuerySettings, RunSettings
@@ -126,7 +126,9 @@ def _encode(row: Any, model_name: str, tokenizer: PreTrainedTokenizerBase) -> En
     Raises:
         ValueError: The row is not a query; the message says what it holds instead.
     """
-    if has_shape(row, {"prompt_ids": IDS, "response_ids": IDS}):
+    if any(row.get(key) is not None for key in ("prompt_ids", "response_ids")):
+        if not has_shape(row, {"prompt_ids": IDS, "response_ids": IDS}):
+            raise ValueError("`prompt_ids` and `response_ids` that are not both lists of token ids; correct them")
         if not same_name(str(row.get("model")), model_name):
             raise ValueError(
                 f"token ids of the model {row.get('model')}, not of {model_name}; generate with that model"
@@ -136,9 +138,9 @@ def _encode(row: Any, model_name: str, tokenizer: PreTrainedTokenizerBase) -> En
     if has_shape(row, {"text": str}):
         return encode_rows("text", tokenizer, [(row["text"],)])[0]
     if has_shape(row, {"prompt": str, "response": str}):
-        return encode_prompt(tokenizer, row["prompt"], row["response"])
+        return encode_rows("prompt", tokenizer, [(row["prompt"], row["response"])])[0]
     if has_shape(row, {"messages": lambda messages: not row_problem("messages", (messages,))}):
-        return encode_messages(tokenizer, row["messages"])
+        return encode_rows("messages", tokenizer, [(row["messages"],)])[0]
     raise ValueError("neither `text`, nor `prompt` and `response`, nor `messages` with an answer; add them")
 
 

@@ -1,9 +1,15 @@
 """Turn a row of data into token ids, and mark the tokens that count in the loss.
 
 A row has one of three forms: `text`; `prompt` and `response`; or `messages`, a list of {role, content}.
+
+A row's tokens are those of its whole text. A tokenizer's special tokens stand at the ends of that text only; a chat has
+those of its template alone. See docs/inputs.md.
 """
 
+import math
+import string
 from collections.abc import Sequence
+from itertools import pairwise
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -48,20 +54,87 @@ def row_problem(form: str, row: tuple) -> str | None:
     return None
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Encoded:
-    """Tokenise prompt and response separately and join them. The response's tokens count."""
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)
+def special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the tokenizer puts before and after a text; `text` is any that it can encode.
+
+    Raises:
+        ValueError: It changes the tokens between them.
+    """
+    probe = string.ascii_letters + text[:100]
+    ids, whole = tokenizer(probe, add_special_tokens=False)["input_ids"], tokenizer(probe)["input_ids"]
+    for start in range(len(whole) - len(ids) + 1 if ids else 0):
+        if whole[start : start + len(ids)] == ids:
+            return whole[:start], whole[start + len(ids) :]
+    raise ValueError(
+        f"expected a tokenizer that puts special tokens at the ends of a text only, got {whole[:8]} with and {ids[:8]} "
+        f"without them for {probe!r}; use another tokenizer"
+    )
 
 
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict], prompt: bool = False) -> list[int]:
-    """Return the token ids of a chat in the tokenizer's template.
+def _overlap(left: list[int], right: list[int]) -> int:
+    """Return how many of the last tokens of `left` are the first ones of `right`."""
+    return next(n for n in range(min(len(left), len(right)), -1, -1) if left[len(left) - n :] == right[:n])
 
-    Args:
-        tokenizer: Of a chat model.
-        turns: {role, content} of each turn.
-        prompt: End with what opens the assistant's next turn.
+
+def _add_ends(ids: list[int], ends: tuple[list[int], list[int]]) -> tuple[list[int], int]:
+    """Add special tokens at the ends, unless the text has them there; return the ids and how many came in front."""
+    before, after = ends
+    before = before[: len(before) - _overlap(before, ids)]
+    return before + ids + after[_overlap(ids, after) :], len(before)
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the token ids of a prompt that is to be continued: nothing follows the prompt's own tokens.
+
+    Raises:
+        ValueError: There are none.
+    """
+    before, _ = special_tokens(tokenizer, prompt)
+    ids, _ = _add_ends(tokenizer(prompt, add_special_tokens=False)["input_ids"], (before, []))
+    if not ids:
+        raise ValueError(f"expected a prompt of at least one token, got {prompt!r}; change it")
+    return ids
+
+
+def _offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, borders: list[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return a text's token ids, without special tokens, and the (start, end) of each token in the text.
+
+    Where the tokenizer gives no offsets, those returned are the borders around each token.
+
+    Raises:
+        ValueError: The tokenizer gives no offsets, and a token may span a border.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        starts = [start for start, _ in [*offsets, (len(text), 0)]][1:]  # of the token after each
+        # what a normalizer composed or removed belongs to the token before it: offsets omit it
+        ends = [n if text[end:n].strip() else end for (_, end), n in zip(offsets, starts, strict=True)]
+        return encoded["input_ids"], [(start, end) for (start, _), end in zip(offsets, ends, strict=True)]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    offsets = []
+    for start, end in pairwise([0, *borders, len(text)]):
+        part = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+        if ids[: len(part)] != part:
+            raise ValueError(
+                f"expected a tokenizer with offsets, or tokens that end where the prompt ends, got neither at "
+                f"{text[max(0, end - 10) : end + 10]!r}; move spaces to the response, or use a tokenizer.json"
+            )
+        offsets += [(start, end)] * (len(part) - len(offsets))
+    return ids, offsets
+
+
+def _encode_spans(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, float]]) -> Encoded:
+    """Tokenise a text without special tokens. The tokens count that have a character in a span (start, end)."""
+    borders = [int(place) for span in spans for place in span if place < len(text)]
+    ids, offsets = _offsets(tokenizer, text, borders)
+    return ids, [any(end > first and start < last for first, last in spans) for start, end in offsets]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict], prompt: bool, tokenize: bool):
+    """Return a chat in the tokenizer's template, as text or as token ids.
 
     Raises:
         ValueError: There is no template, or it refuses these turns.
@@ -71,37 +144,62 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict], prompt: b
             "expected a tokenizer with a chat template, got none; use generate.py, or rows of prompt and response"
         )
     try:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=tokenize, return_dict=False)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"expected turns that fit the model's chat template, got: {error}; change them") from error
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict]) -> list[int]:
+    """Return the token ids of a chat in the tokenizer's template, up to what opens the assistant's next turn.
+
+    Args:
+        tokenizer: Of a chat model.
+        turns: {role, content} of each turn.
+
+    Raises:
+        ValueError: As _render.
+    """
+    return _render(tokenizer, turns, prompt=True, tokenize=True)
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Encoded:
     """Tokenise a chat with the tokenizer's template. The assistant's turns count, end-of-turn tokens included.
 
     Raises:
-        ValueError: As chat_tokens. Or the template changes earlier turns, so that a turn's tokens can't be found.
+        ValueError: As _render. Or the template changes earlier turns, so that a turn's tokens can't be found.
     """
-    ids = chat_tokens(tokenizer, messages)
-    counted = [False] * len(ids)
+    text, spans = _render(tokenizer, messages, prompt=False, tokenize=False), []
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
-        before = chat_tokens(tokenizer, messages[:i], prompt=True) if i else []
-        after = chat_tokens(tokenizer, messages[: i + 1])
-        if ids[: len(after)] != after or after[: len(before)] != before:
+        before = _render(tokenizer, messages[:i], prompt=True, tokenize=False) if i else ""
+        after = _render(tokenizer, messages[: i + 1], prompt=False, tokenize=False)
+        if not text.startswith(after) or not after.startswith(before):
             raise ValueError(
                 f"expected a chat template that keeps earlier turns as they are, got one that changes turn {i}; "
                 "give rows of prompt and response"
             )
-        counted[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return ids, counted
+        spans.append((len(before), len(after) if after != text else math.inf))
+    return _encode_spans(tokenizer, text, spans)
 
 
-def encode_rows(form: str, tokenizer: PreTrainedTokenizerBase, rows: list[tuple]) -> list[Encoded]:
-    """Tokenise rows, given as the values of the form's columns."""
+def encode_rows(form: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> list[Encoded]:
+    """Tokenise rows, given as the values of the form's columns.
+
+    Raises:
+        ValueError: As special_tokens, _offsets and encode_messages.
+    """
+    if form == "messages":
+        return [encode_messages(tokenizer, messages) for (messages,) in rows]
+    texts = ["".join(row) for row in rows]
+    ends = special_tokens(tokenizer, texts[0])
     if form == "text":
-        encoded = tokenizer([text for (text,) in rows], return_attention_mask=False)["input_ids"]
-        return [(ids, [True] * len(ids)) for ids in encoded]
-    encode = encode_prompt if form == "prompt" else encode_messages
-    return [encode(tokenizer, *row) for row in rows]
+        parts = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        whole = [_add_ends(ids, ends)[0] for ids in parts]
+        return [(ids, [True] * len(ids)) for ids in whole]
+    encoded = []
+    for text, (prompt, _) in zip(texts, rows, strict=True):
+        part, counted = _encode_spans(tokenizer, text, [(len(prompt), math.inf)])
+        ids, front = _add_ends(part, ends)
+        encoded.append((ids, [False] * front + counted + [True] * (len(ids) - front - len(part))))
+    return encoded

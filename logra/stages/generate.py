@@ -1,7 +1,7 @@
 """Stage 1: prompts to queries.jsonl, for plain and for chat models.
 
 A row of queries.jsonl holds id, prompt, response, prompt_ids, response_ids (the exact tokens, end token included),
-model, settings and seed.
+model, settings and seed. `settings` has what chose the tokens, and under model_settings_not_used what did not.
 """
 
 import json
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.files import atomic, has_shape, read_lines, read_row, short_name
-from logra.runtime.progress import bar
+from logra.runtime.progress import bar, say
 from logra.runtime.settings import Sampling
 
 END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")  # they end a chat turn, beside the EOS token
+# entries of generation_config.json that choose no token, beside the end tokens, which are used
+NO_CHOICE = ("eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version", "_from_model_config")
 
 
 class ModelSource(NamedTuple):
@@ -61,9 +63,15 @@ def write_queries(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = source.dtype or default_dtype(device)
     model = load_model(source.name, FLOAT_DTYPES[dtype], device, **hub)
-    responses = generate(model, prompt_ids, end_token_ids(tokenizer, model), sampling)
+    end_ids = end_token_ids(tokenizer, model)
+    not_used = settings_not_used(model, sampling)
+    if not_used:
+        words = ", ".join(f"{key} {json.dumps(value)[:40]}" for key, value in not_used.items())
+        say(f"Not used from the model's generation_config.json, since the flags choose the tokens: {words}")
+    responses = generate(model, prompt_ids, end_ids, sampling)
 
     settings = asdict(sampling) | {"dtype": dtype} | hub
+    settings |= {"end_ids": end_ids, "model_settings_not_used": not_used}
     seed = settings.pop("seed")
     constants = {"model": source.name, "settings": settings, "seed": seed}
     with atomic(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -114,31 +122,47 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     return sorted((ids | {vocabulary.get(token) for token in END_TOKENS}) - {None})
 
 
+def generation_config(sampling: Sampling, end_ids: list[int]) -> GenerationConfig:
+    """Return transformers' settings, made of the flags alone: greedy, or sampled from the most likely tokens."""
+    options: dict = {"do_sample": False}
+    if sampling.temperature > 0:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, num_return_sequences=sampling.num_return_sequences,
+        eos_token_id=end_ids or None, pad_token_id=end_ids[0] if end_ids else 0, **options,
+    )  # fmt: skip
+
+
+def settings_not_used(model: PreTrainedModel, sampling: Sampling) -> dict[str, object]:
+    """Return the entries of the model's generation_config.json that generate() does not use, with their values."""
+    own = json.loads(model.generation_config.to_json_string(use_diff=True))
+    used = generation_config(sampling, []).to_dict()
+    return {k: v for k, v in own.items() if k not in NO_CHOICE and v is not False and v != used.get(k)}
+
+
 def generate(
     model: PreTrainedModel, prompt_ids: list[list[int]], end_ids: list[int], sampling: Sampling
 ) -> list[list[list[int]]]:
     """Return token ids of responses, [prompts][num_return_sequences][tokens], each cut after its first end token.
 
-    Prompts are batched with left padding. Greedy output does not depend on the batch size.
+    Prompts are batched with left padding. Greedy output does not depend on the batch size. The model's own settings
+    of generation are removed from it.
 
     Raises:
         ValueError: A prompt is too long for the model, or has a token id that is not in its vocabulary.
     """
     _check_prompts(model, prompt_ids, sampling.max_new_tokens)
-    options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    if sampling.temperature == 0:
-        options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    per_prompt, pad, responses = sampling.num_return_sequences, end_ids[0] if end_ids else 0, []
+    config = generation_config(sampling, end_ids)
+    model.generation_config = GenerationConfig()  # transformers takes from it what `config` leaves open
+    per_prompt, pad, responses = sampling.num_return_sequences, config.pad_token_id, []
     set_seed(sampling.seed)
     for start in bar(range(0, len(prompt_ids), sampling.batch_size), desc="generating", unit="batch"):
         batch = prompt_ids[start : start + sampling.batch_size]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        output = model.generate(
-            ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, num_return_sequences=per_prompt,
-            eos_token_id=end_ids or None, pad_token_id=pad, **options,
-        )  # fmt: skip
+        # of the class: a folder's custom_generate/ replaces the instance's
+        output = type(model).generate(model, ids, attention_mask=mask, generation_config=config)
         rows = [_until_end(row, set(end_ids)) for row in output[:, width:].tolist()]
         responses += [rows[i : i + per_prompt] for i in range(0, len(rows), per_prompt)]
     return responses

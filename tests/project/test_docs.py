@@ -41,7 +41,7 @@ def test_size_and_links_of_the_pages():
     readme, *others = PAGES
     assert len(readme.read_text().splitlines()) <= 200
     assert all(len(page.read_text().splitlines()) < 200 for page in others)
-    assert len(list((ROOT / "docs").glob("*.md"))) <= 9
+    assert len(list((ROOT / "docs").glob("*.md"))) <= 10
     last = readme.read_text().rpartition("\n## ")[2]
     assert {f"docs/{page.name}" for page in others} <= set(re.findall(r"\]\(([^)#]+)\)", last))
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "evaluation/README.md", ROOT / "benchmarks/README.md"]:
@@ -165,6 +165,16 @@ def test_messages_of_the_faq():
     for message, file in rows:
         source = re.sub(r'"\s+f?"', "", (ROOT / file).read_text())  # a message of several lines is one
         assert message in source, f"{file}: {message}"
+
+
+def test_messages_of_the_inputs():
+    """Each message in the tables of docs/inputs.md stands in logra/."""
+    page = (ROOT / "docs/inputs.md").read_text()
+    tables = re.findall(r"^\| input \| what happens \| message \|\n(.*?)\n\n", page, re.MULTILINE | re.DOTALL)
+    messages = [message for table in tables for message in re.findall(r"\| `([^`|]+)` \|$", table, re.MULTILINE)]
+    source = "".join(path.read_text() for path in sorted((ROOT / "logra").rglob("*.py")))
+    source = re.sub(r'"\s+f?"', "", source)  # a message of several lines is one
+    assert len(messages) >= 5 and not [message for message in messages if message not in source]
 
 
 def test_prompts():
