@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
 )
 
@@ -66,6 +67,17 @@ OTHERS = {
     "gemma2": Gemma2Config(**LLAMA, final_logit_softcapping=5.0, attn_logit_softcapping=8.0, query_pre_attn_scalar=6),
     "cohere": Cohere2Config(**LLAMA, logit_scale=0.25),
     "granite": GraniteConfig(**LLAMA, logits_scaling=3.0),
+    "longrope": Phi3Config(
+        **LLAMA,
+        original_max_position_embeddings=12,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2],
+            "long_factor": [2.0, 5.0, 9.0],
+            "original_max_position_embeddings": 12,
+        },
+    ),
     "mixtral": MixtralConfig(**LLAMA, num_local_experts=2),
     "opt": OPTConfig(
         vocab_size=VOCAB,

@@ -3,6 +3,7 @@
 Notation: B examples in a batch, T tokens in the longest. `counted` marks the tokens that count in an example's loss.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +16,16 @@ from logra.loss import IGNORE
 
 
 def length_batches(
-    lengths: list[int] | np.ndarray, batch_tokens: int, batch_size: int | None = None
+    lengths: list[int] | np.ndarray,
+    batch_tokens: int,
+    batch_size: int | None = None,
+    boundaries: Collection[int] = (),
 ) -> list[list[int]]:
     """Group positions into batches of similar length, longest first.
 
-    A batch has at most batch_tokens tokens, padding included, or a single example. A batch that is at least an eighth
-    full also ends where the next example is more than a fifth shorter than the longest: more batches cost less than
-    more padding.
+    A batch has at most batch_tokens tokens, padding included, or a single example. Its lengths are all above a
+    boundary or none is (see inputs.model.rope_boundaries). A batch that is at least an eighth full also ends where the
+    next example is more than a fifth shorter than the longest: more batches cost less than more padding.
     """
     batches: list[list[int]] = []
     batch: list[int] = []
@@ -30,7 +34,7 @@ def length_batches(
         padded_tokens = len(batch) * longest
         full = padded_tokens + longest > batch_tokens or len(batch) == batch_size
         much_shorter = lengths[i] < 0.8 * longest and padded_tokens >= batch_tokens / 8
-        if not batch or full or much_shorter:
+        if not batch or full or much_shorter or any(lengths[i] <= b < longest for b in boundaries):
             batch, longest = [], max(lengths[i], 1)
             batches.append(batch)
         batch.append(i)

@@ -141,6 +141,18 @@ def context_length(config) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def rope_boundaries(config) -> list[int]:
+    """Return the lengths above which a model's rotary embedding may use other frequencies for a whole batch.
+
+    longrope reads the longest text of a batch; a text's gradient must not depend on that.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    entries = [parameters, *(value for value in parameters.values() if isinstance(value, dict)), vars(text)]
+    lengths = {entry.get("original_max_position_embeddings") for entry in entries}
+    return sorted(length for length in lengths if length)
+
+
 def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; an adapter without one uses its base model's. `hub`: see hub_options."""
     if Path(name).exists() and not any(Path(name).glob("tokenizer*")):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from logra import projection
 from logra.hooks import GradientCapture
-from logra.inputs.batches import length_batches
 from logra.inputs.examples import token_counts
 from logra.projection import Projection, Shapes
 from logra.run_dir import RunDir
@@ -59,7 +58,7 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes) -> dict[str, T
     examples, generator = run.train(), np.random.default_rng(run.settings.seed)
     sample = np.sort(generator.choice(run.examples, calibration_size(run), replace=False))
     sample = sample[processes.share(len(sample))]  # before batching: ranks may have found different batch sizes
-    batches = length_batches(token_counts(examples)[sample], extractor.batch_tokens, extractor.batch_size)
+    batches = extractor.batches(token_counts(examples)[sample])
     sums = {}
     for layer, (r_out, r_in) in sizes.items():
         sums[f"{layer}.A"] = torch.zeros(r_in, r_in, dtype=torch.float64)

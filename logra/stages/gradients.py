@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from logra.hooks import GradientCapture
 from logra.inputs.batches import length_batches, make_batch
+from logra.inputs.model import rope_boundaries
 from logra.loss import example_losses, input_device
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
@@ -124,6 +125,7 @@ class Extractor:
         self.model, self.capture = model, capture
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.boundaries = rope_boundaries(model.config)
         self.lockstep = Lockstep(model, self._run_empty_batch)
 
     def gradients(
@@ -147,12 +149,16 @@ class Extractor:
         """
         self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
         result = HostGradients(len(token_ids), store_dtype, first_id, score_error)
-        for batch in length_batches([len(ids) for ids in token_ids], self.batch_tokens, self.batch_size):
+        for batch in self.batches([len(ids) for ids in token_ids]):
             for rows in self.run(token_ids, counted, batch, result.copy):
                 result.rows += rows
             on_batch(sum(len(token_ids[i]) for i in batch))
         result.factors = self.capture.take_factors()
         return result
+
+    def batches(self, lengths: list[int] | np.ndarray) -> list[list[int]]:
+        """Group examples of these lengths into batches; see inputs.batches.length_batches."""
+        return length_batches(lengths, self.batch_tokens, self.batch_size, self.boundaries)
 
     def run(
         self, token_ids: list[list[int]], counted: Counted, batch: list[int], take: TakeGradients = lambda grads: None

@@ -28,6 +28,7 @@ from logra.stages.gradients import Extractor
 from logra.stages.open_run import load_model
 
 MAX_RANK = 64
+SHORT_TEXT = 8  # tokens
 CHECKED_LAYERS = 3  # layers whose C is built: the first, the middle and the last one
 DAMPING = 0.1
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
@@ -64,12 +65,13 @@ def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir
     reference = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
     expected = plain_loop(reference.to(dtype).requires_grad_(), projections, token_ids, counted)
     errors = {key: relative_error((grads | sums)[key], value) for key, value in expected.items()}
+    length_errors = together_and_alone(lm, projections, [id for ids in token_ids for id in ids], settings.block_size)
 
     checked_layers = list(shapes)[:: max(1, (len(shapes) - 1) // (CHECKED_LAYERS - 1))]
     source = FewExamples(projected, grads, sums)
     hessian_errors = {kind: check_hessian(source, kind, checked_layers) for kind in ("raw", "kfac", "ekfac")}
     say(f"{len(token_ids)} examples, model in {settings.dtype}, reference in {str(dtype)[6:]}; relative errors:")
-    report(errors, list(shapes), GRADIENT_TOLERANCE[settings.dtype], hessian_errors, len(checked_layers))
+    report(errors, length_errors, list(shapes), GRADIENT_TOLERANCE[settings.dtype], hessian_errors, len(checked_layers))
 
 
 def say_untracked(lm: nn.Module, shapes: projection.Shapes) -> None:
@@ -77,6 +79,26 @@ def say_untracked(lm: nn.Module, shapes: projection.Shapes) -> None:
     untracked = [name for name in model.linear_layers(lm) if name not in shapes]
     kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in untracked)
     say(f"{len(shapes)} layers are tracked, {len(untracked)} are not: {', '.join(kinds)}")
+
+
+def together_and_alone(
+    lm: nn.Module, projections: dict[str, Projection], tokens: list[int], block_size: int
+) -> dict[str, float]:
+    """Return the relative difference of each layer's gradients between texts of very different lengths in one batch,
+    and each of them alone.
+
+    Args:
+        lm, projections: The model, and its layers.
+        tokens: What the texts are made of.
+        block_size: Tokens of the longest text. One text is just above each boundary below (model.rope_boundaries).
+    """
+    boundaries = [length + 1 for length in model.rope_boundaries(lm.config) if length < block_size]
+    texts = [(tokens * length)[:length] for length in {min(SHORT_TEXT, block_size), block_size, *boundaries}]
+    with GradientCapture(lm, projections) as capture:
+        together, alone = (
+            Extractor(lm, capture, len(texts) * block_size, size).gradients(texts).wait()[0] for size in (None, 1)
+        )
+    return {layer: relative_error(together[layer], alone[layer]) for layer in projections}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -179,15 +201,21 @@ def check_hessian(source: FewExamples, kind: str, layers: list[str]) -> tuple[fl
 
 
 def report(
-    errors: dict[str, float], layers: list[str], tolerance: float, hessian_errors: dict, checked_layers: int
-) -> None:
+    errors: dict[str, float], length_errors: dict[str, float], layers: list[str], tolerance: float,
+    hessian_errors: dict, checked_layers: int,
+) -> None:  # fmt: skip
     """Print the errors, and raise a ValueError if one is too large. NaN is too large."""
-    failed = [name for name, error in errors.items() if not error < tolerance]
-    factors = [key for key in errors if key not in layers]
-    for what, names in (("gradients", layers), ("factor sums", factors)):
-        worst = max(names, key=errors.get)
-        verdict = "pass" if errors[worst] < tolerance else "FAIL"
-        say(f"  {verdict}  {len(names)} {what}: {errors[worst]:.1e} at most, in {worst}")
+    gradient_errors = {layer: errors[layer] for layer in layers}
+    factor_errors = {key: error for key, error in errors.items() if key not in gradient_errors}
+    failed = []
+    for what, group in (
+        ("gradients", gradient_errors), ("factor sums", factor_errors),
+        ("gradients of texts of very different lengths, together against alone", length_errors),
+    ):  # fmt: skip
+        failed += [name for name, error in group.items() if not error < tolerance]
+        worst = max(group, key=group.get)
+        verdict = "pass" if group[worst] < tolerance else "FAIL"
+        say(f"  {verdict}  {len(group)} {what}: {group[worst]:.1e} at most, in {worst}")
     for kind, (solution_error, score_error) in hessian_errors.items():
         passed = solution_error < HESSIAN_TOLERANCE and score_error < HESSIAN_TOLERANCE
         failed += [] if passed else [f"the Hessian {kind}"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from conftest import CONFIGS, make_model
 from helpers import compute_gradients, draw_projections, random_ids, relative
 
 from logra.hooks import GradientCapture
@@ -13,8 +14,10 @@ from logra.stages import gradients
 from logra.stages.gradients import Extractor
 
 
-def test_a_gradient_does_not_depend_on_the_batch(model):
-    """Alone, among others, in batches of any size: the same to 1e-5."""
+@pytest.mark.parametrize("name", [*CONFIGS, "longrope"])
+def test_a_gradient_does_not_depend_on_the_batch(name):
+    """Alone, among others, in batches of any size: the same to 1e-5. Also where a model reads the longest length."""
+    model = make_model(name)
     _, projections = draw_projections(model)
     ids = random_ids([12, 3, 20, 1, 9, 20])
     with GradientCapture(model, projections) as capture:

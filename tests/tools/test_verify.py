@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_model
 from helpers import DATA
 
 from logra import hessian
@@ -17,7 +18,7 @@ def test_verify_passes_on_every_architecture(cli, tiny, workspace, model_name):
     flags = ("--model_name", tiny / model_name, *DATA, "--verify", 3, "--mlp_only")
     status, out, err = cli("extract_log", *flags)
     assert status == 0, err
-    assert out.count("  pass  ") == 5 and "FAIL" not in out and re.search(r"lm_head|embed_out", out)
+    assert out.count("  pass  ") == 6 and "FAIL" not in out and re.search(r"lm_head|embed_out", out)
     assert not Path("logs").exists()
 
 
@@ -31,6 +32,17 @@ def test_verify_copies_no_model(cli, tiny, workspace, monkeypatch):
     for flags in ((), ("--device_map", "auto")):
         status, out, err = cli("extract_log", "--model_name", tiny / "llama", *DATA, "--verify", 2, *flags)
         assert status == 0 and "FAIL" not in out, err
+
+
+def test_verify_takes_texts_of_very_different_lengths(cli, workspace, monkeypatch):
+    """Together and alone, one beyond each boundary that the config names. Batches across a boundary are found."""
+    save_model(workspace / "phi", "longrope")
+    flags = ("--model_name", "phi", *DATA, "--verify", 2, "--max_examples", 2)
+    status, out, err = cli("extract_log", *flags)
+    assert status == 0 and "together against alone" in out, err
+    monkeypatch.setattr("logra.stages.gradients.rope_boundaries", lambda config: [])
+    status, out, err = cli("extract_log", *flags)
+    assert status == 2 and re.search("FAIL.*together against alone", out), out
 
 
 def test_verify_counts_the_response_alone(cli, tiny, workspace):
