@@ -5,6 +5,7 @@ cut into full blocks. Row numbers are example ids.
 """
 
 import gc
+import json
 import shutil
 from collections.abc import Iterator
 from itertools import chain
@@ -17,6 +18,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from logra.inputs.data_files import values_of
 from logra.inputs.rows import encode_rows, row_form, row_problem
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
@@ -127,7 +129,7 @@ def _rows_with_text(
     if None in ids:
         raise ValueError(f"expected an id in every row, got none in row {row_numbers[ids.index(None)]}; add it")
     ids = [str(document_id) for document_id in ids]
-    rows = list(zip(*(selected[column][:] for column in columns), strict=True))
+    rows = values_of(selected, columns)
     problems = {i: problem for i, row in enumerate(rows) if (problem := row_problem(form, row))}
     unexpected = [i for i in problems if not (problems[i] == "empty" and _has_blank_rows(settings.data_name))]
     if unexpected and not settings.skip_bad_rows:
@@ -136,7 +138,10 @@ def _rows_with_text(
             f"{', '.join(f'{ids[i]} ({problems[i]})' for i in unexpected[:5])}; fix them or give --skip_bad_rows"
         )
     good = [i for i in range(len(rows)) if i not in problems]
+    # messages as JSON: in an Arrow column each turn would get the keys of all others
     table = {column: [rows[i][number] for i in good] for number, column in enumerate(columns)}
+    if form == "messages":
+        table = {column: [json.dumps(value) for value in values] for column, values in table.items()}
     return Dataset.from_dict(table | {"document_id": [ids[i] for i in good]})
 
 
@@ -152,7 +157,10 @@ def _to_blocks(
     """Tokenise a batch of rows and cut each document into blocks (with `pack` one block), for Dataset.map."""
     response = settings.train_loss == "response"
     blocks: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
-    encoded = encode_rows(form, tokenizer, list(zip(*(batch[column] for column in columns), strict=True)))
+    rows = list(zip(*(batch[column] for column in columns), strict=True))
+    if form == "messages":
+        rows = [(json.loads(messages),) for (messages,) in rows]
+    encoded = encode_rows(form, tokenizer, rows)
     for (ids, counted), document_id in zip(encoded, batch["document_id"], strict=True):
         length = max(len(ids), 1)  # a document without tokens is an example too
         size = length if settings.pack else settings.block_size

@@ -80,7 +80,9 @@ def first_examples(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, examples: int, cache_dir: str | None
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """Return token ids, and which of them count, of the first examples of a run's data."""
-    documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
+    documents = load_documents(
+        settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
+    )
     with tempfile.TemporaryDirectory() as work:
         limited = replace(settings, max_examples=examples)
         rows = build_examples(documents, tokenizer, limited, None, Path(work))[0][:]
