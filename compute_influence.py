@@ -40,6 +40,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Open the run, its model and the queries
     run = open_run.find_run(open_run.find_folder(run_flags, must_exist=True), run_flags, must_exist=True)
+    if accelerator.is_main_process:
+        open_run.check_model_files(run)
     progress.keep_log(run.folder)
     kind = open_run.usable_hessian(run, args.hessian)
     dampings = score_settings.dampings(kind, run.settings.store_dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from logra.inputs import model
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
 from logra.runtime.settings import DataSettings, Execution, RunSettings, number, positive_int
@@ -72,6 +73,9 @@ def main(args: argparse.Namespace) -> None:
         settings.check_hessian(kind, first_hessian)
         further = run_flags.documents if args.extend and not extract.has_documents(run, run_flags.documents) else None
 
+        if run and accelerator.is_main_process:
+            extract.check_source(run)
+
         # Write examples, projections and gradients, unless all shards exist and are whole
         pending = extract.unfinished_shards(run, accelerator) if run and not further else None
         tokens = 0
@@ -100,10 +104,10 @@ def set_up(
     open_run.say_ranks(described, settings)
     if run:
         run.check_model(described)
-    if accelerator.is_main_process and run:
-        extract.check_source(run)
     if accelerator.is_main_process and (further or not run):
-        new_or_extended = run or RunDir(folder, RunRecord(settings, vars(args), **described))
+        new_or_extended = run or RunDir(
+            folder, RunRecord(settings, vars(args), **described, model_files=model.source_contents(settings.model_name))
+        )
         extract.write_train(new_or_extended, tokenizer, further, args.cache_dir, args.num_proc)
     run = open_run.reload(folder, accelerator)
     if run.record.projections is None:

@@ -110,7 +110,9 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def say_left_out(folder: Path) -> None:
-    """Print which files of a folder are no data files."""
+    """Print which files of a folder are no data files. Where README.md names the files, it says what is data."""
+    if not folder.is_dir() or _has_configs(folder):
+        return
     data = set(_data_files(folder))
     if names := [str(file.relative_to(folder)) for file in _visible_files(folder) if file not in data]:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -141,8 +143,6 @@ def _split_of(name: Path) -> str | None:
     return next((split for part in parts for split, names in SPLIT_NAMES.items() if names.fullmatch(part)), None)
 
 
-
-
 def read(paths: list[Path], columns: tuple[str, ...], cache: Path) -> Dataset:
     """Return the rows of data files. They are copied into an Arrow file that is named after their content.
 
@@ -154,13 +154,13 @@ def read(paths: list[Path], columns: tuple[str, ...], cache: Path) -> Dataset:
     Raises:
         ValueError: A row can't be read, columns differ from file to file, or a file changed while it was read.
     """
-    contents = [(path.suffix, files.content(path)) for path in paths]
+    contents = [(path.suffix, files.file_content(path)) for path in paths]
     key = xxhash.xxh3_64_hexdigest(json.dumps([READER, columns, contents]).encode())
     copy = cache / f"{key}.arrow"
     if not copy.exists():
         with files.atomic(copy, tag=f".{uuid.uuid4().hex}") as temporary:
             _write(temporary, paths, columns)
-            if contents != [(path.suffix, files.content(path)) for path in paths]:
+            if contents != [(path.suffix, files.file_content(path)) for path in paths]:
                 raise ValueError("it changed while it was read; start again when nobody writes to it")
     rows = Dataset.from_file(str(copy))
     if len(rows) == 0:
@@ -185,9 +185,8 @@ def _write(copy: Path, paths: list[Path], columns: tuple[str, ...]) -> None:
                 raise ValueError(f"{path.name} has the columns {', '.join(seen)}; give --text_column")
             first_columns = used if first_columns is None else first_columns
             if used != first_columns:
-                raise ValueError(
-                    f"{path.name} has the columns {', '.join(seen)}, and {paths[0].name} uses {', '.join(first_columns)}"
-                )
+                first = f"{paths[0].name} uses {', '.join(first_columns)}"
+                raise ValueError(f"{path.name} has the columns {', '.join(seen)}, and {first}")
 
 
 def _to_arrow(rows: list[dict], columns: tuple[str, ...], schema: pa.Schema) -> pa.RecordBatch:

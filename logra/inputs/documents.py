@@ -1,6 +1,7 @@
 """Load documents from a local file or folder, from Python's own manual, or from the Hub."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,8 +57,7 @@ def _load(name: str, config: str | None, split: str, cache_dir: str | None, text
         found = data_files.find(path, config, split)
         if path.is_dir() and data_files.is_saved(path):
             return _only_split(data_files.load_saved(path, cache), split)
-        if path.is_dir():
-            data_files.say_left_out(path)
+        data_files.say_left_out(path)
         columns = dict.fromkeys(["id", text_column, *(column for form in ROW_COLUMNS.values() for column in form)])
         return data_files.read(found, tuple(columns), cache)
     if name == "pydoc":
@@ -68,9 +68,10 @@ def _load(name: str, config: str | None, split: str, cache_dir: str | None, text
 
 def _with_text_ids(documents: Dataset) -> Dataset:
     """Return the documents if their ids are known exactly: text, or whole numbers. A CSV's numbers may be rounded."""
-    kind = documents.features["id"].dtype if "id" in documents.column_names else "string"
-    exact = kind in ("string", "large_string") or "int" in kind and documents.info.builder_name != "csv"
-    if not exact:
+    feature = documents.features.get("id", datasets.Value("string"))
+    kind = getattr(feature, "dtype", str(feature))
+    exact = "(large_)?string" if documents.info.builder_name == "csv" else r"(large_)?string|u?int\d+"
+    if not re.fullmatch(exact, kind):
         raise ValueError(f"its ids have the type {kind} and not text or whole numbers; convert them")
     return documents
 
@@ -100,4 +101,4 @@ def source_contents(name: str, config: str | None, split: str) -> dict[str, str]
         return None
     with _errors_of(name, split):
         found = data_files.find(path, config, split)
-        return {str(file.relative_to(path)): files.content(file) for file in found}
+        return {str(file.relative_to(path)): files.file_content(file) for file in found}

@@ -175,6 +175,8 @@ def parse_json(text: str | bytes) -> Any:
 class Number(float):
     """A JSON number with a fraction or an exponent. As text it keeps its spelling."""
 
+    text: str
+
     def __new__(cls, text: str) -> "Number":
         """Parse the number."""
         number = super().__new__(cls, text)
@@ -270,7 +272,7 @@ def read_json(path: Path, remedy: str) -> dict:
     return content
 
 
-def content(path: Path) -> str:
+def file_content(path: Path) -> str:
     """Return what identifies a file's content: its size and its checksum (xxh3)."""
     return f"{path.stat().st_size}-{file_checksums(path)['.']}"
 
