@@ -182,7 +182,7 @@ def _write(copy: Path, paths: list[Path], columns: tuple[str, ...]) -> None:
                     raise ValueError(f"{path.name}: {error}") from error
             used = [name for name in columns if name in seen]
             if seen and set(used) <= {"id"}:
-                raise ValueError(f"{path.name} has the columns {', '.join(seen)}; give --text_column")
+                raise ValueError(f"{path.name} has the columns {', '.join(seen)}, not {columns[1]}; give --text_column")
             first_columns = used if first_columns is None else first_columns
             if used != first_columns:
                 first = f"{paths[0].name} uses {', '.join(first_columns)}"

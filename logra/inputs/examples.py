@@ -5,7 +5,6 @@ cut into full blocks. Row numbers are example ids.
 """
 
 import gc
-import json
 import shutil
 from collections.abc import Iterator
 from itertools import chain
@@ -138,10 +137,7 @@ def _rows_with_text(
             f"{', '.join(f'{ids[i]} ({problems[i]})' for i in unexpected[:5])}; fix them or give --skip_bad_rows"
         )
     good = [i for i in range(len(rows)) if i not in problems]
-    # messages as JSON: in an Arrow column each turn would get the keys of all others
     table = {column: [rows[i][number] for i in good] for number, column in enumerate(columns)}
-    if form == "messages":
-        table = {column: [json.dumps(value) for value in values] for column, values in table.items()}
     return Dataset.from_dict(table | {"document_id": [ids[i] for i in good]})
 
 
@@ -157,10 +153,7 @@ def _to_blocks(
     """Tokenise a batch of rows and cut each document into blocks (with `pack` one block), for Dataset.map."""
     response = settings.train_loss == "response"
     blocks: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
-    rows = list(zip(*(batch[column] for column in columns), strict=True))
-    if form == "messages":
-        rows = [(json.loads(messages),) for (messages,) in rows]
-    encoded = encode_rows(form, tokenizer, rows)
+    encoded = encode_rows(form, tokenizer, list(zip(*(batch[column] for column in columns), strict=True)))
     for (ids, counted), document_id in zip(encoded, batch["document_id"], strict=True):
         length = max(len(ids), 1)  # a document without tokens is an example too
         size = length if settings.pack else settings.block_size

@@ -41,6 +41,8 @@ def find_folder(flags: RunFlags, must_exist: bool) -> Path:
     If it must exist and does not, the run may have been started with a Hessian that has the other basis.
     """
     settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")  # refuses contradictions
+    if "::" in (flags.log_dir or ""):  # datasets writes train/, and takes it for an address
+        raise ValueError(f"expected --log_dir without '::', got {flags.log_dir}; choose another name")
     if flags.log_dir:
         return Path(flags.log_dir)
     folder = Path("logs") / run_name(settings)

@@ -9,14 +9,12 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
-from conftest import make_tokenizer, write_jsonl
+from conftest import write_jsonl
 from datasets import Dataset
 from pyarrow import parquet
 
 from logra.inputs.data_files import values_of
 from logra.inputs.documents import load_documents
-from logra.inputs.examples import build_examples
-from logra.runtime.settings import RunSettings
 
 
 def test_every_kind_of_source(tmp_path, monkeypatch):
@@ -179,19 +177,6 @@ def test_other_content_of_the_same_name_size_and_time(tmp_path, monkeypatch):
         write_jsonl(path, [{"text": "the miller"[:9]}])
         os.utime(path, ns=(modified, modified))
         assert load(name.split("/")[0]) == [("None", "the mille")]
-
-
-def test_messages_are_used_as_they_are(tmp_path, monkeypatch):
-    """No turn gets a key that only another one has."""
-    monkeypatch.chdir(tmp_path)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]
-    write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}])
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.items() | list }}<|eot_id|>{% endfor %}"
-    Path("work").mkdir()
-    settings = RunSettings(block_size=512)
-    rows, _ = build_examples(load_documents("chat.jsonl", None, "train", "c"), tokenizer, settings, None, Path("work"))
-    assert rows["text"][0].count("name") == 1
 
 
 def test_a_key_that_stands_twice(tmp_path, monkeypatch):
