@@ -65,6 +65,8 @@ def find(path: Path, config: str | None, split: str) -> list[Path]:
     Raises:
         ValueError: There is no such split or no data file, or some names are of splits and others are not.
     """
+    if not path.is_dir() and not path.is_file():
+        raise ValueError("it is neither a file nor a folder")
     if path.is_dir() and not is_saved(path) and _has_configs(path):
         splits = _configured_splits(path, config)
     elif config:
