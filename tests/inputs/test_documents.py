@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from logra.inputs.data_files import values_of
 from logra.inputs.documents import load_documents
+from logra.runtime import progress
 
 
 def test_every_kind_of_source(tmp_path, monkeypatch):
@@ -74,6 +75,7 @@ def load(path, split="train", config=None, cache="cache"):
 def test_every_data_file_of_a_folder(tmp_path, monkeypatch, capsys, names, read, left_out):
     """All files are read, in the order of their names, unless all have the name of a split; others are named."""
     monkeypatch.chdir(tmp_path)
+    progress.begin(quiet=False)
     for name in names:
         path = tmp_path / "folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
