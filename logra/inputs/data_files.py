@@ -4,6 +4,7 @@ A path is literal. No type is inferred: an id is the text that the file has, and
 """
 
 import json
+import os
 import re
 import tempfile
 import uuid
@@ -16,6 +17,7 @@ import datasets
 import pyarrow as pa
 import xxhash
 from datasets import Dataset
+from filelock import FileLock
 from pyarrow import parquet
 
 from logra.runtime import files, progress
@@ -99,9 +101,21 @@ def _configured_splits(folder: Path, config: str | None) -> dict[str, list[Path]
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """Return all files below a folder in the order of their names, without hidden ones."""
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return [folder / name for name in names if not any(part.startswith((".", "__")) for part in name.parts)]
+    """Return all files below a folder in the order of their names, without hidden ones. Links are followed."""
+    return [file for file in _all_files(folder) if not _is_hidden(file.relative_to(folder))]
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _all_files(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        above = {path.resolve() for path in (Path(root), *Path(root).parents)}
+        folders[:] = [name for name in folders if Path(root, name).resolve() not in above]  # a link may make a loop
+        found += [path for name in names if (path := Path(root, name)).is_file()]
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -116,7 +130,8 @@ def say_left_out(folder: Path) -> None:
     if not folder.is_dir() or _has_configs(folder):
         return
     data = set(_data_files(folder))
-    if names := [str(file.relative_to(folder)) for file in _visible_files(folder) if file not in data]:
+    others = [file.relative_to(folder) for file in _all_files(folder) if file not in data]
+    if names := [str(name) for name in others if not _is_hidden(name) or name.suffix in ROW_KINDS]:
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         progress.say(f"left out of {folder}, as no data files: {', '.join(names[:20])}{more}")
 
@@ -159,15 +174,17 @@ def read(paths: list[Path], columns: tuple[str, ...], cache: Path) -> Dataset:
     contents = [(path.suffix, files.file_content(path)) for path in paths]
     key = xxhash.xxh3_64_hexdigest(json.dumps([READER, columns, contents]).encode())
     copy = cache / f"{key}.arrow"
-    if not copy.exists():
-        with files.atomic(copy, tag=f".{uuid.uuid4().hex}") as temporary:
-            _write(temporary, paths, columns)
-            if contents != [(path.suffix, files.file_content(path)) for path in paths]:
-                raise ValueError("it changed while it was read; start again when nobody writes to it")
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.with_suffix(".lock")):  # the other ranks wait
+        if not copy.exists():
+            with files.atomic(copy, tag=f".{uuid.uuid4().hex}") as temporary:
+                _write(temporary, paths, columns)
+                if contents != [(path.suffix, files.file_content(path)) for path in paths]:
+                    raise ValueError("it changed while it was read; start again when nobody writes to it")
     rows = Dataset.from_file(str(copy))
     if len(rows) == 0:
         raise ValueError("there is nothing in it")
-    return rows.remove_columns([name for name in columns if rows.data[name].null_count == len(rows)])
+    return rows.remove_columns([name for name in rows.column_names if rows.data[name].null_count == len(rows)])
 
 
 def _write(copy: Path, paths: list[Path], columns: tuple[str, ...]) -> None:
@@ -185,8 +202,8 @@ def _write(copy: Path, paths: list[Path], columns: tuple[str, ...]) -> None:
             used = [name for name in columns if name in seen]
             if seen and set(used) <= {"id"}:
                 raise ValueError(f"{path.name} has the columns {', '.join(seen)}, not {columns[1]}; give --text_column")
-            first_columns = used if first_columns is None else first_columns
-            if used != first_columns:
+            first_columns = first_columns or used  # none in a file without rows
+            if seen and used != first_columns:
                 first = f"{paths[0].name} uses {', '.join(first_columns)}"
                 raise ValueError(f"{path.name} has the columns {', '.join(seen)}, and {first}")
 
@@ -240,17 +257,18 @@ def _read_json(path: Path, seen: dict[str, None]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with an object per line, or of one with a list, which has to fit in memory."""
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         start = file.read(1)
-        while start.isspace():
+        while path.suffix == ".json" and start.isspace():
             start = file.read(1)
+        is_list = path.suffix == ".json" and start == "["
         file.seek(0)
-        lines = [file.read()] if start == "[" else file
+        lines = [file.read()] if is_list else file
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 found = files.parse_rows(line)
-                for row in found if start == "[" else [found]:
-                    row = {"text": row} if start == "[" and isinstance(row, str) else row
+                for row in found if is_list else [found]:
+                    row = {"text": row} if is_list and isinstance(row, str) else row
                     if not isinstance(row, dict):
                         raise ValueError(f"it holds a {type(row).__name__} and not an object with columns")
                     if row.get("id") is not None:

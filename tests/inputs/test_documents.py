@@ -59,6 +59,7 @@ def load(path, split="train", config=None, cache="cache"):
     [
         (("web.jsonl", "train_times.jsonl", "notes.txt", "README.md"), "train_times.jsonl web.jsonl", "README.md, not"),
         (("b.jsonl", "a.jsonl", "sub/c.jsonl"), "a.jsonl b.jsonl sub/c.jsonl", None),
+        (("a.jsonl", ".b.jsonl", ".cache/x.metadata", "__c.jsonl"), "__c.jsonl a.jsonl", ".b.jsonl\n"),
         (("b.txt", "a.txt", "image.png"), "a.txt b.txt", "image.png"),
         (("train.jsonl", "more.jsonl", "old.jsonl.gz"), "more.jsonl train.jsonl", "old.jsonl.gz"),
         (("val_losses.jsonl", "test_cases.jsonl"), "test_cases.jsonl val_losses.jsonl", None),
@@ -103,12 +104,17 @@ def test_folders_that_are_refused(tmp_path, monkeypatch):
 
 
 def test_kinds_in_one_folder(tmp_path, monkeypatch):
-    """Files of rows of several kinds are read together."""
+    """Files of rows of several kinds are read together, through links too; one may be empty."""
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "folder/b.jsonl", [{"id": "007", "text": "b"}])
     Dataset.from_dict({"text": ["a"], "id": [2**63 - 1], "n": [1]}).to_parquet("folder/a.parquet")
     (tmp_path / "folder/c.json").write_text('[{"id": 1.50, "text": "c"}]')
-    assert load("folder") == [("9223372036854775807", "a"), ("007", "b"), ("1.50", "c")]
+    (tmp_path / "folder/d.jsonl").touch()
+    write_jsonl(tmp_path / "elsewhere/e.jsonl", [{"id": "e", "text": "e"}])
+    (tmp_path / "folder/link").symlink_to("../elsewhere")
+    (tmp_path / "folder/link/loop").symlink_to("../folder")
+    rows = [("9223372036854775807", "a"), ("007", "b"), ("1.50", "c"), ("e", "e")]
+    assert load("folder") == rows
 
 
 CARD = "---\nconfigs:\n- config_name: one\n  data_files:\n  - split: train\n    path: web*.jsonl\n---\n"
