@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import build_examples
 from logra.inputs.rows import Encoded, encode_messages, encode_prompt, row_problem
-from logra.runtime.files import has_shape, id_text, read_lines, read_row, same_name, short_name
+from logra.runtime.files import has_shape, read_lines, read_row, row_id, same_name, short_name
 from logra.runtime.settings import QuerySettings, RunSettings
 
 SPLITS = ("train", "validation", "test")
@@ -118,7 +118,7 @@ def _read_file(
         try:
             row = read_row(line)
             row = row if isinstance(row, dict) else {}
-            query_id = str(number) if row.get("id") is None else id_text(row["id"])
+            query_id = row_id(row, number)
             token_ids, counted = _encode(row, model_name, tokenizer)
         except ValueError as error:
             raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error

@@ -217,6 +217,12 @@ def read_row(line: str) -> Any:
     return row
 
 
+def row_id(row: Any, number: int) -> str:
+    """Return the id of a row of read_row (see id_text); its number if it has none."""
+    value = row.get("id") if isinstance(row, dict) else None
+    return str(number) if value is None else id_text(value)
+
+
 def id_text(value: Any) -> str:
     """Return an id as its file has it: a text, a whole number, or a number of parse_rows.
 

@@ -73,9 +73,10 @@ def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
         return None
     for name, value in flags.user_flags.items():
         saved = getattr(run.settings, name)
-        if saved == value or (flags.extend and name in DATA_FIELDS):
+        is_source = name in ("model_name", "data_name")
+        if saved == value or (is_source and same_name(saved, value)) or (flags.extend and name in DATA_FIELDS):
             continue
-        if name in ("model_name", "data_name") and (same_name(saved, value) or _same_content(run, name, value)):
+        if is_source and _same_content(run, name, value):
             run = _renamed(run, name, value)
         else:
             raise ValueError(

@@ -118,6 +118,8 @@ def test_ids_of_queries_and_documents(cli, run):
     assert all(f"{value}" in (folder / "report.html").read_text() for value in expected)
     Path("bad.jsonl").write_text('{"id": true, "text": "the river"}\n')
     refused(cli("compute_influence", "--log_dir", "ids", "--split", "bad.jsonl"), "an id of the type bool")
+    Path("prompts.jsonl").write_text('{"id": true, "prompt": "the river"}\n')
+    refused(cli("generate", *run[:2], "--prompts", "prompts.jsonl"), "row 1", "a text or a number")
     assert id_text(read_row('{"id": -1.50E+03}')["id"]) == "-1.50E+03"
 
 

@@ -13,6 +13,7 @@ from conftest import write_jsonl
 from datasets import Dataset
 from pyarrow import parquet
 
+from logra.inputs import data_files
 from logra.inputs.data_files import values_of
 from logra.inputs.documents import load_documents
 from logra.runtime import progress
@@ -165,6 +166,30 @@ def test_ids_that_are_refused(tmp_path, monkeypatch, ids, saved):
     table.save_to_disk("data") if saved else table.to_parquet("data.parquet")
     with pytest.raises(ValueError, match=r"ids? (of the|have the) type"):
         load("data" if saved else "data.parquet")
+
+
+def test_ids_of_a_csv(tmp_path, monkeypatch):
+    """The Hub's CSV files are read by datasets, which takes 007 for 7."""
+    Path(tmp_path, "ids.csv").write_text("id,text\n007,a\n")
+    csv = Dataset.from_csv(str(tmp_path / "ids.csv"), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: csv)
+    with pytest.raises(ValueError, match="ids have the type int64"):
+        load("someone/ids")
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    """Is refused, and no copy of it stays."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "the river"}])
+
+    def write_late(*arguments, write=data_files._write):
+        write(*arguments)
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "the mill"}])
+
+    monkeypatch.setattr(data_files, "_write", write_late)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        load("a.jsonl")
+    assert not list(tmp_path.rglob("*.arrow*"))
 
 
 def test_a_parquet_file_of_whole_numbers(tmp_path, monkeypatch):
