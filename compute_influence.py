@@ -42,6 +42,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Open the run, its model and the queries
     run = open_run.find_run(open_run.find_folder(run_flags, must_exist=True), run_flags, must_exist=True)
+    open_run.check_model_files(run)
     progress.keep_log(run.folder)
     kind = open_run.usable_hessian(run, args.hessian)
     dampings = score_settings.dampings(kind, run.settings.store_dtype)
@@ -76,10 +77,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str) -> list[CheckedPair]:
-    """Score the groups of queries and fill the files. A pass over all train examples scores what fits in memory.
+    """Score the groups of queries and fill the files. Return a few scores of this rank, computed again.
 
-    Returns:
-        A few scores of this rank, computed again.
+    A pass over all train examples scores as many queries as fit in memory.
     """
     pairs: list[CheckedPair] = []
     first, self_influence = 0, scorer.self_influence

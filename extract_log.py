@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from logra.inputs import model
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
 from logra.runtime.settings import DataSettings, Execution, RunSettings, number, positive_int
@@ -70,6 +71,9 @@ def main(args: argparse.Namespace) -> None:
         kind = args.hessian or first_hessian
         settings.check_hessian(kind, first_hessian)
         further = run_flags.documents if args.extend and not extract.has_documents(run, run_flags.documents) else None
+        if run:
+            extract.check_data_files(run)
+            open_run.check_model_files(run)
 
         # Write examples, projections and gradients, unless all shards exist and are whole
         pending = extract.unfinished_shards(run) if run and not further else None
@@ -99,10 +103,9 @@ def set_up(
     open_run.say_ranks(described, settings)
     if run:
         run.check_model(described)
-    if processes.state().is_main_process and run:
-        extract.check_source(run)
     if processes.state().is_main_process and (further or not run):
-        new_or_extended = run or RunDir(folder, RunRecord(settings, vars(args), **described))
+        model_files = model.source_contents(settings.model_name)
+        new_or_extended = run or RunDir(folder, RunRecord(settings, vars(args), **described, model_files=model_files))
         extract.write_train(new_or_extended, tokenizer, further, args.cache_dir, args.num_proc)
     run = open_run.reload(folder)
     run.check_model(described)  # each rank has loaded a model of its own

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from logra.inputs.data_files import values_of
 from logra.inputs.documents import load_documents
 
 ARCHITECTURES = ("gpt2", "llama")
@@ -38,7 +39,7 @@ def passages(source: str) -> list[str]:
     if source.endswith(".txt") and "\n%\n" in (text := Path(source).read_text("utf-8")):
         documents = text.split("\n%\n")
     else:
-        documents = load_documents(source, None, "train")["text"]
+        documents = [text for (text,) in values_of(load_documents(source, None, "train"), ("text",))]
     found: dict[str, None] = {}
     for document in documents:
         for paragraph in re.split(r"\n\s*\n", document):

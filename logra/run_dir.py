@@ -1,9 +1,9 @@
 """The run directory: run.json as typed records, and access to the files that the stages share.
 
 run.json holds a RunRecord as JSON: `settings` (RunSettings), `arguments` (the first command line), `versions`, `model`
-(class, fingerprint), `tokenizer` (fingerprint) and `layers` (name -> [d_out, d_in, r_out, r_in]). Later stages add
-`data` (the examples in train/), `extensions` (those in train-00001/ and so on, from extract_log.py --extend) and
-`projections` (checksums of projections.safetensors).
+(class, fingerprint), `model_files` (see RunRecord), `tokenizer` (fingerprint) and `layers` (name -> [d_out, d_in,
+r_out, r_in]). Later stages add `data` (the examples in train/), `extensions` (those in train-00001/ and so on, from
+extract_log.py --extend) and `projections` (checksums of projections.safetensors).
 Notation: N train examples, r_in/r_out projected sizes, k = r_out * r_in of a layer.
 """
 
@@ -37,12 +37,12 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safeten
 class TrainPart:
     """The entry of run.json for the examples in train/, or for those of one extension.
 
-    `source` is the fingerprint of a local data set's files, and None for a data set of the Hub. `files` are the
-    checksums of the files in the folder.
+    `source` is the content of each local data file, by name and in order (in runs of older versions one hash of all
+    files), and None for a data set of the Hub. `files` are the checksums of the files in the folder.
     """
 
     settings: DataSettings
-    source: str | None
+    source: dict[str, str] | str | None
     fingerprint: str
     files: dict[str, str]
     examples: int
@@ -63,7 +63,7 @@ def _is_layer(sizes: Any) -> bool:
 # The shapes of run.json and its parts (see files.has_shape). The file may come from anyone, so nothing is assumed.
 PART_JSON = {field.name: is_count for field in fields(TrainPart)} | {
     "settings": {field.name: partial(is_setting, field) for field in fields(DataSettings)},
-    "source": str | None,
+    "source": dict | str | None,
     "fingerprint": str,
     "files": dict,
     "examples": is_positive,
@@ -89,6 +89,7 @@ class RunRecord:
     """The content of run.json (see the module's docstring). `parts` are `data` and the `extensions`, in order.
 
     `versions` are those of the command that made the record. They stay when run.json is written again.
+    `model_files` is the content of each file of a local model; None for a model of the Hub, and in older runs.
     """
 
     settings: RunSettings
@@ -99,6 +100,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=_versions)
     parts: tuple[TrainPart, ...] = ()
     projections: dict[str, str] | None = None
+    model_files: dict[str, str] | None = None
 
     @classmethod
     def from_json(cls, content: dict) -> Self:
@@ -107,7 +109,7 @@ class RunRecord:
         Raises:
             ValueError: Entries are missing or impossible.
         """
-        valid = has_shape(content, RUN_JSON)
+        valid = has_shape(content, RUN_JSON) and has_shape(content.get("model_files"), dict | None)
         parts = [content["data"], *content.get("extensions", [])] if valid and "data" in content else []
         if not valid or not has_shape(parts, [PART_JSON]):
             raise ValueError("missing or impossible entries")

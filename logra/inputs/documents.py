@@ -1,59 +1,79 @@
 """Load documents from a local file or folder, from Python's own manual, or from the Hub."""
 
-import json
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import datasets
-import xxhash
 from datasets import Dataset
 
+from logra.inputs import data_files
+from logra.inputs.rows import ROW_COLUMNS
 from logra.runtime import files
 
 HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", None),
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
-LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 MAX_SHORT_TOPIC_CHARACTERS = 12_000  # pydoc's configuration `short` leaves out longer topics
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the script prints each error once
 
 
-def load_documents(name: str, config: str | None, split: str, cache_dir: str | None = None) -> Dataset:
+def load_documents(
+    name: str, config: str | None, split: str, cache_dir: str | None = None, text_column: str = "text"
+) -> Dataset:
     """Load documents from a local file or folder if one has this name, else pydoc, openwebtext, wikitext or a Hub id.
+
+    Of local data files only the columns that documents can have are kept, see data_files.read.
 
     Raises:
         ValueError: The data can't be found or read, or has no such configuration or split.
     """
+    with _errors_of(name, split):
+        return _with_text_ids(_load(name, config, split, cache_dir, text_column))
+
+
+@contextmanager
+def _errors_of(name: str, split: str) -> Iterator[None]:
     try:
-        return _load(name, config, split, cache_dir)
+        yield
     except Exception as error:  # each loader raises exceptions of its own
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__ or error
         reason = str(error).strip().split("\n")[0] or "there is nothing in it"
         raise ValueError(
             f"expected the split {split} of a data set in a local file or folder or on the Hub, got {name!r}, which "
-            f"can't be loaded ({type(error).__name__}: {reason}); check the name, the file and the network"
+            f"can't be loaded ({type(error).__name__}: {reason[:300]}); check the name, the file and the network"
         ) from error
 
 
-def _load(name: str, config: str | None, split: str, cache_dir: str | None) -> Dataset:
-    path, options = Path(name), {"split": split, "cache_dir": cache_dir}
-    if path.is_file():
-        if path.suffix not in LOADERS:
-            raise ValueError(f"its suffix is not one of {', '.join(LOADERS)}")
-        return datasets.load_dataset(LOADERS[path.suffix], data_files={"train": str(path)}, **options)
-    if path.is_dir():
-        if not any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-            return datasets.load_dataset(str(path), config, **options)
-        saved = datasets.load_from_disk(path)
-        return _only_split(saved if isinstance(saved, dict) else {"train": saved}, split)
+def _load(name: str, config: str | None, split: str, cache_dir: str | None, text_column: str) -> Dataset:
+    path, cache = Path(name), Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "logra"
+    if path.exists():
+        found = data_files.find(path, config, split)
+        if path.is_dir() and data_files.is_saved(path):
+            return _only_split(data_files.load_saved(path, cache), split)
+        data_files.say_left_out(path)
+        columns = dict.fromkeys(["id", text_column, *(column for form in ROW_COLUMNS.values() for column in form)])
+        return data_files.read(found, tuple(columns), cache)
     if name == "pydoc":
         return _only_split({"train": _load_pydoc(config)}, split)
     hub_name, hub_config = HUB_NAMES.get(name, (name, None))
-    return datasets.load_dataset(hub_name, config or hub_config, **options)
+    return datasets.load_dataset(hub_name, config or hub_config, split=split, cache_dir=cache_dir)
+
+
+def _with_text_ids(documents: Dataset) -> Dataset:
+    """Return the documents if their ids are known exactly: text, or whole numbers. A CSV's numbers may be rounded."""
+    feature = documents.features.get("id", datasets.Value("string"))
+    kind = getattr(feature, "dtype", str(feature))
+    exact = "(large_)?string" if documents.info.builder_name == "csv" else r"(large_)?string|u?int\d+"
+    if not re.fullmatch(exact, kind):
+        raise ValueError(f"its ids have the type {kind} and not text or whole numbers; convert them")
+    return documents
 
 
 def _only_split(splits: dict[str, Dataset], split: str) -> Dataset:
@@ -70,7 +90,15 @@ def _load_pydoc(config: str | None) -> Dataset:
     return Dataset.from_dict({"id": list(chosen), "text": list(chosen.values())})
 
 
-def source_fingerprint(name: str) -> str | None:
-    """Return a hash of the names and contents of a local data set's files; None for a Hub name."""
-    checksums = files.file_checksums(Path(name))
-    return xxhash.xxh3_64_hexdigest(json.dumps(checksums).encode()) if checksums else None
+def source_contents(name: str, config: str | None, split: str) -> dict[str, str] | None:
+    """Return the content of each file of a local data set's split, by name and in order; None for a Hub name.
+
+    Raises:
+        ValueError: As load_documents.
+    """
+    path = Path(name)
+    if not path.exists():
+        return None
+    with _errors_of(name, split):
+        found = data_files.find(path, config, split)
+        return {str(file.relative_to(path)): files.file_content(file) for file in found}

@@ -18,6 +18,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from logra.inputs.data_files import values_of
 from logra.inputs.rows import encode_rows, row_form, row_problem
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
@@ -135,7 +136,7 @@ def _rows_with_text(
     if None in ids:
         raise ValueError(f"expected an id in every row, got none in row {row_numbers[ids.index(None)]}; add it")
     ids = [str(document_id) for document_id in ids]
-    rows = list(zip(*(selected[column][:] for column in columns), strict=True))
+    rows = values_of(selected, columns)
     problems = {i: problem for i, row in enumerate(rows) if (problem := row_problem(form, row))}
     unexpected = [i for i in problems if not (problems[i] == "empty" and _has_blank_rows(settings.data_name))]
     if unexpected and not settings.skip_bad_rows:

@@ -30,10 +30,11 @@ from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
 from logra.runtime import fsdp
-from logra.runtime.files import atomic, has_shape, parse_json
+from logra.runtime.files import atomic, file_content, has_shape, parse_json
 from logra.runtime.settings import DEFAULT_MODEL, RunSettings
 
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
+MODEL_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 TOKENIZER_PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
 logging.disable_progress_bar()
 
@@ -253,6 +254,21 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
 def default_dtype(device: torch.device | str) -> str:
     """Return the default dtype of a model: bfloat16 on a GPU, float32 elsewhere."""
     return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+
+
+def source_contents(name: str) -> dict[str, str] | None:
+    """Return the content of each file of a local model, by name, those of an adapter's base included; None for the Hub.
+
+    Only those files at the top of the folder count that transformers may read.
+    """
+    if not Path(name).is_dir():
+        return None
+    found = sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES and path.is_file())
+    base = _base(name).name
+    contents = {} if base == name else source_contents(base) or {}
+    return {f"base/{file}": content for file, content in contents.items()} | {
+        path.name: file_content(path) for path in found
+    }
 
 
 def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -> Shapes:

@@ -17,7 +17,7 @@ from logra.inputs.documents import load_documents
 from logra.inputs.examples import examples_in_memory
 from logra.inputs.rows import Encoded, encode_rows, row_problem
 from logra.runtime import processes
-from logra.runtime.files import has_shape, read_lines, read_row, same_name, short_name
+from logra.runtime.files import has_shape, read_lines, read_row, row_id, same_name, short_name
 from logra.runtime.settings import QuerySettings, RunSettings
 
 SPLITS = ("train", "validation", "test")
@@ -83,7 +83,9 @@ def _read_split(
     settings: RunSettings, query_settings: QuerySettings, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None
 ) -> list[Query]:
     """Read a split of the run's data set. Each example of at most block_size tokens is a query."""
-    documents = load_documents(settings.data_name, settings.data_config, query_settings.split, cache_dir)
+    documents = load_documents(
+        settings.data_name, settings.data_config, query_settings.split, cache_dir, settings.text_column
+    )
     settings = replace(
         settings, pack=False, skip_bad_rows=True, max_examples=query_settings.max_queries, max_tokens=None,
         shuffle_seed=None,
@@ -110,13 +112,15 @@ def _read_file(
     for number, line in enumerate(read_lines(path)[: query_settings.max_queries]):
         try:
             row = read_row(line)
+            row = row if isinstance(row, dict) else {}
+            query_id = row_id(row, number)
             token_ids, counted = _encode(row, model_name, tokenizer)
         except ValueError as error:
             raise ValueError(f"expected a query in row {number + 1} of {path}, got {error}") from error
         if query_settings.query_loss == "all":
             counted = [True] * len(token_ids)
         shown = {key: value for key, value in row.items() if key not in ("id", "model", "prompt_ids", "response_ids")}
-        queries.append(Query(str(row.get("id", number)), token_ids, counted, shown))
+        queries.append(Query(query_id, token_ids, counted, shown))
     return queries
 
 

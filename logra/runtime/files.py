@@ -189,15 +189,66 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("JSON that is nested too deeply") from None
 
 
+class Number(float):
+    """A JSON number with a fraction or an exponent. As text it keeps its spelling."""
+
+    text: str
+
+    def __new__(cls, text: str) -> "Number":
+        """Parse the number."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object that has a key twice")
+    return found
+
+
+def parse_rows(text: str) -> Any:
+    """Return the content of JSON text that a user wrote; see Number.
+
+    Raises:
+        ValueError: The text is not JSON, is nested too deeply for Python, or has a key twice.
+    """
+    try:
+        return json.loads(text, parse_float=Number, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
 def read_row(line: str) -> Any:
     """Return the value of one line of JSON Lines.
 
     Raises:
-        ValueError: The line is not JSON, or holds half of a surrogate pair, which UTF-8 can't encode.
+        ValueError: As parse_rows. Or the line holds half of a surrogate pair, which UTF-8 can't encode.
     """
-    row = parse_json(line)
+    row = parse_rows(line)
     json.dumps(row, ensure_ascii=False).encode()  # finds half surrogate pairs
     return row
+
+
+def row_id(row: Any, number: int) -> str:
+    """Return the id of a row of read_row (see id_text); its number if it has none."""
+    value = row.get("id") if isinstance(row, dict) else None
+    return str(number) if value is None else id_text(value)
+
+
+def id_text(value: Any) -> str:
+    """Return an id as its file has it: a text, a whole number, or a number of parse_rows.
+
+    Raises:
+        ValueError: It is of another type, whose text in the file is not known.
+    """
+    if type(value) not in (str, int, Number):
+        raise ValueError(f"an id of the type {type(value).__name__}; write it as text")
+    return str(value)
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -242,6 +293,23 @@ def read_json(path: Path, remedy: str) -> dict:
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise ValueError(f"expected {path} as it was written, got other content; {remedy}")
     return content
+
+
+def file_content(path: Path) -> str:
+    """Return what identifies a file's content: its size and its checksum (xxh3)."""
+    return f"{path.stat().st_size}-{file_checksums(path)['.']}"
+
+
+def changed_file(known: dict[str, str], found: dict[str, str]) -> str | None:
+    """Compare contents by file name. Return the first file that differs, and how; None if all are the same, in order.
+
+    Names alone may differ: a file or a folder may move.
+    """
+    if [*known.values()] == [*found.values()]:
+        return None
+    name = next((name for name in known | found if known.get(name) != found.get(name)), "the order of the files")
+    how = "is new" if name not in known else "is gone" if name not in found else "has other content"
+    return f"{name} {how}"
 
 
 def file_checksums(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:

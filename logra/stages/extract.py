@@ -1,5 +1,6 @@
 """Stage 2: write train examples, gradient shards and the Hessian. extract_log.py calls these steps in order."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,13 +8,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import xxhash
 from datasets import load_from_disk
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logra import hessian
 from logra.hooks import GradientCapture
-from logra.inputs.documents import load_documents, source_fingerprint
+from logra.inputs.documents import load_documents, source_contents
 from logra.inputs.examples import token_counts, write_examples
 from logra.inputs.rows import row_form
 from logra.quantise import ScoreErrorEstimate
@@ -44,30 +46,56 @@ def has_documents(run: RunDir, documents: DataSettings) -> bool:
     """Return whether the run already holds these documents (--extend).
 
     Raises:
-        ValueError: It holds documents of the same name with other content or limits.
+        ValueError: It holds documents of the same name with other content or limits, or a file with the same content.
     """
+    name, place = documents.data_name, (documents.data_config, documents.data_split)
+    found = source_contents(name, *place)
     for part in run.parts:
-        known = part.settings
-        same_place = files.same_name(known.data_name, documents.data_name)
-        if not same_place or (known.data_config, known.data_split) != (documents.data_config, documents.data_split):
+        known, change = part.settings, _change(part, name, found)
+        same_place = files.same_name(known.data_name, name) and (known.data_config, known.data_split) == place
+        same_content = isinstance(part.source, dict) and change is None
+        if not same_place and not same_content:
             continue
-        same_limits = replace(known, data_name=documents.data_name) == documents
-        if same_limits and part.source in (None, source_fingerprint(documents.data_name)):
+        if not same_place and Path(known.data_name).exists():
+            change = f"it is a copy of {known.data_name}"
+        elif replace(known, data_name=name) != documents:
+            change = "with other limits"
+        if change is None:
             return True
         raise ValueError(
-            f"expected further documents for {run.folder}, got {documents.data_name}, which it already holds with "
-            "other content or limits; put further documents into a file of their own"
+            f"expected further documents for {run.folder}, got {name}, which it already holds ({change}); "
+            "put further documents into a file of their own"
         )
     return False
 
 
-def check_source(run: RunDir) -> None:
+def _change(part: TrainPart, name: str, found: dict[str, str] | None) -> str | None:
+    """Return which file under a data set's name has other content than the run's documents; None if all are the same.
+
+    Args:
+        part: Documents of a run.
+        name: A data set's.
+        found: The contents of its files.
+    """
+    if part.source is None:
+        return None
+    if isinstance(part.source, dict):
+        return files.changed_file(part.source, found or {})
+    checksums = files.file_checksums(Path(name))  # an older version's run
+    same = xxhash.xxh3_64_hexdigest(json.dumps(checksums).encode()) == part.source
+    return None if same else "some file has other content"
+
+
+@processes.on_rank_0
+def check_data_files(run: RunDir) -> None:
     """Raise a ValueError if the local data files of a run have changed. Files that are gone are not needed again."""
     for part in run.parts:
-        name = part.settings.data_name
-        if part.source and source_fingerprint(name) not in (part.source, None):
+        known = part.settings
+        found = source_contents(known.data_name, known.data_config, known.data_split) if part.source else None
+        if found and (change := _change(part, known.data_name, found)):
             raise ValueError(
-                f"expected {name} as it was when {run.folder} was started, got other files; use another --log_dir"
+                f"expected the data {known.data_name} as it was when {run.folder} was started, got other files "
+                f"({change}); restore them, use another --log_dir, or start again with --overwrite"
             )
 
 
@@ -114,7 +142,9 @@ def write_train(
         ValueError: Documents can't be read, or the run already holds them. Nothing is left on the disk.
     """
     settings = run.settings.with_data(further) if further else run.settings
-    documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
+    name, config, split = settings.data_name, settings.data_config, settings.data_split
+    source = source_contents(name, config, split)  # first: a file that changes from now on is refused the next time
+    documents = load_documents(name, config, split, cache_dir, settings.text_column)
     row_form(documents.column_names, settings.text_column, settings.train_loss == "response")  # refuses other rows
     train_folder = run.train_folder(len(run.parts))
     created = train_folder if further else run.folder
@@ -130,7 +160,7 @@ def write_train(
         files.remove(created)
         raise
     counts |= run.shard_sizes(counts["examples"])
-    part = TrainPart(settings.data, source_fingerprint(settings.data_name), **counts)
+    part = TrainPart(settings.data, source, **counts)
     run.save(parts=(*run.parts, part))
     if part.dropped_rows:
         progress.say(f"dropped {part.dropped_rows} rows without text")

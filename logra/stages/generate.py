@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer
 from logra.quantise import FLOAT_DTYPES
-from logra.runtime.files import atomic, has_shape, read_lines, read_row, short_name
+from logra.runtime.files import atomic, has_shape, read_lines, read_row, row_id, short_name
 from logra.runtime.progress import bar, say
 from logra.runtime.settings import Sampling
 
@@ -96,17 +96,19 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         raise ValueError(f"expected a file of prompts in {path}, got none; give --prompts FILE")
     prompts = []
     for number, line in enumerate(read_lines(path)):
-        row = {"prompt": line}
+        row, prompt_id = {"prompt": line}, str(number)
         if path.suffix == ".jsonl":
             try:
                 row = read_row(line)
+                prompt_id = row_id(row, number)
             except ValueError:
                 row = {}
         if not has_shape(row, {"prompt": lambda value: isinstance(value, str) and value.strip()}):
             raise ValueError(
-                f"expected an object with a text `prompt` in row {number + 1} of {path}, got {line[:60]!r}; change it"
+                "expected an object with a text `prompt`, and no id but a text or a number, in row "
+                f"{number + 1} of {path}, got {line[:60]!r}; change it"
             )
-        prompts.append((str(row.get("id", number)), row["prompt"]))
+        prompts.append((prompt_id, row["prompt"]))
     if not prompts:
         raise ValueError(f"expected prompts in {path}, got none; write one per line")
     if len(dict(prompts)) < len(prompts):

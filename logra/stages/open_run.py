@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs import model
+from logra.inputs.documents import source_contents
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 from logra.run_dir import RunDir
 from logra.runtime import files, processes
@@ -40,6 +41,8 @@ def find_folder(flags: RunFlags, must_exist: bool) -> Path:
     If it must exist and does not, the run may have been started with a Hessian that has the other basis.
     """
     settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")  # refuses contradictions
+    if "::" in (flags.log_dir or ""):  # datasets writes train/, and takes it for an address
+        raise ValueError(f"expected --log_dir without '::', got {flags.log_dir}; choose another name")
     if flags.log_dir:
         return Path(flags.log_dir)
     folder = Path("logs") / run_name(settings)
@@ -71,13 +74,52 @@ def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
         return None
     for name, value in flags.user_flags.items():
         saved = getattr(run.settings, name)
-        same = saved == value or (name in ("model_name", "data_name") and files.same_name(saved, value))
-        if not same and not (flags.extend and name in DATA_FIELDS):
+        is_source = name in ("model_name", "data_name")
+        if saved == value or (is_source and files.same_name(saved, value)) or (flags.extend and name in DATA_FIELDS):
+            continue
+        if is_source and _same_content(run, name, value):
+            run = _renamed(run, name, value)
+        else:
             raise ValueError(
                 f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
                 "run's value or another --log_dir, or start again with extract_log.py --overwrite"
             )
     return run
+
+
+def _same_content(run: RunDir, name: str, value: str) -> bool:
+    """Return whether a model or data set under another name has the files of the run's, and say so."""
+    settings = run.settings
+    if name == "model_name":
+        known, found = run.record.model_files, model.source_contents(value)
+    else:
+        known, found = run.parts[0].source, source_contents(value, settings.data_config, settings.data_split)
+    same = isinstance(known, dict) and found is not None and files.changed_file(known, found) is None
+    if same:
+        say(f"--{name} {value}: the same files as {getattr(settings, name)}")
+    return same
+
+
+def _renamed(run: RunDir, name: str, value: str) -> RunDir:
+    """Return the run with another name of its model or data set."""
+    record = run.record
+    if name == "model_name":
+        return RunDir(run.folder, replace(record, settings=replace(record.settings, model_name=value)))
+    first, *others = record.parts
+    parts = (replace(first, settings=replace(first.settings, data_name=value)), *others)
+    return RunDir(run.folder, replace(record, settings=replace(record.settings, data_name=value), parts=parts))
+
+
+@processes.on_rank_0
+def check_model_files(run: RunDir) -> None:
+    """Raise a ValueError if the files of a run's local model have changed. A model that is gone raises elsewhere."""
+    name, known = run.settings.model_name, run.record.model_files
+    found = model.source_contents(name) if known else None
+    if found and (change := files.changed_file(known, found)):
+        raise ValueError(
+            f"expected the model {name} as it was when {run.folder} was started, got other files ({change}); restore "
+            "them, use another --log_dir, or start again with extract_log.py --overwrite"
+        )
 
 
 def _check_new_folder(folder: Path, must_exist: bool) -> None:

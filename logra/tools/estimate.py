@@ -68,7 +68,9 @@ def estimate(
         run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
         weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
         batch_bytes = graph_bytes(lm, run.projected, batch_tokens, settings.block_size)
-    documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
+    documents = load_documents(
+        settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
+    )
     size, sample = data_size(documents, tokenizer, settings)
     run, on_gpu = with_examples(run, size.examples), processes.state().device.type == "cuda"
     say_layers(run)

@@ -17,7 +17,7 @@ from logra.run_dir import RunDir
 from logra.runtime.progress import bar
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, QuerySettings
 from logra.stages.gradients import Extractor
-from logra.stages.open_run import load_model
+from logra.stages.open_run import check_model_files, load_model
 from logra.stages.score import Scorer, ScoreTask, block_name
 from logra.stages.score_files import ScoreRecord, SelfInfluence
 
@@ -48,6 +48,7 @@ class TokenSplitter:
         execution = Execution(CPU_BATCH_TOKENS, trust_remote_code=trust_remote_code)
         self.lm, self.tokenizer, described = load_model(run.settings, execution)
         run.check_model(described)
+        check_model_files(run)
         self.grouped = scores.group_by is not None
         query_settings = QuerySettings(
             scores.split, scores.query_loss, None if self.grouped else scores.num_queries, scores.group_by

@@ -53,7 +53,9 @@ def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir
     projections = projection.draw(shapes, projected, settings.seed)
     say_untracked(lm, shapes)
 
-    documents = load_documents(settings.data_name, settings.data_config, settings.data_split, cache_dir)
+    documents = load_documents(
+        settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
+    )
     rows = examples_in_memory(documents, tokenizer, replace(settings, max_examples=examples))[:]
     token_ids = rows["input_ids"]
     counted = rows.get("counted") or [[True] * len(ids) for ids in token_ids]

@@ -1,11 +1,22 @@
 """Every kind of data source."""
 
-import datasets
-import pytest
-from conftest import WORDS, write_jsonl
-from datasets import Dataset
+import datetime
+import json
+import os
+import shutil
+from pathlib import Path
 
-from logra.inputs.documents import load_documents, source_fingerprint
+import datasets
+import pyarrow as pa
+import pytest
+from conftest import write_jsonl
+from datasets import Dataset
+from pyarrow import parquet
+
+from logra.inputs import data_files
+from logra.inputs.data_files import values_of
+from logra.inputs.documents import load_documents
+from logra.runtime import progress
 
 
 def test_every_kind_of_source(tmp_path, monkeypatch):
@@ -37,10 +48,185 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
     assert {"with", "try"} <= set(short["id"]) < set(whole["id"])
 
 
-def test_source_fingerprint(tmp_path):
-    """It changes with a file's content, and is None for a Hub name."""
-    path = tmp_path / "a.txt"
-    path.write_text(" ".join(WORDS))
-    one = source_fingerprint(str(path))
-    path.write_text(" ".join(WORDS[::-1]))
-    assert one != source_fingerprint(str(path)) and source_fingerprint("pydoc") is None
+def load(path, split="train", config=None, cache="cache"):
+    """Return (id, text) of each row of a local path, as the examples would have them."""
+    rows = load_documents(str(path), config, split, cache)
+    ids = rows["id"][:] if "id" in rows.column_names else [None] * len(rows)
+    return list(zip(map(str, ids), (text for (text,) in values_of(rows, ("text",))), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "left_out"),
+    [
+        (("web.jsonl", "train_times.jsonl", "notes.txt", "README.md"), "train_times.jsonl web.jsonl", "README.md, not"),
+        (("b.jsonl", "a.jsonl", "sub/c.jsonl"), "a.jsonl b.jsonl sub/c.jsonl", None),
+        (("a.jsonl", ".b.jsonl", ".cache/x.metadata", "__c.jsonl"), "__c.jsonl a.jsonl", ".b.jsonl\n"),
+        (("b.txt", "a.txt", "image.png"), "a.txt b.txt", "image.png"),
+        (("train.jsonl", "more.jsonl", "old.jsonl.gz"), "more.jsonl train.jsonl", "old.jsonl.gz"),
+        (("val_losses.jsonl", "test_cases.jsonl"), "test_cases.jsonl val_losses.jsonl", None),
+        (("train.jsonl", "test.jsonl", "validation.jsonl"), "train.jsonl", None),
+        (("train/b.jsonl", "train/a.jsonl", "test/c.jsonl"), "train/a.jsonl train/b.jsonl", None),
+        (("train-1.jsonl", "train-0.jsonl", "dev.jsonl"), "train-0.jsonl train-1.jsonl", None),
+        (
+            ("data/train-00000-of-00001.jsonl", "data/extra-00000-of-00001.jsonl"),
+            "data/train-00000-of-00001.jsonl",
+            None,
+        ),
+    ],
+)
+def test_every_data_file_of_a_folder(tmp_path, monkeypatch, capsys, names, read, left_out):
+    """All files are read, in the order of their names, unless all have the name of a split; others are named."""
+    monkeypatch.chdir(tmp_path)
+    progress.begin(quiet=False)
+    for name in names:
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}\n" if name.endswith("txt") else json.dumps({"text": name}) + "\n")
+    assert [text for _, text in load("folder")] == read.split()
+    out = capsys.readouterr().out
+    assert f"left out of folder, as no data files: {left_out}" in out if left_out else "left out" not in out
+
+
+def test_folders_that_are_refused(tmp_path, monkeypatch):
+    """A folder where only some files have the name of a split, without data files, or with other columns in one."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "folder"
+    write_jsonl(folder / "test.jsonl", [{"text": "a"}])
+    write_jsonl(folder / "web.jsonl", [{"text": "b", "id": "x"}])
+    with pytest.raises(ValueError, match=r"test\.jsonl has the name of a split and web\.jsonl has not"):
+        load(folder)
+    (folder / "test.jsonl").rename(folder / "a.jsonl")
+    with pytest.raises(ValueError, match=r"web\.jsonl has the columns text, id, and a\.jsonl uses text"):
+        load(folder)
+    for name in ("a.jsonl", "web.jsonl"):
+        (folder / name).rename(folder / f"{name}.csv")
+    with pytest.raises(ValueError, match="no file that ends with one of"):
+        load(folder)
+
+
+def test_kinds_in_one_folder(tmp_path, monkeypatch):
+    """Files of rows of several kinds are read together, through links too; one may be empty."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "folder/b.jsonl", [{"id": "007", "text": "b"}])
+    Dataset.from_dict({"text": ["a"], "id": [2**63 - 1], "n": [1]}).to_parquet("folder/a.parquet")
+    (tmp_path / "folder/c.json").write_text('[{"id": 1.50, "text": "c"}]')
+    (tmp_path / "folder/d.jsonl").touch()
+    write_jsonl(tmp_path / "elsewhere/e.jsonl", [{"id": "e", "text": "e"}])
+    (tmp_path / "folder/link").symlink_to("../elsewhere")
+    (tmp_path / "folder/link/loop").symlink_to("../folder")
+    rows = [("9223372036854775807", "a"), ("007", "b"), ("1.50", "c"), ("e", "e")]
+    assert load("folder") == rows
+
+
+CARD = "---\nconfigs:\n- config_name: one\n  data_files:\n  - split: train\n    path: web*.jsonl\n---\n"
+
+
+@pytest.mark.parametrize("name", ["d[1]", "a*b", "x::y", "a b", "h#1", "p%20", "é長", "a?b", "file:"])
+def test_paths_are_literal(tmp_path, monkeypatch, name):
+    """Of files, folders, folders whose README.md names the files, and folders that datasets saved."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / name / f"{name}.jsonl", [{"text": "the river"}])
+    write_jsonl(tmp_path / "d1/d1.jsonl", [{"text": "another"}])  # d[1] as a pattern
+    write_jsonl(tmp_path / name / "hub" / "web1.jsonl", [{"text": "the mill"}])
+    (tmp_path / name / "hub/README.md").write_text(CARD)
+    write_jsonl(tmp_path / name / "hub/other.jsonl", [{"text": "another"}])
+    assert load(f"{name}/{name}.jsonl") == load(tmp_path / name / f"{name}.jsonl") == [("None", "the river")]
+    assert load(f"{name}/hub") == load(f"{name}/hub", config="one") == [("None", "the mill")]
+    Dataset.from_dict({"text": ["a dog"]}).save_to_disk("saved")
+    shutil.move("saved", f"{name}/saved")
+    assert load(f"{name}/saved") == [("None", "a dog")]
+    shutil.rmtree(f"{name}/hub")
+    shutil.rmtree(f"{name}/saved")
+    assert load(name) == [("None", "the river")]
+
+
+IDS = ["18446744073709551615", "18446744073709551614", "1.0", "1e5", "0.10", '"007"', '"1"', '"2020-01-01"', '"1e3"']
+
+
+@pytest.mark.parametrize("name", ["ids.jsonl", "ids.json"])
+@pytest.mark.parametrize("ids", [IDS, IDS[:2], IDS[5:6], IDS[7:8], IDS[2:5]], ids=" ".join)
+def test_ids_are_text(tmp_path, monkeypatch, name, ids):
+    """As the file has them, whatever types they or the others look like."""
+    monkeypatch.chdir(tmp_path)
+    rows = [f'{{"id": {value}, "text": "t"}}' for value in ids]
+    (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{', '.join(rows)}]")
+    assert load(name) == [(value.strip('"'), "t") for value in ids]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[1.5, 2.0], [datetime.date(2020, 1, 1)], [True], [b"x"], [[1]], [datetime.datetime(2020, 1, 1)]],
+    ids=lambda ids: type(ids[0]).__name__,
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_ids_that_are_refused(tmp_path, monkeypatch, ids, saved):
+    """Whatever has no exact text, in a .parquet file or a folder that datasets saved."""
+    monkeypatch.chdir(tmp_path)
+    table = Dataset.from_dict({"id": ids, "text": ["t"] * len(ids)})
+    table.save_to_disk("data") if saved else table.to_parquet("data.parquet")
+    with pytest.raises(ValueError, match=r"ids? (of the|have the) type"):
+        load("data" if saved else "data.parquet")
+
+
+def test_ids_of_a_csv(tmp_path, monkeypatch):
+    """The Hub's CSV files are read by datasets, which takes 007 for 7."""
+    Path(tmp_path, "ids.csv").write_text("id,text\n007,a\n")
+    csv = Dataset.from_csv(str(tmp_path / "ids.csv"), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: csv)
+    with pytest.raises(ValueError, match="ids have the type int64"):
+        load("someone/ids")
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    """Is refused, and no copy of it stays."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "the river"}])
+
+    def write_late(*arguments, write=data_files._write):
+        write(*arguments)
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "the mill"}])
+
+    monkeypatch.setattr(data_files, "_write", write_late)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        load("a.jsonl")
+    assert not list(tmp_path.rglob("*.arrow*"))
+
+
+def test_a_parquet_file_of_whole_numbers(tmp_path, monkeypatch):
+    """Up to 64 bits without a sign."""
+    monkeypatch.chdir(tmp_path)
+    table = pa.table({"id": pa.array([2**64 - 1, 2**64 - 2], pa.uint64()), "text": ["a", "b"]})
+    parquet.write_table(table, "ids.parquet")
+    assert load("ids.parquet") == [(str(2**64 - 1), "a"), (str(2**64 - 2), "b")]
+
+
+def test_other_content_of_the_same_name_size_and_time(tmp_path, monkeypatch):
+    """It is read; rows of the content before are not used. In files and in folders."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "folder/train.jsonl"):
+        path = write_jsonl(tmp_path / name, [{"text": "the river"}])
+        modified = path.stat().st_mtime_ns
+        assert load(name.split("/")[0]) == [("None", "the river")]
+        write_jsonl(path, [{"text": "the miller"[:9]}])
+        os.utime(path, ns=(modified, modified))
+        assert load(name.split("/")[0]) == [("None", "the mille")]
+
+
+def test_a_key_that_stands_twice(tmp_path, monkeypatch):
+    """Is refused: which of the values is meant?"""
+    monkeypatch.chdir(tmp_path)
+    Path("twice.jsonl").write_text('{"text": "a"}\n{"text": "a", "text": "b"}\n')
+    with pytest.raises(ValueError, match=r"line 2 of twice\.jsonl.*key twice"):
+        load("twice.jsonl")
+
+
+def test_large_files_are_read_in_parts(tmp_path, monkeypatch):
+    """No more than a thousand rows are in memory at once, of whatever kind of file; the copy is in parts too."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": str(i), "text": f"text {i}"} for i in range(2500)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    Dataset.from_list(rows).to_parquet("rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        documents = load_documents(name, None, "train", "cache")
+        assert documents.data.num_rows == 2500 and documents.data["text"].num_chunks == 3
+        assert load(name) == [(row["id"], row["text"]) for row in rows]

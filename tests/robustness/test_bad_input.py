@@ -95,7 +95,7 @@ def test_a_run_is_not_mixed_with_another(cli, base, tiny):
     shutil.copytree("log", "copy")
     next(Path("copy/gradients").glob("*.json")).unlink()
     write_jsonl(Path("docs.jsonl"), [{"text": "other"}])
-    refused(cli("extract_log", *base[:5], "copy"), "docs.jsonl", "other files")
+    refused(cli("extract_log", *base[:5], "copy"), "docs.jsonl", "other content", "--overwrite")
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("important")
     refused(cli("extract_log", *base[:5], "mine"), "mine")
@@ -109,7 +109,9 @@ def test_a_changed_model_is_refused(cli, base, tiny):
     flags = ("--model_name", "model", *base[2:])
     assert cli("extract_log", *flags)[0] == 0
     poison_model(tiny / "llama", Path("model"), "q")
-    refused(cli("compute_influence", "--log_dir", "log", "--split", "queries.jsonl"), "model", "run.json")
+    refused(
+        cli("compute_influence", "--log_dir", "log", "--split", "queries.jsonl"), "model.safetensors has other content"
+    )
 
 
 def test_missing_stages_name_the_command(cli, base):

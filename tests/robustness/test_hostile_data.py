@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_texts, make_tokenizer, write_jsonl
+from conftest import edit_json, make_texts, make_tokenizer, write_jsonl
 from helpers import refused
 from tokenizers import Tokenizer
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -84,7 +84,7 @@ def test_documents_without_a_loss(cli, tiny, workspace, kind):
     ("name", "content", "words"),
     [
         ("empty.jsonl", b"", ("empty.jsonl", "nothing")),
-        ("empty.json", b"[]", ("empty.json", "no data")),
+        ("empty.json", b"[]", ("empty.json", "nothing")),
         ("empty.txt", b"", ("empty.txt",)),
         ("bytes.jsonl", b'{"text": "the \xff\xfe river"}\n', ("UTF-8", "the \\xff")),
         ("bytes.txt", b"the \xff\xfe river\n", ("bytes.txt", "0xff")),
@@ -206,8 +206,14 @@ def test_another_tokenizer_is_refused(cli, tiny, workspace):
     flags = ("--model_name", model, "--data_name", "docs.jsonl", "--log_dir", "log", "--rank", 4)
     assert cli("extract_log", *flags, "--shard_examples", 2)[0] == 0
     set_tokenizer(tiny, lambda content: content["model"].update(merges=content["model"]["merges"][:10]))
-    refused(cli("compute_influence", "--log_dir", "log", "--split", "queries.jsonl"), "tokenizer", "run.json")
+    refused(
+        cli("compute_influence", "--log_dir", "log", "--split", "queries.jsonl"), "tokenizer.json has other content"
+    )
     Path("log/gradients/00001.json").unlink()
+    refused(cli("extract_log", *flags), "tokenizer.json has other content")
+    edit_json(
+        Path("log/run.json"), lambda content: content.pop("model_files")
+    )  # as a run of an older version, or a Hub model's
     refused(cli("extract_log", *flags), "tokenizer", "run.json")
 
 

@@ -151,7 +151,7 @@ def test_extend_refuses(cli, tiny, workspace):
     rows = [json.loads(line) for line in open("docs.jsonl")]
     write_jsonl(Path("copy.jsonl"), rows)
     status, _, err = cli("extract_log", *flags, "--data_name", "copy.jsonl", "--extend")
-    assert status == 2 and "doc0" in err and not Path("log/train-00001").exists()
+    assert status == 2 and "a copy of docs.jsonl" in err and not Path("log/train-00001").exists()
     write_jsonl(Path("docs.jsonl"), [*rows, {"id": "new", "text": "the river"}])
     status, _, err = cli("extract_log", *flags, "--data_name", "docs.jsonl", "--extend")
     assert status == 2 and "a file of their own" in err
