@@ -45,10 +45,10 @@ class TokenSplitter:
 
     def __init__(self, run: RunDir, scores: ScoreRecord, trust_remote_code: bool):
         self.run, self.mode = run, scores.mode
+        check_model_files(run)
         execution = Execution(CPU_BATCH_TOKENS, trust_remote_code=trust_remote_code)
         self.lm, self.tokenizer, described = load_model(run.settings, execution)
         run.check_model(described)
-        check_model_files(run)
         self.grouped = scores.group_by is not None
         query_settings = QuerySettings(
             scores.split, scores.query_loss, None if self.grouped else scores.num_queries, scores.group_by
