@@ -6,7 +6,7 @@ Notation: k = r_out * r_in coordinates of a layer, q a preconditioned query, z a
 """
 
 import math
-import random
+import secrets
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -44,9 +44,9 @@ def recomputed(scorer: Scorer, files: list[ScoreFile], first_query: int, queries
         queries: Number of the pass's queries.
     """
     for _ in range(PAIRS if scorer.stored_queries and scorer.own_shards else 0):
-        damping, query = random.randrange(len(files)), random.randrange(queries)
-        ids = scorer.run.shards[random.choice(scorer.own_shards)]
-        example = random.choice(files[damping].kept_examples(first_query, query, ids))
+        damping, query = secrets.randbelow(len(files)), secrets.randbelow(queries)
+        ids = scorer.run.shards[secrets.choice(scorer.own_shards)]
+        example = secrets.choice(files[damping].kept_examples(first_query, query, ids))
         dot, variance = _dot(scorer, damping * queries + query, example)
         yield CheckedPair(damping, first_query + query, example, dot, math.sqrt(variance))
 
