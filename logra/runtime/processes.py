@@ -23,6 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 # The longest wait of a rank for another one: rank 0 tokenises alone, and a faster rank waits for the slowest.
 TIMEOUT = timedelta(hours=24)
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 8}  # seconds, seconds, attempts: five minutes
 GOODBYE = b"."  # what a rank sends before it ends without an error
 _connections: list[socket.socket] = []  # rank 0: to all others; the others: to rank 0
 
@@ -139,6 +140,9 @@ def end_with_others() -> None:
     def watch(connection: socket.socket) -> None:
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # also notices a machine without power
+        for option, value in KEEP_ALIVE.items():
+            if hasattr(socket, option):  # Linux
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         try:
             message = connection.recv(1)
         except OSError:

@@ -91,6 +91,7 @@ def test_documents_without_a_loss(cli, tiny, workspace, kind):
         ("bytes.json", b'[{"text": "the \xff\xfe river"}]', ("bytes.json", "UTF-8")),
         ("nul.jsonl", b'{"text": "the \0 river"}\n', ("nul.jsonl", "JSON")),
         ("half.jsonl", b'{"text": "the \\ud800 river"}\n', ("half.jsonl", "surrogate")),
+        ("half.json", b'[{"text": "the \\ud800 river"}]\n', ("half.json", "surrogate")),
         ("half.jsonl", b'{"id": "\\udc00", "text": "the river"}\n', ("half.jsonl", "surrogate")),
         ("numbers.jsonl", b"1\n2\n", ("numbers.jsonl",)),
         (
