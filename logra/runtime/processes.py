@@ -4,6 +4,7 @@ Only this module uses accelerate's processes. A rank is the number of a process.
 """
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ T = TypeVar("T")
 # The longest wait of a rank for another one: rank 0 tokenises alone, and a faster rank waits for the slowest.
 TIMEOUT = timedelta(hours=24)
 KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 8}  # seconds, seconds, attempts: five minutes
+CONNECT_SECONDS = 60
 GOODBYE = b"."  # what a rank sends before it ends without an error
 _connections: list[socket.socket] = []  # rank 0: to all others; the others: to rank 0
 
@@ -128,14 +130,7 @@ def end_with_others() -> None:
 
     Each rank keeps a connection to rank 0. The system closes a process's connections when it ends, in whatever way.
     """
-    if state().is_main_process:
-        with socket.create_server(("", 0)) as server:
-            broadcast_object_list([server.getsockname()[1]])
-            _connections.extend(server.accept()[0] for _ in range(state().num_processes - 1))
-    else:
-        port: list = [None]
-        broadcast_object_list(port)
-        _connections.append(socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=60))
+    _connect_to_rank_0()
 
     def watch(connection: socket.socket) -> None:
         connection.settimeout(None)
@@ -152,6 +147,34 @@ def end_with_others() -> None:
 
     for connection in _connections:
         threading.Thread(target=watch, args=(connection,), daemon=True).start()
+
+
+def _connect_to_rank_0() -> None:
+    """Connect rank 0 to all other ranks, which show that they are ranks by a token that rank 0 sends them.
+
+    Raises:
+        ValueError: Rank 0 can't be reached.
+    """
+    if state().is_main_process:
+        token = secrets.token_bytes(16)
+        with socket.create_server(("", 0), backlog=state().num_processes) as server:
+            server.settimeout(CONNECT_SECONDS)
+            broadcast_object_list([(server.getsockname()[1], token)])
+            while len(_connections) < state().num_processes - 1:
+                connection = server.accept()[0]
+                connection.settimeout(CONNECT_SECONDS)
+                if connection.recv(len(token)) == token:
+                    _connections.append(connection)
+        return
+    received: list = [None]
+    broadcast_object_list(received)
+    port, token = received[0]
+    host = os.environ["MASTER_ADDR"]
+    try:
+        _connections.append(socket.create_connection((host, port), timeout=CONNECT_SECONDS))
+    except OSError as error:
+        raise ValueError(f"expected rank 0 at {host}:{port}, got {error}; open this network to the machines") from error
+    _connections[0].sendall(token)
 
 
 def finish() -> None:

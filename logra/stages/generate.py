@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer
+from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, rope_boundaries
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.files import atomic, has_shape, read_lines, read_row, row_id, short_name
 from logra.runtime.progress import bar, say
@@ -147,8 +147,9 @@ def generate(
 ) -> list[list[list[int]]]:
     """Return token ids of responses, [prompts][num_return_sequences][tokens], each cut after its first end token.
 
-    Prompts are batched with left padding. Greedy output does not depend on the batch size. The model's own settings
-    of generation are removed from it.
+    Prompts are batched with left padding, or taken one by one where the longest text of a batch may change the others
+    (see rope_boundaries). Greedy output does not depend on the batch size. The model's own settings of generation are
+    removed from it.
 
     Raises:
         ValueError: A prompt is too long for the model, or has a token id that is not in its vocabulary.
@@ -157,9 +158,12 @@ def generate(
     config = generation_config(sampling, end_ids)
     model.generation_config = GenerationConfig()  # transformers takes from it what `config` leaves open
     per_prompt, pad, responses = sampling.num_return_sequences, config.pad_token_id, []
+    longest = max(map(len, prompt_ids)) + sampling.max_new_tokens
+    alone = any(longest > boundary for boundary in rope_boundaries(model.config))
+    batch_size = 1 if alone else sampling.batch_size
     set_seed(sampling.seed)
-    for start in bar(range(0, len(prompt_ids), sampling.batch_size), desc="generating", unit="batch"):
-        batch = prompt_ids[start : start + sampling.batch_size]
+    for start in bar(range(0, len(prompt_ids), batch_size), desc="generating", unit="batch"):
+        batch = prompt_ids[start : start + batch_size]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)

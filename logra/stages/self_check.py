@@ -20,6 +20,7 @@ from logra.stages.score_files import ScoreFile
 
 PAIRS = 3  # (query, example) pairs of each rank and pass
 TOLERANCE = 0.01  # in units of |q| |z| / sqrt(k), the size of a dot of independent q and z
+FLOAT32_TOLERANCE = 1e-5  # in units of |q| |z|: a long sum in float32
 
 
 class CheckedPair(NamedTuple):
@@ -64,7 +65,7 @@ def _dot(scorer: Scorer, row: int, example: int) -> tuple[float, float]:
                 z = unpack(z[None], file.read_row(f"{layer}.scale", position)[None], bits, len(q))[0]
             z = z.double()
             dot += (q @ z).item()
-            error = TOLERANCE * q.norm() * z.norm() / math.sqrt(len(q))
+            error = (TOLERANCE / math.sqrt(len(q)) + FLOAT32_TOLERANCE) * q.norm() * z.norm()
             if bits == 1:  # a CPU rounds queries to steps of at most max|q| / 127; six standard deviations
                 error += 6 / math.sqrt(12) / 127 * q.abs().max() * z.norm()
             variance += error.item() ** 2

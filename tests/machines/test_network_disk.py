@@ -71,9 +71,12 @@ def test_two_machines_on_a_network_disk(machines, tiny, tmp_path, cli, monkeypat
     """Gradients, Hessian and scores are those of one process, whatever each machine remembers of the disk."""
     model = tiny / "llama"
     texts = make_texts(40, seed=1)
+    generated = f"--model_name {model} --prompts prompts.txt --output queries.jsonl --max_new_tokens 8".split()
     for folder in (tmp_path, machines[0]):
+        monkeypatch.chdir(folder)
         write_jsonl(folder / "docs.jsonl", [{"id": f"doc{i}", "text": text} for i, text in enumerate(texts)])
-        write_jsonl(folder / "queries.jsonl", [{"text": text} for text in make_texts(3, seed=2)])
+        Path("prompts.txt").write_text("\n".join(make_texts(3, seed=2)))
+        assert cli("generate", *generated)[0] == 0
     flags = f"--model_name {model} --data_name docs.jsonl --rank 4 --shard_examples 3 --hessian ekfac --log_dir log"
     scored = f"{flags} --split queries.jsonl --mode cosine --layerwise"
     monkeypatch.chdir(tmp_path)
@@ -96,5 +99,5 @@ def test_two_machines_on_a_network_disk(machines, tiny, tmp_path, cli, monkeypat
     for name in ("scores.npy", "layer_scores.npy"):
         found = [np.load(next((folder / "log/scores").glob(f"*/{name}"))) for folder in (tmp_path, machines[0])]
         assert found[0].shape == found[1].shape and np.abs(found[0] - found[1]).max() < 1e-4 * np.abs(found[0]).max()
-    os.chdir(machines[1])
+    monkeypatch.chdir(machines[1])
     assert cli("analysis", "--log_dir", "log")[0] == 0

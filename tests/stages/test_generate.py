@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,13 @@ def test_generation_stops_at_both_ends(tiny):
     ends = end_token_ids(make_tokenizer(), AutoModelForCausalLM.from_pretrained(tiny / "llama"))
     assert ends == [2, 3]
     assert _until_end([5, 6, 3, 9, 2], set(ends)) == [5, 6, 3] and _until_end([5, 6], set(ends)) == [5, 6]
+
+
+def test_a_response_does_not_depend_on_its_batch(monkeypatch):
+    """Also where a model chooses its frequencies by the longest text of a batch, before or while it generates."""
+    model, greedy = make_model("longrope").eval(), partial(Sampling, max_new_tokens=9, temperature=0)
+    prompts = [[5, 6, 7], [*range(10, 28)], [8, 9, 10, 11, 12, 13]]
+    alone, together = (generate.generate(model, prompts, [2], greedy(batch_size=size)) for size in (1, 3))
+    assert alone == together
+    monkeypatch.setattr("logra.stages.generate.rope_boundaries", lambda config: [])
+    assert generate.generate(model, prompts, [2], greedy(batch_size=3)) != alone, "this model does choose so"
