@@ -39,14 +39,23 @@ def test_the_five_commands(tmp_path):
     assert again.returncode == 0 and "extracting" not in again.stderr, "a finished run is not computed again"
 
 
+def written_files() -> list[set[str]]:
+    """Return which files each of two ranks opened to write (see watch_writes/); assert that none has two writers."""
+    written = [{*Path(f"written.{rank}").read_text().splitlines()} for rank in (0, 1)]
+    assert not written[0] & written[1], "one writer a file"
+    return written
+
+
 @pytest.mark.parametrize("flags", [pytest.param("--hessian raw", marks=pytest.mark.slow), "--hessian ekfac"])
-def test_two_processes_give_what_one_gives(cli, tiny, workspace, flags):
+def test_two_processes_give_what_one_gives(cli, tiny, workspace, monkeypatch, flags):
     """The same gradients for every example, to 1e-5, each once; the same Hessian; also after half was lost."""
     flags += f" --model_name {tiny}/llama --data_name docs.jsonl --rank 4 --shard_examples 3 --batch_tokens 60"
     status, out, err = cli("extract_log", *flags.split(), "--log_dir", "log1")
     assert status == 0, err
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests/runtime/watch_writes")
     done = launch(2, workspace, f"{flags} --log_dir log2")
     assert done.returncode == 0, done.stderr
+    assert all(any("gradients" in name for name in names) for names in written_files())
     assert out.count("Next:") == done.stdout.count("Next:") == 1, "rank 0 alone prints"
     logs = [RunDir.load(workspace / f"log{n}") for n in (1, 2)]
     one, two = (stored_gradients(log) for log in logs)
@@ -100,18 +109,16 @@ def test_an_error_of_one_rank_is_said_too(tiny, workspace):
         pytest.param("ekfac", "none", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_score_as_one(cli, tiny, workspace, kind, stored):
+def test_two_processes_score_as_one(cli, tiny, workspace, monkeypatch, kind, stored):
     """Two processes that share queries, layers and shards write the scores of one, whole or their ends only."""
     flags = ("--model_name", tiny / "llama", "--data_name", "docs.jsonl", "--rank", 4, "--shard_examples", 3)
     assert cli("extract_log", *flags, "--log_dir", "log", "--hessian", kind, "--store_dtype", stored)[0] == 0
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests/runtime/watch_writes")
     query = "--log_dir log --split queries.jsonl --mode cosine --damping 0.1 1"
     begin = f"accelerate launch --num_processes 2 --num_machines 1 --multi_gpu {ROOT}/compute_influence.py {query}"
-    begin = f"PYTHONPATH={ROOT}/tests/runtime/watch_writes {begin}"
     done = start(f"{begin} --layerwise && {begin} --top_k_only 4", workspace)
     assert done.returncode == 0, done.stderr
-    written = [set(Path(f"written.{rank}").read_text().split("\n")) for rank in (0, 1)]
-    assert all(any("scores.npy" in name for name in names) for names in written)
-    assert not {name for name in written[0] & written[1] if name}, "one writer a file"
+    assert all(any("scores.npy" in name for name in names) for names in written_files())
     assert done.stdout.count("Next:") == 2
     folders = sorted(Path("log/scores").glob("*/scores.npy"))
     two = [np.load(path) for path in folders]
