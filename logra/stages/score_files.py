@@ -112,7 +112,8 @@ def create_matrix(path: Path, shape: tuple[int, ...]) -> np.memmap:
     Raises:
         OSError: The disk is too small. Without this check a memory-mapped write would crash.
     """
-    matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    create = partial(np.lib.format.open_memmap, path, mode="w+", dtype=np.float32, shape=shape)
+    matrix = files.retried(create)
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -269,7 +270,8 @@ class SelfInfluence:
     """
 
     def __init__(self, run: RunDir, kind: str, layers: list[str], dampings: list[Damping]):
-        hessian_entry = run.hessian_path(kind).with_suffix(".json").read_text() if kind != "none" else ""
+        manifest = run.hessian_path(kind).with_suffix(".json")
+        hessian_entry = files.retried(manifest.read_text) if kind != "none" else ""
         hessian_hash = xxhash.xxh3_64_hexdigest(hessian_entry.encode())
         self.key = {"hessian": hessian_hash, "examples": run.examples, "fingerprints": run.fingerprints}
         layers_hash = xxhash.xxh3_64_hexdigest(json.dumps(layers).encode())[:8]

@@ -15,7 +15,7 @@ from helpers import hessian_tensors, stored_gradients
 
 from logra.run_dir import RunDir
 
-REMEMBERED_SECONDS = 3
+REMEMBERED_SECONDS = 12
 
 
 @pytest.fixture
