@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     samples: list[np.ndarray] = []
     for folder in dict.fromkeys(args.scores):
         scores = load_scores(folder, args.testbed, len(queries), len(texts))
-        rows.append({"scores": str(folder), "bytes": gradient_bytes(folder.parents[1], len(texts))})
+        rows.append({"scores": str(folder), "bytes": gradient_bytes(run_of(folder), len(texts))})
         rows[-1]["lds"] = lds(scores, subsets, losses).tolist()
         samples.append(bootstrap_means(scores, subsets, losses))
     for row, sample in zip(rows, samples, strict=True):
@@ -171,6 +171,12 @@ def load_scores(folder: Path, testbed_folder: Path, queries: int, examples: int)
             f"expected scores {(queries, examples)} in {folder}, got {scores.shape}; score {testbed_folder}"
         )
     return scores
+
+
+def run_of(folder: Path) -> Path:
+    """Return the run whose stored gradients the scores in a folder, of the pipeline or a baseline, came from."""
+    path = folder / "gradients.json"
+    return Path(files.read_json(path, "run baselines.py again")["run"]) if path.exists() else folder.parents[1]
 
 
 def gradient_bytes(run: Path, examples: int) -> float:

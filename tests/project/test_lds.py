@@ -133,6 +133,8 @@ def test_a_testbed_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, a
     rows = json.loads(Path("results/bed.json").read_text())["rows"]
     assert len(rows) == 4 and all(len(row["lds"]) == 4 and abs(row["mean"]) <= 1 for row in rows)
     assert rows[0]["bytes"] > 16 * 2 * 4 and rows[0]["ratio"] == 1
+    sizes = {Path(row["scores"]).name: row["bytes"] for row in rows[1:]}
+    assert sizes == {"bm25": 0, "embedding": 0, "trak": rows[0]["bytes"]}, "TRAK reads the run's gradients"
     assert run_cli("lds_plot", "results") == 0
     assert {path.name for path in Path("results").iterdir()} >= {"lds.md", "lds_bytes.png", "lds_damping.png"}
     assert run_cli("lds", "bed", "bed/runs") == 2
