@@ -204,8 +204,9 @@ def lds(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarr
 def bootstrap_means(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """Return the mean LDS of each bootstrap sample, [BOOTSTRAP_SAMPLES]: subsets and queries drawn with replacement.
 
-    Both are samples: other subsets, with their models, would give other values for all queries at once. The draws
-    depend only on the sizes, so that two methods are compared on the same samples. Arguments as for lds.
+    Both are samples: other subsets, with their models, would give other values for all queries at once. The noise of
+    single losses is drawn twice, so that intervals are rather too wide than too narrow. The draws depend only on the
+    sizes, so that two methods are compared on the same samples. Arguments as for lds.
     """
     subset_counts, query_counts = (scored.bootstrap_counts(size, seed) for seed, size in enumerate(losses.shape))
     predicted = scores.astype(np.float64) @ subsets.T  # [Q, M]
