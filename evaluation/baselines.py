@@ -2,7 +2,8 @@
 
     python evaluation/baselines.py logs/lds/raw64 --split testbeds/gpt2/queries.jsonl --output testbeds/gpt2/baselines
 
-Writes <output>/{bm25,embedding,trak}/scores.npy [Q, N] float32 of Q queries and N train examples.
+Writes <output>/{bm25,embedding,trak}/scores.npy [Q, N] float32 of Q queries and N train examples, and for trak, which
+reads the run's stored gradients, gradients.json with the run's folder.
     bm25       Okapi BM25 (package bm25s) of lower-case words
     embedding  cosine of the mean last hidden states
     trak       q (G^T G + lambda I)^-1 z (1 - p): TRAK (arXiv 2303.14186) with one model. The stored gradients of all
@@ -68,6 +69,8 @@ def main(args: argparse.Namespace) -> None:
     for baseline in args.baselines:
         with files.atomic(args.output / baseline / "scores.npy") as path, open(path, "wb") as file:
             np.save(file, np.asarray(scores[baseline](), dtype=np.float32))
+        if baseline == "trak":  # its bytes, in the table of lds.py, are those of the gradients that it reads
+            files.write_json(args.output / baseline / "gradients.json", {"run": str(args.run)})
         print(args.output / baseline)
 
 

@@ -5,7 +5,9 @@
 
 Notation: N train texts, Q queries, M subsets. A subset is a random half of the texts, and a model is trained on each.
 The LDS of a query is Spearman's correlation over the subsets between the sum of the scores of a subset's texts and
-minus the query's loss under the subset's model. The testbed's folder holds
+minus the query's loss under the subset's model. Intervals resample the queries and the subsets. To judge a small
+difference between two methods, give one of them first: does the other's ratio to it differ from 1? The testbed's folder
+holds
 
     testbed.json                           its settings; later commands must agree with them
     model/, train.jsonl, queries.jsonl     the model trained on all N texts, and the texts, for the pipeline
@@ -46,7 +48,9 @@ def build_parser() -> Parser:
     group.add_argument("--architecture", choices=testbed.ARCHITECTURES, default="gpt2", help="(gpt2)")
     group.add_argument("--texts", default="pydoc", help="pydoc, or a data set as for --data_name (pydoc)")
     group.add_argument("--num_texts", type=positive_int, default=2000, help="train texts at most (2000)")
-    group.add_argument("--num_queries", type=positive_int, default=100, help="held-out texts (100)")
+    group.add_argument(
+        "--num_queries", type=positive_int, default=100, help="texts that are not like a train text (100)"
+    )
     group.add_argument("--num_subsets", type=positive_int, default=60, help="models trained on half of them (60)")
     group.add_argument("--num_layers", type=positive_int, default=3, help="of the model (3)")
     group.add_argument("--width", type=positive_int, default=128, help="of the model, a multiple of 8 (128)")
@@ -64,12 +68,14 @@ def main(args: argparse.Namespace) -> None:
     texts, queries = make_texts(args.testbed, settings)
     subsets, losses = train_subsets(args.testbed, settings, texts, queries)
     rows: list[dict[str, Any]] = []
+    samples: list[np.ndarray] = []
     for folder in dict.fromkeys(args.scores):
         scores = load_scores(folder, args.testbed, len(queries), len(texts))
-        rows.append({"scores": str(folder), "bytes": gradient_bytes(folder.parents[1], len(texts))})
+        rows.append({"scores": str(folder), "bytes": gradient_bytes(run_of(folder), len(texts))})
         rows[-1]["lds"] = lds(scores, subsets, losses).tolist()
-    for row in rows:
-        row |= describe(row["lds"], rows[0]["lds"])
+        samples.append(bootstrap_means(scores, subsets, losses))
+    for row, sample in zip(rows, samples, strict=True):
+        row |= describe(row["lds"], sample, rows[0]["lds"], samples[0])
         print(
             f"{row['mean']:.4f}  [{row['low']:.4f}, {row['high']:.4f}]  x{row['ratio']:.3f} "
             f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]  {row['bytes']:9,.0f} bytes  {row['scores']}"
@@ -82,7 +88,7 @@ def make_texts(folder: Path, settings: dict[str, Any]) -> tuple[list[str], list[
     """Return the train texts and the queries of a testbed; in a new one make them and the tokenizer.
 
     Raises:
-        ValueError: The data set has too few passages.
+        ValueError: The data set has too few passages, or too few that are not like a train text.
     """
     if not (folder / "testbed.json").exists():
         passages, num_queries = testbed.passages(settings["texts"]), settings["num_queries"]
@@ -92,10 +98,21 @@ def make_texts(folder: Path, settings: dict[str, Any]) -> tuple[list[str], list[
                 "--num_queries"
             )
         np.random.default_rng(settings["seed"]).shuffle(passages)
-        passages = passages[: num_queries + settings["num_texts"]]
-        tokenizer = testbed.make_tokenizer(passages[num_queries:], settings["vocabulary"])
+        spare = num_queries // 5  # for queries that are not held out
+        end = min(num_queries + settings["num_texts"], len(passages) - spare)
+        train, others = passages[num_queries:end], passages[:num_queries] + passages[end:]
+        tokenizer = testbed.make_tokenizer(train, settings["vocabulary"])
         tokenizer.save_pretrained(folder / "model")
-        rows = [{"id": str(i), "text": testbed.shorten(text, tokenizer)} for i, text in enumerate(passages)]
+        train, others = (
+            list(dict.fromkeys(testbed.shorten(text, tokenizer) for text in part)) for part in (train, others)
+        )
+        queries = testbed.held_out(others, train)[:num_queries]
+        if len(queries) < num_queries:
+            raise ValueError(
+                f"expected {num_queries} passages that share less than half of their 5-grams with each train text, "
+                f"got {len(queries)}; lower --num_queries or --num_texts"
+            )
+        rows = [{"id": str(i), "text": text} for i, text in enumerate(queries + train)]
         scored.write_rows(folder / "queries.jsonl", rows[:num_queries])
         scored.write_rows(folder / "train.jsonl", rows[num_queries:])
         files.write_json(folder / "testbed.json", settings)
@@ -156,6 +173,12 @@ def load_scores(folder: Path, testbed_folder: Path, queries: int, examples: int)
     return scores
 
 
+def run_of(folder: Path) -> Path:
+    """Return the run whose stored gradients the scores in a folder, of the pipeline or a baseline, came from."""
+    path = folder / "gradients.json"
+    return Path(files.read_json(path, "run baselines.py again")["run"]) if path.exists() else folder.parents[1]
+
+
 def gradient_bytes(run: Path, examples: int) -> float:
     """Return the stored bytes per example: of the files under gradients/, without the factor files."""
     paths = [path for path in (run / "gradients").glob("*") if ".factors" not in path.name]
@@ -178,15 +201,42 @@ def lds(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarr
     return (ranks(predicted) * ranks(-losses.T.astype(np.float64))).sum(axis=1)
 
 
-def describe(values: list[float], first: list[float]) -> dict[str, float]:
-    """Return the mean and its ratio to the mean of `first`, with 95% bootstrap intervals over the queries."""
-    values, first = np.array(values), np.array(first)
-    samples = scored.bootstrap_samples(len(values))
-    means = values[samples].mean(axis=1)
+def bootstrap_means(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Return the mean LDS of each bootstrap sample, [BOOTSTRAP_SAMPLES]: subsets and queries drawn with replacement.
+
+    Both are samples: other subsets, with their models, would give other values for all queries at once. The noise of
+    single losses is drawn twice, so that intervals are rather too wide than too narrow. The draws depend only on the
+    sizes, so that two methods are compared on the same samples. Arguments as for lds.
+    """
+    subset_counts, query_counts = (scored.bootstrap_counts(size, seed) for seed, size in enumerate(losses.shape))
+    predicted = scores.astype(np.float64) @ subsets.T  # [Q, M]
+    means = np.zeros(len(subset_counts))
+    for query, (x, y) in enumerate(zip(predicted, -losses.T, strict=True)):
+        a, b = (_centred_ranks(subset_counts, values) for values in (x, y))
+        product, of_a, of_b = ((subset_counts * part).sum(axis=1) for part in (a * b, a * a, b * b))
+        means += query_counts[:, query] * product / np.maximum(np.sqrt(of_a * of_b), 1e-30)
+    return means / losses.shape[1]
+
+
+def _centred_ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the ranks of values [M] in samples that hold each counts [B, M] times, [B, M]; equal values share one."""
+    below = (values[:, None] < values) + 0.5 * (values[:, None] == values)
+    return counts @ below - len(values) / 2  # the mean of a sample's ranks, counted from 0
+
+
+def describe(values: list[float], sample: np.ndarray, first: list[float], first_sample: np.ndarray) -> dict[str, float]:
+    """Return the mean LDS and its ratio to the first method's, with 95% intervals over subsets and queries.
+
+    Args:
+        values: LDS of each query, [Q].
+        sample: Its bootstrap_means.
+        first, first_sample: The same of the first method.
+    """
+    mean = np.mean(values)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio, ratios = values.mean() / first.mean(), means / first[samples].mean(axis=1)
-    (low, high), (ratio_low, ratio_high) = (np.nanpercentile(part, (2.5, 97.5)) for part in (means, ratios))
-    named = {"mean": values.mean(), "low": low, "high": high, "ratio": ratio}
+        ratio, ratios = mean / np.mean(first), sample / first_sample
+    (low, high), (ratio_low, ratio_high) = (np.nanpercentile(part, (2.5, 97.5)) for part in (sample, ratios))
+    named = {"mean": mean, "low": low, "high": high, "ratio": ratio}
     return {key: float(value) for key, value in (named | {"ratio_low": ratio_low, "ratio_high": ratio_high}).items()}
 
 

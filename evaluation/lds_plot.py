@@ -85,7 +85,7 @@ def table(name: str, found: list[dict]) -> str:
         row = method["rows"][method["default"]]
         best = max(method["rows"], key=lambda damping: method["rows"][damping]["mean"])
         shown = f"{best:g}: {method['rows'][best]['mean']:.3f}" if len(method["rows"]) > 1 else ""
-        size = "none" if method["uncompressed"] or not method["hessian"] else f"{row['bytes']:,.0f}"
+        size = "none" if method["uncompressed"] or not row["bytes"] else f"{row['bytes']:,.0f}"
         lines.append(
             f"| {method['hessian']} | {method['label']} | {method['mode']} | {size} | {row['mean']:.3f} "
             f"({row['low']:.3f} to {row['high']:.3f}) | {row['ratio']:.2f} ({row['ratio_low']:.2f} to "

@@ -2,7 +2,7 @@
 # Reproduces: the table of LDS in evaluation/results, and its two plots: every method on a small GPT-2 and a small Llama
 # Needs:      as scripts/test.sh, 8 GB of disk, 8 GB of memory
 # Takes:      about 80 minutes on 2 CPU cores, 55 of them to train on the halves of the texts; REDUCED=1: 3 minutes
-# Expect:     a table for each model: method, bytes per example and layer, LDS with its interval, ratio to raw's LDS
+# Expect:     a table for each model: method, bytes per example, LDS with its interval, ratio to raw's LDS
 # Checked:    2026-11-24, 2 CPU cores, Python 3.11, in parts; raw at dampings 1 and 3 only for rank 64
 #
 # Usage: bash evaluation/lds_table.sh [gpt2|llama ...]      REDUCED=1: two tiny testbeds, to check that it works

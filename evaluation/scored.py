@@ -79,6 +79,12 @@ def bootstrap_samples(queries: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, queries, (BOOTSTRAP_SAMPLES, queries))
 
 
+def bootstrap_counts(size: int, seed: int) -> np.ndarray:
+    """Return how often each bootstrap sample holds each of `size` members, [BOOTSTRAP_SAMPLES, size] float64."""
+    random = np.random.default_rng(seed)
+    return random.multinomial(size, np.full(size, 1 / size), BOOTSTRAP_SAMPLES).astype(np.float64)
+
+
 def interval(values: np.ndarray) -> str:
     """Return `mean [low, high]` of one value for each query, with the 95% bootstrap interval over the queries."""
     low, high = np.percentile(values[bootstrap_samples(len(values))].mean(axis=1), (2.5, 97.5))

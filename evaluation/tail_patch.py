@@ -58,9 +58,9 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for folder in args.scores:
         top, random, bottom = measure(folder, args).T
-        rows.append([str(folder), str(len(top)), top, random, bottom, top - random, top > random])
+        rows.append([str(folder), str(len(top)), top, random, bottom, top - random, top > 0, top > random])
     sets = [f"{name} {args.k}" for name in ("top", "random", "bottom")]
-    scored.print_table(["scores", "queries", *sets, "top - random", "top above random"], rows)
+    scored.print_table(["scores", "queries", *sets, "top - random", "top above 0", "top above random"], rows)
 
 
 def measure(folder: Path, args: argparse.Namespace) -> np.ndarray:

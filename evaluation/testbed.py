@@ -6,6 +6,7 @@ A model has the architecture of GPT-2 or Llama and starts from random weights.
 import multiprocessing
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,27 @@ def shorten(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
     while len(tokenizer(text)["input_ids"]) > MAX_PASSAGE_TOKENS:
         text = text.rsplit(" ", 1)[0] if " " in text else text[: len(text) // 2]
     return text
+
+
+def five_grams(text: str) -> set[tuple[str, ...]]:
+    """Return all runs of five words; of a shorter text, all its words."""
+    words = text.lower().split()
+    return {tuple(words[start : start + 5]) for start in range(max(1, len(words) - 4))}
+
+
+def held_out(texts: Sequence[str], train: Sequence[str]) -> list[str]:
+    """Return the texts that share less than half of their 5-grams with each train text."""
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for number, text in enumerate(train):
+        for gram in five_grams(text):
+            holders.setdefault(gram, []).append(number)
+    found = []
+    for text in texts:
+        grams = five_grams(text)
+        shared = Counter(number for gram in grams for number in holders.get(gram, ()))
+        if 2 * max(shared.values(), default=0) < len(grams):
+            found.append(text)
+    return found
 
 
 def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:

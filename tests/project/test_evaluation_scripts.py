@@ -115,16 +115,17 @@ def test_tail_patch(cli, workspace, tiny):
     status, out, _ = cli(*flags)
     every = json.loads(kept.read_text())["changes"]
     assert status == 0 and every[:2] == half and len(every) == 6
-    count, top, random, _, difference, share = table(out)[str(folder)]
+    count, top, random, _, difference, raised, share = table(out)[str(folder)]
     assert (
         count == 6
         and top > 0
         and difference > 0
         and share > 0.8
+        and raised > 0.8
         and top == pytest.approx(random + difference, abs=0.002)
     )
-    edit_json(kept, lambda content: content.update(changes=[[3, 2, 1]] * 6))
-    assert table(cli(*flags)[1])[str(folder)] == [6, 3, 2, 1, 1, 1], "nothing is measured again"
+    edit_json(kept, lambda content: content.update(changes=[[3, 2, 1]] * 3 + [[-1, -2, -3]] * 3))
+    assert table(cli(*flags)[1])[str(folder)] == [6, 1, 0, -1, 1, 0.5, 1], "nothing is measured again"
     status, _, error = cli("evaluation.tail_patch", folder, "--k", 21)
     assert status == 2 and len(error.splitlines()) == 1 and "expected --k of at most 20" in error
     write_jsonl(queries, docs[1:7])

@@ -8,7 +8,7 @@ from pathlib import Path
 import lds
 import numpy as np
 import pytest
-from conftest import ROOT, run_cli
+from conftest import ROOT, run_cli, write_jsonl
 
 SMALL = ("--num_texts", 24, "--num_queries", 4, "--num_subsets", 3, "--num_layers", 1, "--width", 16, "--epochs", 1)
 
@@ -39,9 +39,72 @@ def test_scores_that_explain_the_losses_have_an_lds_of_one():
     losses = -(subsets @ scores.T)
     assert lds.lds(scores, subsets, losses) == pytest.approx(np.ones(40))
     assert lds.lds(scores, subsets, -losses) == pytest.approx(-np.ones(40))
-    about = lds.describe(lds.lds(random.normal(size=(40, 60)), subsets, losses).tolist(), [1.0] * 40)
+    unrelated = random.normal(size=(40, 60))
+    values, samples = lds.lds(unrelated, subsets, losses).tolist(), lds.bootstrap_means(unrelated, subsets, losses)
+    about = lds.describe(values, samples, [1.0] * 40, np.ones(len(samples)))
     assert about["low"] < 0 < about["high"] and abs(about["mean"]) < 0.15
-    assert about["ratio"] == pytest.approx(about["mean"])
+    assert about["ratio"] == pytest.approx(about["mean"]) and about["ratio_low"] == pytest.approx(about["low"])
+
+
+def test_a_bootstrap_sample_is_the_lds_of_its_subsets_and_queries(monkeypatch):
+    """A sample's value is the mean LDS of the subsets and queries that it holds, repeated as often; ties included."""
+    monkeypatch.setattr(lds.scored, "BOOTSTRAP_SAMPLES", 30)
+    random = np.random.default_rng(2)
+    scores, subsets = random.integers(-2, 3, (5, 12)), random.random((9, 12)) < 0.5
+    losses = random.integers(0, 4, (9, 5)).astype(float)
+    of_subsets, of_queries = (lds.scored.bootstrap_counts(size, seed).astype(int) for seed, size in ((0, 9), (1, 5)))
+    rows, columns = (np.arange(size) for size in (9, 5))
+    expected = []
+    for subset_counts, query_counts in zip(of_subsets, of_queries, strict=True):
+        m, q = np.repeat(rows, subset_counts), np.repeat(columns, query_counts)
+        expected.append(lds.lds(scores[q], subsets[m], losses[m][:, q]).mean())
+    np.testing.assert_allclose(lds.bootstrap_means(scores, subsets, losses), expected, atol=1e-12)
+
+
+def synthetic(random: np.random.Generator, subsets: int, queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return scores, subsets and losses: what the scores predict, and noise.
+
+    As with trained models, some texts help all queries, and some noise of a model is the same for all of them. So
+    another draw of subsets moves the LDS of all queries together.
+    """
+    scores, halves = np.linspace(-1, 1, 40) + random.normal(size=(queries, 40)), random.random((subsets, 40)) < 0.5
+    noise = 3 * random.normal(size=(subsets, 1)) + random.normal(size=(subsets, queries))
+    return scores, halves, noise - halves @ scores.T
+
+
+def test_intervals_cover_the_truth(monkeypatch):
+    """95% intervals hold the LDS of many subsets and queries about that often; over queries alone, too seldom."""
+    monkeypatch.setattr(lds.scored, "BOOTSTRAP_SAMPLES", 300)
+    random = np.random.default_rng(3)
+    truth = lds.lds(*synthetic(random, 4000, 400)).mean()
+    covered, covered_by_queries, repeats = 0, 0, 200
+    for _ in range(repeats):
+        sample = synthetic(random, 30, 20)
+        values = lds.lds(*sample)
+        about = lds.describe(values.tolist(), lds.bootstrap_means(*sample), [1.0], np.ones(1))
+        low, high = np.percentile(values[lds.scored.bootstrap_samples(20)].mean(axis=1), (2.5, 97.5))
+        covered += about["low"] < truth < about["high"]
+        covered_by_queries += low < truth < high
+    assert 0.9 <= covered / repeats <= 0.99 and covered_by_queries / repeats < 0.8
+
+
+def test_queries_are_held_out(tmp_path):
+    """No query is a train text or shares half of its 5-grams with one; texts that shortening makes equal stay once."""
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice([*"abcdefghij"], 6)) for _ in range(2000)]
+    texts = [random.choice(words, 20).tolist() for _ in range(30)]
+    texts += [text[:12] + random.choice(words, 8).tolist() for text in texts[:10]]  # half of the 5-grams are another's
+    long = [random.choice(words, 30).tolist() for _ in range(10)]
+    texts += [[*text, end] for text in long for end in ("one", "two")]  # shortening makes two of them equal
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": " ".join(text)} for text in texts])
+    settings = {"texts": str(tmp_path / "texts.jsonl"), "num_texts": 40, "num_queries": 5, "seed": 0, "vocabulary": 300}
+    train, queries = lds.make_texts(tmp_path / "bed", settings)
+    assert len(queries) == 5 and 30 <= len(train) < 40 and len({*train, *queries}) == len(train) + 5
+    for query in queries:
+        grams = lds.testbed.five_grams(query)
+        assert not [text for text in train if 2 * len(grams & lds.testbed.five_grams(text)) >= len(grams)], query
+    with pytest.raises(ValueError, match="share less than half of their 5-grams"):
+        lds.make_texts(tmp_path / "other", settings | {"num_texts": 1000, "num_queries": 20})
 
 
 @pytest.mark.slow
@@ -70,6 +133,8 @@ def test_a_testbed_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys, a
     rows = json.loads(Path("results/bed.json").read_text())["rows"]
     assert len(rows) == 4 and all(len(row["lds"]) == 4 and abs(row["mean"]) <= 1 for row in rows)
     assert rows[0]["bytes"] > 16 * 2 * 4 and rows[0]["ratio"] == 1
+    sizes = {Path(row["scores"]).name: row["bytes"] for row in rows[1:]}
+    assert sizes == {"bm25": 0, "embedding": 0, "trak": rows[0]["bytes"]}, "TRAK reads the run's gradients"
     assert run_cli("lds_plot", "results") == 0
     assert {path.name for path in Path("results").iterdir()} >= {"lds.md", "lds_bytes.png", "lds_damping.png"}
     assert run_cli("lds", "bed", "bed/runs") == 2

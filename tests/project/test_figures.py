@@ -1,0 +1,338 @@
+"""Each number that README.md and docs/ take from a record is read from it, and compared.
+
+A figure is (page, its words there, where it comes from, formula). In these words `#` stands for a number and `~` for
+anything in a line; other numbers, such as the size of a run, stand literally. Where it comes from is a list of (record,
+its words there). The formula makes the page's numbers of the record's; without one they are the same. So a test fails
+when the page or the record changes alone. New text that cites a record needs an entry for each of its numbers.
+"""
+
+# ruff: noqa: E501 (a figure is one line)
+
+import re
+from decimal import Decimal
+
+import pytest
+from conftest import ROOT
+
+RECORDS = {
+    "lds": "evaluation/results/lds_epyc-2-cores_2026-11-24.md",
+    "fortunes": "evaluation/results/lds_fortunes_epyc-2-cores_2026-11-24.md",
+    "agreement": "evaluation/results/agreement_smollm2_epyc-2-cores_2026-11-24.md",
+    "planted": "evaluation/results/planted_epyc-2-cores_2026-11-24.md",
+    "tail": "evaluation/results/tail_patch_brittleness_epyc-2-cores_2026-11-25.md",
+    "variants": "evaluation/results/variants_2026-11-24.md",
+    "extraction": "benchmarks/results/extraction_epyc-2-cores_2026-11-24.md",
+    "faults": "benchmarks/results/faults_epyc-2-cores_2026-11-25.md",
+    "few_bits": "benchmarks/results/few_bits_epyc-2-cores_2026-11-24.md",
+    "hessian": "benchmarks/results/hessian_epyc-2-cores_2026-11-24.md",
+    "peers": "benchmarks/results/peers_epyc-2-cores_2026-11-24.md",
+    "scaling": "benchmarks/results/scaling_epyc-2-cores_2026-11-24.md",
+    "scoring": "benchmarks/results/scoring_epyc-2-cores_2026-11-24.md",
+    "soak": "benchmarks/results/soak_epyc-2-cores_2026-11-25.md",
+    "quickstart": "scripts/quickstart.sh",
+    "topics": "docs/results.md",
+}
+README, RESULTS = "README.md", "docs/results.md"
+PAGES = [README, "CONTRIBUTING.md", "benchmarks/README.md", "evaluation/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+NUMBER = r"(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e-?\d+)?)"
+TESTBEDS = ("lds#gpt2", "lds#llama", "fortunes#gpt2", "fortunes#llama")
+LAYERS = (6, 9, 6, 9)
+BEST, RAW = "| ekfac | rank 136, int1 (--preset best) | dot | ~ |", "| raw | rank 64, float32 | dot | ~ |"
+
+
+def everywhere(words: str) -> list[tuple[str, str]]:
+    """Return the words in each testbed's table."""
+    return [(testbed, words) for testbed in TESTBEDS]
+
+
+def bytes_and_lds(*numbers: float) -> list[float]:
+    """Return the bytes per example and layer without the files' headers, each once, and the LDS."""
+    sizes = [total / layers for total, layers in zip(numbers[::2], LAYERS, strict=True)]
+    return [*dict.fromkeys(size - size % 4 for size in sizes), *numbers[1::2]]
+
+
+def lds_rows() -> list[tuple]:
+    """Return the figures of the table of LDS in docs/results.md."""
+    plain = {
+        "uncompressed (`--lora none --store_dtype none`) | `ekfac` | none stored": "| ekfac | uncompressed | dot |",
+        "BM25 on the words | | ": "| | bm25 | |",
+        "cosine of hidden states | | ": "| | embedding | |",
+    }
+    sized = {
+        "unprojected signs (`--lora none --store_dtype int1`) | `ekfac` | #; #": "| ekfac | unprojected, int1 | dot",
+        "rank 128, float32 | `ekfac` | #": "| ekfac | rank 128, float32 | dot",
+        "**rank 136, signs (`--preset best`)** | `ekfac` | #": "| ekfac | rank 136, int1 (--preset best) | dot",
+        "rank 64, float32 | `ekfac` | #": "| ekfac | rank 64, float32 | dot",
+        "rank 64, int8 | `ekfac` | #": "| ekfac | rank 64, int8 | dot",
+        "rank 64, int4 | `ekfac` | #": "| ekfac | rank 64, int4 | dot",
+        "rank 64, signs | `ekfac` | #": "| ekfac | rank 64, int1 | dot",
+        "rank 64, float32 (`--preset paper`) | `raw` | #": "| raw | rank 64, float32 | dot",
+        "rank 64, dot of the gradients | `none` | #": "| none | rank 64, float32 | dot",
+        "TRAK-like, from the stored gradients of rank 64 | | #": "| | trak | ",
+    }
+    found = [
+        (RESULTS, f"| {page} | # | # | # | # |", everywhere(f"{row} none | #"), None) for page, row in plain.items()
+    ]
+    for page, row in sized.items():
+        numbers = "**#** | **#** | **#** | **#**" if page.startswith("**") else "# | # | # | #"
+        found.append((RESULTS, f"| {page} | {numbers} |", everywhere(f"{row} | # | #"), bytes_and_lds))
+    sources = [*everywhere("| raw | rank 64, float32 | dot | ~ | ~ | ~ | #: #"), ("lds", "default damping (raw #,")]
+    words = "| the same, best damping (#; #; #; # instead of #) | `raw` | 16,384 | # | # | # | # |"
+    return [*found, (RESULTS, words, sources, lambda *x: [*x[:8:2], x[8], *x[1:8:2]])]
+
+
+def readme_lds(model: str, texts: str, testbed: str) -> tuple:
+    """Return the figures of a row of README.md's table."""
+    words = f"| LDS, small {model}, {texts} | **#** | # (#) | uncompressed EK-FAC #, BM25 # |"
+    rows = (f"{BEST} #", f"{RAW} # (~) | ~ | ~: #", "| ekfac | uncompressed | dot | none | #", "| | bm25 | | none | #")
+    return README, words, [(testbed, row) for row in rows], None
+
+
+RATIOS = everywhere(f"{BEST} # (~) | # (# to #)")  # LDS, ratio and its interval
+RAW_BEST = everywhere(f"{RAW} ~ | ~ | ~: #")
+PLANTED = [
+    ("planted", f"| {row} | # (~) | # (~)")
+    for row in ("BM25", "raw, cosine", "raw, dot", "ekfac, cosine", "ekfac, dot")
+]
+RISE = [
+    ("tail", "texts (2000, of which 50 are left out), the first 10 queries"),
+    ("tail", "(ekfac, signs of rank 136, damping 0.2) | **# (# to #)**"),
+    ("tail", "| raw, rank 64, float32, damping 0.1 | # (# to #) | ~ | 10 of 10 |"),
+    ("tail", "| 50 random texts, mean of 4 draws | # (# to #)"),
+]
+AGREEMENT = [
+    ("agreement", "| `--preset best` (rank 136, signs) | 0.2 | **#** (~) | **#** (~) | # |"),
+    ("agreement", "| raw rank 64, float32 | 0.1 | # (~) | # (~) | # |"),
+    ("agreement", "| ekfac rank 64, float32 | 0.01 | # (~) | # (~) | # |"),
+]
+SPEEDS = [("few_bits", f"| {queries} | ~ | ~ | # |") for queries in (1, 10, 50, 100)]
+KRONFLUENCE = [("few_bits", "default batches, 1024 tokens and 8 shards, two runs before that: # and # against # and #")]
+KRONFLUENCE += [("few_bits", "nice) at work: ours # s, kronfluence # (CPU")]
+PEERS = [("peers", f"none {name} # tokens/s") for name in ("ours", "bergson", "logix")]
+MILLION = [("soak", "| 1,000,000 | #, # | #, # | #, # |")]
+
+
+def check(holds: bool) -> list[float]:
+    """Refuse words that the record does not bear out; they have no number."""
+    assert holds
+    return []
+
+
+def check_is(found: float, said: float, tolerance: float) -> list[float]:
+    """The same for a number that the page has in words or rounds: is it near the record's?"""
+    return check(abs(found - said) <= tolerance)
+
+
+def percent(*shares: float) -> list[float]:
+    """Return the first share, the least and the largest of the others, in percent."""
+    return [100 * share for share in (shares[0], min(shares[1:]), max(shares[1:]))]
+
+
+def default_batches(a: float, b: float, c: float, d: float, e: float, f: float) -> list[float]:
+    """Return the least and the largest share of kronfluence's time."""
+    return [min(a / c, b / d, e / f), max(a / c, b / d, e / f)]
+
+
+# fmt: off
+FIGURES: list[tuple] = [
+    *lds_rows(),
+    readme_lds("GPT-2", "Python's manual", "lds#gpt2"),
+    readme_lds("Llama", "Python's manual", "lds#llama"),
+    readme_lds("GPT-2", "fortunes", "fortunes#gpt2"),
+    readme_lds("Llama", "fortunes", "fortunes#llama"),
+    # README.md
+    (README, "rank 136, one bit per stored number) over `--preset paper` (the paper's setting: raw Hessian, rank 64, float32)", [], None),
+    (README, "It stores a seventh of the bytes", [AGREEMENT[1], AGREEMENT[0]], lambda *x: check_is(x[2] / x[5], 7, 0.1)),
+    (README, "no 4096 x 4096 matrix per layer", [], lambda: check_is(64 * 64, 4096, 0)),
+    (README, "up to 10 queries at least three times as fast (100 queries: as fast; 300: half as fast; measured with rank 128)", [*SPEEDS, ("few_bits", "300 queries 12,454 and 6,105, ratio #")], lambda one, ten, _, hundred, more: check_is(min(one, ten, 4), 3, 0.2) + check_is(hundred, 1, 0.02) + check_is(more, 0.5, 0.02)),
+    (README, "from 2 CPU cores (AMD EPYC) and small models, 2026-11-24 to 27", [("few_bits", "- More queries (2026-11-27, ")], None),
+    (README, "minus the query's loss under the half's model. 1 is perfect", [], None),
+    (README, "The LDS of `best` is #, #, # and # times that of `paper` at its default damping (#). It is #, #, # and # times", [*RATIOS, *RAW_BEST, ("lds", "default damping (raw #,")], lambda *x: [*x[1:16:4], x[20], *(best / raw for best, raw in zip(x[0:16:4], x[16:20], strict=True))]),
+    (README, "| bytes per example and layer, computed for layers wider than 136 | # | # |", [], lambda: [136 * 136 / 8 + 4, 64 * 64 * 4]),
+    (README, "without its top 50 texts, nats; small GPT-2, Python's manual, 10 queries | **#** | # | 50 random texts: # |", RISE, lambda *x: x[::3]),
+    (README, "on SmolLM2-135M, 24 queries, 120 examples: Spearman; top 10 | **#**; **#** | #; # | random order 0; # |", [*AGREEMENT[:2], ("agreement", "a random order has 0 and #."), ("agreement", "120 blocks"), ("agreement", "24 questions")], lambda *x: (x[0], x[1], x[3], x[4], x[6])),
+    (README, "| right topic among the first 10 (in first place), 24 questions, `cosine`, damping 0.1 | | | rank 64 in float32: `ekfac` # (#), `raw` # (#); random order # |", [("topics", "| `ekfac` | `cosine` | # | #"), ("topics", "| `raw` | `cosine` | # | #"), ("topics", "| random order | | #")], None),
+    (README, "signs of rank 128 against float32 of rank 64: 1; 10; 50; 100 queries | #; #; #; # times | 1 |", SPEEDS, None),
+    (README, "tokens/s | | | rank 64: this program #; two others, bergson #, LogIX # |", PEERS, None),
+    (README, "| quickstart, without installation | | | 4 min 40 s; when run again 31 s |", [("quickstart", "4 min 40 s")], None),
+    (README, "stages 2, 3, 4 (tiny model) | #, #, # s; # GB of memory", MILLION, lambda *x: (x[0], x[2], x[4], max(x[1::2]))),
+    (README, "BM25 had #% among the first 10, the influence scores #% to #%.", PLANTED, lambda *x: percent(*x[1::2])),
+    # docs/results.md: retraining
+    (RESULTS, "60 models (50 with fortunes), each trained on a random half of 2000 texts", [("lds", "60 models of random halves"), ("lds", "on 2000 passages"), ("fortunes", "with 50 halves instead of 60")], None),
+    (RESULTS, "The table shows the mean over 100 queries", [("lds", "100 other passages as queries")], None),
+    (RESULTS, "(80 minutes; `REDUCED=1` shows that it works in 3 minutes)", [], None),
+    (RESULTS, "- **Models**: 3 layers, width 128; MLP layers only; default damping (# for `raw`, # for `ekfac`, # for its signs; unprojected signs #)", [("lds", "default damping (raw #, ekfac and kfac #, int1 #; ~"), ("lds", "not scored at 0.2, are at #)"), ("lds", "GPT-2 (3 layers, width 128)")], None),
+    (RESULTS, "headers of files (less than 1%)", [], None),
+    (RESULTS, "The preset's are # where both sides of a layer are wider than 136: these layers have one side of 128", [], lambda: [136 * 136 / 8 + 4]),
+    (RESULTS, "passages of Python's manual (# tokens in the mean)", [("lds", "mean # tokens")], None),
+    (RESULTS, "the preset has # (# to #), # (# to #), # (# to #) and # (# to #) times the LDS of raw at raw's default damping, and #, #, # and # times", [*RATIOS, *RAW_BEST], lambda *x: [*(x[i] for i in range(16) if i % 4), *(best / raw for best, raw in zip(x[0:16:4], x[16:20], strict=True))]),
+    (RESULTS, "the 95% intervals of an LDS extend about # to each side", everywhere(f"{BEST} ~ (# to #)"), lambda *x: check(all(abs((high - low) / 2 - 0.035) < 0.004 for low, high in zip(x[::2], x[1::2], strict=True))) or [0.035]),
+    (RESULTS, "a standard error of # became #, a factor of about #.", [("lds", "standard error # becomes #"), ("lds", "factor of about #.")], None),
+    (RESULTS, "# of the manual's # queries share half or more of their 5-grams", [("lds", "# of the # share half or more of their 5-grams")], None),
+    (RESULTS, "at rank 16 and 32, raw is better than ekfac on GPT-2 with fortunes (the intervals overlap), and worse elsewhere", [(bed, f"| {kind} | rank {rank}, float32 | dot | ~ | #") for bed in TESTBEDS for rank in (16, 32) for kind in ("raw", "ekfac")], lambda *x: check([raw > ekfac for raw, ekfac in zip(x[::2], x[1::2], strict=True)] == [False] * 4 + [True] * 2 + [False] * 2)),
+    (
+        RESULTS,
+        "raw of rank 64 goes from # at # to # at # (GPT-2, manual), and so on Llama from # to #.",
+        [("lds", "From damping # over 0.1 to #, raw"), ("lds", "goes from # over ~ to # on GPT-2 and from # over ~ to # on Llama"), ("lds#gpt2", f"{RAW} ~ | ~ | #: #")],
+        lambda low, high, a, b, c, d, damping, lds: [*check(damping == high and lds == b), a, low, b, high, c, d],
+    ),
+    (RESULTS, "ten times its default costs #% to #% of the LDS", [("variants", f"| {row} | ~ / # / # |") for row in ("rank 64", "rank 128", "rank 153 ~", "rank 256", "all ~")], lambda *x: [100 * pick(1 - b / a for a, b in zip(x[::2], x[1::2], strict=True)) for pick in (min, max)]),
+    # docs/results.md: agreement, brittleness, tail patch
+    (RESULTS, "120 examples, 24 queries, default damping. A random order has a correlation of 0 and an overlap of #.", [("agreement", "a random order has 0 and #."), ("agreement", "120 blocks"), ("agreement", "24 questions")], None),
+    (RESULTS, "| `--preset best` | # | # | # |", AGREEMENT[:1], None),
+    (RESULTS, "| ekfac rank 64, float32 | # | # | # |", AGREEMENT[2:], None),
+    (RESULTS, "| raw rank 64, float32 (seven times the preset's bytes) | # | # | # |", AGREEMENT[1:2], None),
+    (RESULTS, "overlap of the 10 best", [], None),
+    (RESULTS, "without the 50 of 2000 texts with the highest scores for a query (10 queries, one training seed). The loss of the query rises by # nats (# to #) with the scores of `--preset best`, by # (# to #) with those of raw rank 64 at damping 0.1, and by # (# to #) without 50 random texts", RISE, None),
+    (RESULTS, "step on the top 5 examples helped SmolLM2's log-probability of each of 12 answers more than a step on 5 random ones", [("tail", f"| {kind} | ~ | # of 12 |") for kind in ("`none` (gradients)", "`raw`", "`ekfac`")], lambda *x: check(set(x) == {12})),
+    (RESULTS, "In the mean it rose by # to # nats; # of the # rose", [*(("tail", f"| {kind} | #") for kind in ("`ekfac`", "`raw`", "`none` (gradients)")), ("tail", "found # of #")], lambda a, b, c, rose, total: [min(a, b), c, rose, total]),
+    # docs/results.md: topic recall, which has no other record
+    (RESULTS, "does with cosine (# against # of 24 questions; Fisher's exact test, p = 0.008), but not with dot (# against #; p = 0.3)", [("topics", f"| `{kind}` | `{mode}` | # | #") for mode in ("cosine", "dot") for kind in ("ekfac", "raw")], lambda *x: [24 * share for share in x[1::2]]),
+    (README, "For #% of 24 questions, the right topic is among the ten", [("topics", "| `ekfac` | `cosine` | #")], lambda share: [100 * share]),
+    # docs/results.md: speed
+    (RESULTS, "| quickstart, with model conversion, without installation | 4 min 40 s |", [("quickstart", "4 min 40 s")], None),
+    (RESULTS, "| the same again | 31 s |", [], None),
+    (RESULTS, "predicted by a trial of 30 s; measured | 206 s; 227 s |", [], None),
+    (RESULTS, "| shading the tokens of 4 queries x 20 examples | 1 min 50 s |", [], None),
+    (RESULTS, "median of five pairs (lowest, highest) | # (#, #) |", [("extraction", "hoped for): #, the median of five pairs that were disturbed (# to #)")], None),
+    (RESULTS, "batches of 1024 tokens, shards of # MB | # GB |", [("peers", "none ours ~ MB stored # GB")], lambda peak: [16 * 90 * 4096 * 4 / 1e6, peak]),
+    (RESULTS, "shards of # MB, two of which are in memory | # GB (computed) |", [("peers", "none ours ~ MB stored # GB")], lambda peak: [268, peak - 0.024 + 2 * 0.268]),
+    (RESULTS, "| tokens/s, gradients only: this program, bergson 2.5.1, LogIX 0.1.1 | #, #, # |", PEERS, None),
+    (RESULTS, "fewer examples than k (see the record) | #, #, # |", [("peers", f"raw {name} # tokens/s") for name in ("ours", "bergson", "logix")], None),
+    (RESULTS, "| scoring 1, 10 queries: its bytes/s as a share of a plain read of the same files, in the page cache | #, # |", [("scoring", "plain read 17.9 GB/s, warm; 2.95 GB 1 queries ~ GB/s # of the read ~ 10 queries ~ GB/s # of the read")], None),
+    (RESULTS, "| scoring 100, 1000 queries: its FLOP/s as a share of the matrix product's peak | #, # |", [("scoring", f"{queries} queries {speed} GB/s ~ GFLOP/s # of the product's peak") for queries, speed in ((100, "2.50"), (1000, "0.30"))], None),
+    (
+        RESULTS,
+        "| scoring 10 queries: its time as a multiple of one query's; float32 of rank 64, signs of rank 128 | #, # |",
+        [("few_bits", "| 1 | # | # | ~ | | 10 | # | # |"), ("scoring", "0.79 of the read ~ peak # examples/s 10 queries ~ peak # examples/s")],
+        lambda a, b, c, d, one, ten: [*check_is(a / c, one / ten, 0.1), one / ten, b / d],
+    ),
+    (RESULTS, "signs of rank 128 against float32 of rank 64; 1, 10, 50, 100, 300 queries: ratio of examples/s (300: one thread, other sizes) | #, #, #, #, # |", [*SPEEDS, ("few_bits", "300 queries # and #, ratio #")], lambda *x: [*check_is(x[5] / x[4], x[6], 0.005), *x[:4], x[6]]),
+    (
+        RESULTS,
+        "against kronfluence 1.0.1: difference of the scores; share of its time, 2 threads, with batches as large as kronfluence's; with this program's default batches | #; #; # to # |",
+        [("few_bits", "Scores differ by # (relative"), ("few_bits", "ours 3.90, kronfluence 5.01: **#**"), *KRONFLUENCE],
+        lambda scores, share, *x: [scores, share, *default_batches(*x)],
+    ),
+    (RESULTS, "| a million short examples, tiny model: stages 2, 3, 4; peak memory | #, #, # s; # GB |", MILLION, lambda *x: (x[0], x[2], x[4], max(x[1::2]))),
+    (RESULTS, "| a store of # GB (5 million examples): scored for 3 queries; peak memory; files | # s; # GB; # |", [("soak", "| 5,000,000 | ~ | #, # | ~ | # | # |")], lambda s, gb, count, disk: [disk, s, gb, count]),
+    (RESULTS, "of a layer from 10,000 examples | #, #, # s |", [("hessian", "a layer's: raw # s ~ kfac # s ~ ekfac # s ~ ekfac, second pass")], None),
+    (RESULTS, "| speed of two processes of one thread each against one | # times |", [("scaling", "two processes are # times as fast as one ")], None),
+    (
+        RESULTS,
+        "| killed with SIGKILL at # random moments of # runs: scores after the restarts | those of an undisturbed run: # bit for bit, one to # |",
+        [("faults", "| # kills (~), and # after the last change"), ("faults", "| # runs, each ~: # with scores ~ one to #, which")],
+        lambda a, b, runs, same, error: [a + b, runs, same, error],
+    ),
+    (RESULTS, "| # random bits flipped in a run's files: results that changed silently | # |", [("faults", "| all | # | ~ | ~ | ~ | # | 0 |")], None),
+    # docs/results.md: targets, negative results
+    (RESULTS, "| 1.5 times bergson's speed, without a Hessian | #; the matrix products alone allow # |", [*PEERS[:2], ("peers", "set (see the record of extraction): # times")], lambda a, b, most: [a / b, most]),
+    (RESULTS, "| 3 times LogIX's speed, with a Hessian | # with `raw`, # with `kfac` |", [("peers", "with its Hessian: # with `raw`, # with `kfac`")], None),
+    (RESULTS, "| 10 queries at half the speed of a plain read | # |", [("scoring", "0.79 for 1, # for 10")], None),
+    (RESULTS, "| 1.5 times the LDS of raw on GPT-2 with fortunes | #; uncompressed EK-FAC has # |", [("fortunes#gpt2", f"{BEST} ~ | # ("), ("fortunes#gpt2", "| ekfac | uncompressed | dot | none | ~ | # (")], None),
+    (RESULTS, "| signs of rank 64 within 5% of float32, on Llama with fortunes | #% |", [("fortunes#llama", f"| ekfac | rank 64, {kind} | dot | ~ | #") for kind in ("int1", "float32")], lambda a, b: [100 * (1 - a / b)]),
+    (RESULTS, "default batches | # to # times its time |", KRONFLUENCE, lambda *x: default_batches(*x)),
+    (RESULTS, "40 facts with invented names were planted in 3 texts each, and a GPT-2 of 2 layers", [("planted", "40 invented facts in 3 wordings each"), ("planted", "a GPT-2 of 2 layers")], None),
+    (RESULTS, "BM25 had #% of a fact's texts among the first 10, the influence scores #% to #%.", PLANTED, lambda *x: percent(*x[1::2])),
+    (RESULTS, "Among the first 3 it was #% against #% to #%", PLANTED, lambda *x: percent(*x[::2])),
+    (RESULTS, "than `random` at rank 64 (# against #, # against #;", [(bed, f"| ekfac | rank 64, {kind} | dot | ~ | #") for bed in TESTBEDS[:2] for kind in ("pca, float32", "float32")], None),
+    (RESULTS, "# times as fast in the forward pass, after # s of compiling", [("extraction", "forward # times as fast"), ("extraction", "after # s of ")], None),
+    # other pages
+    ("docs/faq.md", "So 10 queries took # times as long as one (float32 of rank 64, 2 CPU cores,", [("scoring", "0.79 of the read ~ peak # examples/s 10 queries ~ peak # examples/s")], lambda one, ten: [one / ten]),
+    ("docs/faq.md", "with signs of rank 128 # times", [("few_bits", "| 1 | ~ | # | ~ | | 10 | ~ | # |")], lambda one, ten: [one / ten]),
+    ("docs/faq.md", "From about 1000 queries", [], None),
+    ("evaluation/README.md", "too narrow by a factor of about #", [("lds", "factor of about #."), ("fortunes", "factor of about #)")], None),
+    ("docs/paper.md", "drawn from N(0, 1/r)", [], None),
+    ("docs/many_gpus.md", "3.3 instead of 2.3 forward passes' time (computed from [0.44]", [("extraction", "hoped for): #, the median")], lambda share: check_is(1 / share, 2.3, 0.05)),
+    ("docs/many_gpus.md", "Tested with # kills at random moments and # flipped bits", [("faults", "| # kills (~), and # after the last change"), ("faults", "| all | # |")], lambda a, b, bits: [a + b, bits]),
+    ("docs/many_gpus.md", "Two processes of one thread each are # times as fast as one, on 2 cores", [("scaling", "two processes are # times as fast as one ")], None),
+]
+# fmt: on
+
+
+def pattern(words: str) -> re.Pattern:
+    """Return the regular expression of words with # and ~."""
+    parts = (re.escape(part).replace("\\#", NUMBER).replace("\\~", "[^\n]*?") for part in words.split())
+    return re.compile(r"\s+".join(parts))
+
+
+def find(text: str, words: str) -> re.Match:
+    """Return the one place of the words in a text."""
+    found = list(pattern(words).finditer(text))
+    assert len(found) == 1, f"expected once, found {len(found)} times: {words}"
+    return found[0]
+
+
+def number(text: str) -> float:
+    """Return a shown number, with thousands' commas."""
+    return float(text.replace(",", ""))
+
+
+def record_numbers(record: str, words: str) -> list[float]:
+    """Return the numbers at the words in a record, or in a section of it (record#section)."""
+    name, _, section = record.partition("#")
+    text = (ROOT / RECORDS[name]).read_text()
+    if section:
+        text = text.partition(f"### {section}\n")[2].partition("\n### ")[0]
+    return [number(group) for group in find(text, words).groups()]
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure[0]}: {figure[1][:60]}")
+def test_a_figure_is_its_records(figure):
+    """To the digits that the page shows."""
+    page, words, sources, formula = figure
+    shown = find((ROOT / page).read_text(), words).groups()
+    values = [value for source in sources for value in record_numbers(*source)]
+    values = list(formula(*values)) if formula else values[: len(shown)]
+    assert len(values) == len(shown)
+    for text, value in zip(shown, values, strict=True):
+        digit = Decimal(text.replace(",", "")).as_tuple().exponent
+        assert abs(number(text) - value) <= 0.5000001 * 10.0**digit, f"{page} has {text}, the record {value:g}"
+
+
+def blocks(text: str) -> list[tuple[int, int, str]]:
+    """Return (start, end, heading) of each paragraph, list item and row of a table."""
+    found, heading = [], ""
+    for match in re.finditer(r"^(?:#+ .*|\|.*|(?:- )?\S.*(?:\n(?![-|#]|$).+)*)$", text, re.MULTILINE):
+        if match[0].startswith("#"):
+            heading = match[0]
+        found.append((match.start(), match.end(), heading))
+    return found
+
+
+def cited_numbers(page: str) -> list[tuple[int, str]]:
+    """Return (place, number) of the numbers in what cites a record: a block, or the whole section in README and results."""
+    text = (ROOT / page).read_text()
+    cited = {b for b in blocks(text) if re.search(r"\]\([^)]*results/[^)]*\.md\)", text[b[0] : b[1]])}
+    if page in (README, RESULTS):
+        cited = {b for b in blocks(text) if b[2] in {heading for _, _, heading in cited}}
+    hidden = r"```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv [\d.]+|\d{4}-\d\d-\d\d"  # code, links, dates
+    plain = re.sub(hidden, lambda match: " " * len(match[0]), text, flags=re.DOTALL)
+    numbers = re.finditer(r"(?<![\w.-])(?:\d[\d,]*(?:\.\d+)*|\.\d+)(?!\w)", plain)
+    return [(m.start(), m[0]) for m in numbers if any(b[0] <= m.start() < b[1] for b in cited)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_number_that_cites_a_record_is_a_figure(page):
+    """In README.md and docs/results.md each number of a section that cites one; elsewhere of a paragraph or row."""
+    text = (ROOT / page).read_text()
+    spans = [find(text, words).span() for name, words, *_ in FIGURES if name == page]
+    lines = text.splitlines()
+    missing = [
+        f"{value}: {lines[text.count(chr(10), 0, place)]}"
+        for place, value in cited_numbers(page)
+        if not any(start <= place < end for start, end in spans)
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_each_record_is_read():
+    """A record that no figure is read from has been forgotten."""
+    read = {RECORDS[record.partition("#")[0]] for _, _, sources, _ in FIGURES for record, _ in sources}
+    found = {
+        str(p.relative_to(ROOT))
+        for folder in ("evaluation", "benchmarks")
+        for p in (ROOT / folder).glob("results/*.md")
+    }
+    assert found <= read
