@@ -86,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
         with files.atomic(folder / "report.html") as path:
             path.write_text(report.render(content, queries), "utf-8")
 
-    print_table(queries, combine)
+    by_sum, by_best = "Documents by the sum of their examples' scores", "Documents by their highest example"
+    print_table(queries, by_sum if combine == "sum" else "Packed examples" if run.settings.pack else by_best)
     for note, count in Counter(note for query in queries for side in sides for note in query["notes"][side]).items():
         progress.say(f"{note} ({count} of {len(queries)} queries)")
     if diagnosis:
@@ -125,10 +126,9 @@ def rank_queries(
     return queries
 
 
-def print_table(queries: list[dict], combine: str | None) -> None:
+def print_table(queries: list[dict], heading: str) -> None:
     """Print the first documents of each query."""
-    scores = {"sum": "the sum of their examples' scores", "max": "their highest example", None: "their highest example"}
-    progress.say(f"\nDocuments by {scores[combine]}:")
+    progress.say(f"\n{heading}:")
     for query in queries:
         progress.say(f"\n{' '.join(query['id'].split())}: {' '.join(query['prompt'].split())[:90]}")
         for row in query["table"]:

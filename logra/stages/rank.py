@@ -197,7 +197,8 @@ def query_text(query: dict) -> dict[str, str]:
         shown["words"] = "\n".join(turn["content"] for turn in query["messages"])
     elif files.has_shape(query.get("queries"), [{"id": str}]):  # see merge_group in logra/inputs/queries.py
         members = [query_text(member) for member in query["queries"]]
-        shown["group"] = f"mean of {len(members)} queries: {', '.join(member['id'] for member in members)}"
+        count = "1 query" if len(members) == 1 else f"{len(members)} queries"
+        shown["group"] = f"mean of {count}: {', '.join(member['id'] for member in members)}"
         shown["prompt"] = "\n".join(member["prompt"] + member["response"] for member in members)
         shown["words"] = "\n".join(member["words"] for member in members)
     return shown
@@ -259,7 +260,7 @@ def shortage(found: int, asked: int, total: int, on_top: int, unit: str) -> list
     reason = f"the run has {total} {unit}" + (f", of which {on_top} have the highest scores" if on_top else "")
     if found < min(asked, total - on_top):
         reason = "--top_k_only kept no more"
-    return [f"{'Lowest' if on_top else 'Highest'} scores: {found} of {asked}: {reason}"]
+    return [f"{'Lowest' if on_top else 'Highest'} scores: {found} instead of {asked}, since {reason}"]
 
 
 def document_names(row: dict[str, Any]) -> str:
