@@ -196,9 +196,9 @@ def query_text(query: dict) -> dict[str, str]:
         shown["prompt"] = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
         shown["words"] = "\n".join(turn["content"] for turn in query["messages"])
     elif files.has_shape(query.get("queries"), [{"id": str}]):  # see merge_group in logra/inputs/queries.py
-        members = [query_text(member) for member in query["queries"]]
+        members = [query_text(member | {"queries": None}) for member in query["queries"]]
         count = "1 query" if len(members) == 1 else f"{len(members)} queries"
-        shown["group"] = f"mean of {count}: {', '.join(member['id'] for member in members)}"
+        shown["group"] = f"mean gradient of {count}: {', '.join(member['id'] for member in members)}"
         shown["prompt"] = "\n".join(member["prompt"] + member["response"] for member in members)
         shown["words"] = "\n".join(member["words"] for member in members)
     return shown

@@ -165,7 +165,7 @@ def pieces(tokenizer, token_ids: list[int], shares: Tensor) -> list[tuple[str, f
 def add_shares(queries: list[dict], splitter: TokenSplitter, examples: Dataset) -> None:
     """Add to the report's queries the shares of tokens (`pieces`, see there) and of blocks of layers (`layers`).
 
-    A row of a document's sum gets no `layers`: the shares are those of the one example whose text is shown.
+    A row keeps the `layers` of --layerwise. A document's sum gets none: the shares are those of the example shown.
 
     Args:
         queries: `rows` of each is {"top": rows, "bottom": rows}. The queries and all rows get `pieces`, the rows of the
@@ -185,4 +185,4 @@ def add_shares(queries: list[dict], splitter: TokenSplitter, examples: Dataset) 
             query["pieces"] = pieces(splitter.tokenizer, ids, query_shares[number])
         for row in query["rows"]["top"]:
             if row["combine"] != "sum":
-                row["layers"] = pairs[number, row["example"]].blocks
+                row.setdefault("layers", pairs[number, row["example"]].blocks)

@@ -38,7 +38,7 @@ def test_a_group_is_the_texts_of_its_queries():
         {"id": "q2", "messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]},
     ]
     found = query_text({"id": "g", "queries": members, "tokens": 4})
-    assert found["words"] == "the old mill ran\nwhy\nso" and found["group"] == "mean of 2 queries: q1, q2"
+    assert found["words"] == "the old mill ran\nwhy\nso" and found["group"] == "mean gradient of 2 queries: q1, q2"
     assert found["prompt"] == "the old mill ran\nuser: why\nassistant: so" and found["response"] == ""
 
 

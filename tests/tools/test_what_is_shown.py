@@ -163,7 +163,7 @@ def test_words_of_a_group(cli, tiny, workspace):
     _, source = analyse(cli, folder, "--top_k", 8)
     found = {re.search(r"doc\d", card)[0] for card in cards(source) if "BM25 rank" in card}
     assert {"doc0", "doc1"} <= found and "doc2" not in found
-    assert "mean of 2 queries: q0, q1" in source and "a zebra\nthe onion" in source
+    assert "mean gradient of 2 queries: q0, q1" in source and "a zebra\nthe onion" in source
 
 
 def test_a_page_that_is_cut(monkeypatch, cli, blocks):
