@@ -110,9 +110,7 @@ def render(content: dict, queries: list[dict]) -> str:
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "shade": shade, "mean_layers": mean_layers, "names": document_names, "scored": scored_examples,
-    }  # fmt: skip
+    environment.filters.update(shade=shade, mean_layers=mean_layers, names=document_names, scored=scored_examples)
     template = environment.get_template("report.html.j2")
     most = max(len(rows) for query in queries for rows in query["rows"].values())
     cards, count = most, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)

@@ -173,16 +173,16 @@ def test_a_page_that_is_cut(monkeypatch, cli, blocks):
     assert cli(*ANALYSIS, "--top_k", 30, "--format", "html")[0] == 0
     source = (folder / "report.html").read_text()
     assert "top_k." not in source and "--format jsonl, csv or txt" in source
-    count, shown = len(cards(source)), int(re.search(r"and (\d+) of 30 examples on each side", plain(source))[1])
+    count, shown = len(cards(source)), int(re.search(r"and up to (\d+) of 30 examples on each side", plain(source))[1])
     queries = source.count("<details class=")
     assert count == 2 * shown * queries and len(marks(source)) == count
     assert cli(*ANALYSIS, "--top_k", 30, "--format", "html", "txt")[0] == 0
     assert (
-        "top_k.txt: 30 with the highest scores; the lowest are listed with --bottom, of all queries."
+        "top_k.txt: up to 30 examples for every query, with the highest scores (--bottom lists the lowest too)"
         in (folder / "report.html").read_text()
     )
     _, source = analyse(cli, folder, "--top_k", 30)
-    assert "top_k.jsonl, top_k.csv, top_k.txt: 30 on each side" in plain(source)
+    assert "top_k.jsonl, top_k.csv, top_k.txt: up to 30 examples for every query, on each side." in plain(source)
     mean = np.mean([row["score"] for row in listed(folder, "top", "0")][:shown])
     assert sum(bars(source).values()) == pytest.approx(mean, rel=0.02)
 
