@@ -6,6 +6,7 @@ Without --log_dir: the newest scores under logs/. --tokens runs the model on the
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def build_parser() -> flags.Parser:
     )
     parser.add_argument("--by", choices=["example", "document"], default="example", help="what to rank (example)")
     parser.add_argument(
-        "--combine", choices=["sum", "max"], default="sum", help="a document's score from its examples' scores (sum)"
+        "--combine", choices=["sum", "max"], help="with --by document: its score from its examples' scores (sum)"
     )
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
     parser.add_argument("--diagnose", action="store_true", help="also show spectra, unusual examples and duplicates")
@@ -46,6 +47,10 @@ def main(args: argparse.Namespace) -> None:
     """Rank the examples, or documents, of each query; write the lists and the report."""
     if args.tokens and "html" not in args.format:
         raise ValueError(f"expected html in --format with --tokens, got {' '.join(args.format)}; add html")
+    if args.combine and args.by != "document":
+        raise ValueError("expected --by document with --combine, got --by example; add --by document")
+    combine = (args.combine or "sum") if args.by == "document" else None
+    sides = ("top", "bottom") if args.bottom else ("top",)
 
     # Open the scores and their run
     folder = rank.newest_scores(args.log_dir, args.split)
@@ -54,32 +59,37 @@ def main(args: argparse.Namespace) -> None:
     progress.keep_log(run.folder)
     examples, query_rows = run.train(), rank.read_queries(folder / "queries.jsonl")
     scores = rank.StoredScores(folder, len(query_rows), run.examples, record.top_k_only)
-    if args.by == "document" and (run.settings.pack or (record.top_k_only and args.combine == "sum")):
+    if combine and (run.settings.pack or (record.top_k_only and combine == "sum")):
         raise ValueError(
             "expected all scores, and examples of one document each, for --by document, got --top_k_only or --pack; "
             "leave --by out, or (--top_k_only) give --combine max"
         )
 
     # Rank, and write the lists
-    queries = rank_queries(args, query_rows, scores, examples)
-    rank.write_lists(folder, queries, ("top", "bottom") if args.bottom else ("top",), args.format)
+    owners = rank.document_numbers(examples, run.settings.pack)
+    queries = rank_queries(args.top_k, combine, query_rows, scores, examples, owners)
+    rank.write_lists(folder, queries, sides, args.format)
     diagnosis = diagnose(run, record, scores, query_rows, examples) if args.diagnose else ""
 
     # Write the report
     if "html" in args.format:
-        report.add_layers(queries, folder, record)
+        report.add_layers(queries, folder, record, scores.matrix, owners)
         if args.tokens:
             from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
 
             processes.start()
             splitter = tokens.TokenSplitter(run, record, args.trust_remote_code)
             tokens.add_shares(queries, splitter, examples)
-        report.add_word_matches(queries, examples["text"], args.top_k)
-        content = report.header(run, record, args.tokens) | {"diagnosis": diagnosis}
+        report.add_word_matches(queries, examples["text"], args.top_k, owners if combine else np.arange(len(owners)))
+        content = report.header(run, record, args.tokens) | {"diagnosis": diagnosis, "combine": combine}
+        content |= {"top_k": args.top_k, "lists": [f"top_k.{n}" for n in args.format if n != "html"], "listed": sides}
         with files.atomic(folder / "report.html") as path:
-            path.write_text(report.render(content, queries, args.top_k), "utf-8")
+            path.write_text(report.render(content, queries), "utf-8")
 
-    print_table(queries)
+    by_sum, by_best = "Documents by the sum of their examples' scores", "Documents by their highest example"
+    print_table(queries, by_sum if combine == "sum" else "Packed examples" if run.settings.pack else by_best)
+    for note, count in Counter(note for query in queries for side in sides for note in query["notes"][side]).items():
+        progress.say(f"{note} ({count} of {len(queries)} queries)")
     if diagnosis:
         progress.say(diagnosis)
     for name in args.format:
@@ -87,36 +97,43 @@ def main(args: argparse.Namespace) -> None:
 
 
 def rank_queries(
-    args: argparse.Namespace, query_rows: list[dict], scores: rank.StoredScores, examples: rank.Dataset
+    top_k: int,
+    combine: str | None,
+    query_rows: list[dict],
+    scores: rank.StoredScores,
+    examples: rank.Dataset,
+    owners: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """Return what the lists, the report and the printed table (`table`: documents and scores) show for each query."""
-    encoded = examples.data["document_id"].dictionary_encode()  # one dictionary for all chunks
-    documents, owners = encoded.chunk(0).dictionary, np.concatenate([chunk.indices for chunk in encoded.chunks])
-    queries = []
+    """Return what the lists, the report and the printed table (`table`: rows) show for each query."""
+    total, queries = owners.max() + 1 if combine else len(owners), []
     for number, query in enumerate(query_rows):
         rankings = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
-        best = rank.by_document(rankings["top"], owners, True, "max")
-        best_rows = zip(best.examples[:TABLE_ROWS], best.scores, strict=False)
-        table = [(documents[owners[i]].as_py(), score) for i, score in best_rows]
-        if args.by == "document":
-            rankings = {side: rank.by_document(r, owners, side == "top", args.combine) for side, r in rankings.items()}
-        known = len(rankings["top"].scores)
-        if known < min(args.top_k, len(documents)):
-            progress.say(f"query {query['id']}: {known} of {args.top_k}: --top_k_only kept no more")
-        values = None if scores.matrix is None else rankings["top"].scores
-        rows = {side: rank.ranked_rows(query, side, r, args.top_k, examples, values) for side, r in rankings.items()}
-        histogram = None if values is None else report.histogram(values)
-        shown = {"number": number, "rows": rows, "histogram": histogram, "table": table}
+        best = rank.by_document(rankings["top"], owners, True, combine or "max")
+        if combine:
+            rankings = {side: rank.by_document(r, owners, side == "top", combine) for side, r in rankings.items()}
+        values: dict[str, np.ndarray] = {}  # highest first
+        if scores.matrix is not None:
+            values = {"top": rankings["top"].scores, "bottom": rankings["bottom"].scores[::-1]}
+        rankings["bottom"] = rankings["bottom"].without(rankings["top"].examples[:top_k], owners)
+        rows, notes = {}, {}
+        for side, ranking in rankings.items():
+            rows[side] = rank.ranked_rows(query, side, ranking, top_k, examples, values.get(side))
+            on_top = len(rows["top"]) if side == "bottom" else 0
+            notes[side] = rank.shortage(len(rows[side]), top_k, total, on_top, "documents" if combine else "examples")
+        shown = {"number": number, "rows": rows, "notes": notes, "histograms": report.histograms(values, combine)}
+        shown["table"] = rank.ranked_rows(query, "top", best, TABLE_ROWS, examples, None)
         queries.append(rank.query_text(query) | shown)
     return queries
 
 
-def print_table(queries: list[dict]) -> None:
+def print_table(queries: list[dict], heading: str) -> None:
     """Print the first documents of each query."""
+    progress.say(f"\n{heading}:")
     for query in queries:
         progress.say(f"\n{' '.join(query['id'].split())}: {' '.join(query['prompt'].split())[:90]}")
-        for number, (document, score) in enumerate(query["table"], 1):
-            progress.say(f"  {number}. {score:+.4g}  {' '.join(document.split())}")
+        for row in query["table"]:
+            names = " ".join(rank.document_names(row).split())
+            progress.say(f"  {row['rank']}. {row['score']:+.4g}  {names}")
     progress.say("")
 
 

@@ -133,8 +133,8 @@ def describe_scores(
     return ScoreRecord(
         query_loss=query_settings.query_loss, layers=layers, queries=query_hash(queries), split=query_settings.split,
         mode=score_settings.mode, hessian=kind, num_queries=len(queries), num_examples=run.examples,
-        top_k_only=score_settings.top_k_only, group_by=query_settings.group_by, log=run.record, damping=None,
-        damping_absolute=None, blocks=blocks,
+        top_k_only=score_settings.top_k_only, group_by=query_settings.group_by, query_rank=score_settings.query_rank,
+        log=run.record, damping=None, damping_absolute=None, blocks=blocks,
     )  # fmt: skip
 
 

@@ -165,12 +165,11 @@ def group_queries(queries: list[Query], column: str | None) -> list[list[Query]]
 
 
 def merge_group(group: list[Query]) -> Query:
-    """Return a group as one query: its name, all its tokens, and its queries' ids as the text."""
-    ids = [query.id for query in group]
-    text = f"{len(ids)} queries: {', '.join(ids)}"
+    """Return a group as one query: its name, all its tokens, and the ids and rows of its queries."""
+    rows = [{"id": query.id, **query.row} for query in group]
     token_ids = [token for query in group for token in query.token_ids]
     counted = [counts for query in group for counts in query.counted]
-    return Query(group[0].row["group"], token_ids, counted, {"text": text})
+    return Query(group[0].row["group"], token_ids, counted, {"queries": rows})
 
 
 def query_rows(queries: list[Query]) -> list[dict]:

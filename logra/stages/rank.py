@@ -21,7 +21,8 @@ from logra.stages.score_files import ScoreRecord, extremes_layout
 
 AGAIN = "run compute_influence.py again"
 CSV_COLUMNS = (
-    "query", "side", "rank", "score", "percentile", "z", "document", "example", "examples", "block", "text",
+    "query", "side", "rank", "score", "percentile", "z", "document", "documents", "combine", "example", "examples",
+    "block", "text",
 )  # fmt: skip
 
 
@@ -31,12 +32,20 @@ class Ranking(NamedTuple):
     Attributes:
         examples: Example ids [n]; for a document, the id of its first example in the ranking.
         scores: [n].
-        counts: Number of examples that each score stands for, [n].
+        counts: Number of examples of the run that each score stands for, [n].
+        combine: None for examples; for documents how their scores were formed (see by_document).
     """
 
     examples: np.ndarray
     scores: np.ndarray
     counts: np.ndarray
+    combine: str | None = None
+
+    def without(self, others: np.ndarray, owners: np.ndarray) -> "Ranking":
+        """Leave out the examples `others`; sums of documents: those of the documents of these examples."""
+        units = owners if self.combine == "sum" else np.arange(len(owners))
+        kept = ~np.isin(units[self.examples], units[others])
+        return Ranking(self.examples[kept], self.scores[kept], self.counts[kept], self.combine)
 
 
 def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -147,6 +156,14 @@ class StoredScores:
         return Ranking(ids, scores, np.ones(len(ids), np.int64))
 
 
+def document_numbers(examples: Dataset, packed: bool) -> np.ndarray:
+    """Return the number of each example's document, [N]; a packed block has a number of its own."""
+    if packed:
+        return np.arange(len(examples))
+    encoded = examples.data["document_id"].dictionary_encode()  # one dictionary for all chunks
+    return np.concatenate([chunk.indices for chunk in encoded.chunks])
+
+
 def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: str) -> Ranking:
     """Rank documents instead of examples. Each document is shown by the first of its examples.
 
@@ -156,21 +173,35 @@ def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: st
         largest: The ranking starts with the highest score.
         combine: A document's score: the `sum` of its examples' scores, or `max`, the score of its first example.
     """
-    documents = owners[ranking.examples]
-    _, first, inverse, counts = np.unique(documents, return_index=True, return_inverse=True, return_counts=True)
-    scores = ranking.scores[first]
+    documents, first, inverse = np.unique(owners[ranking.examples], return_index=True, return_inverse=True)
+    scores, counts = ranking.scores[first], np.bincount(owners)[documents]
     if combine == "sum":
         scores = np.bincount(inverse, weights=ranking.scores).astype(np.float32)
     order = np.lexsort((ranking.examples[first], -scores if largest else scores))
-    return Ranking(ranking.examples[first][order], scores[order], counts[order])
+    return Ranking(ranking.examples[first][order], scores[order], counts[order], combine)
 
 
 def query_text(query: dict) -> dict[str, str]:
-    """Return the id, prompt and response to show for a row of queries.jsonl."""
+    """Return what to show for a row of queries.jsonl.
+
+    Returns:
+        id, prompt, response; words, the text without the names of roles; group, which queries a group consists of.
+    """
     text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
-    if not (text or prompt) and files.has_shape(query.get("messages"), [{"role": str, "content": str}]):
-        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
-    return {"id": str(query["id"]), "prompt": prompt or text, "response": response}
+    shown = {"id": str(query["id"]), "prompt": prompt or text, "response": response, "group": ""}
+    shown["words"] = shown["prompt"] + response
+    if shown["prompt"]:
+        return shown
+    if files.has_shape(query.get("messages"), [{"role": str, "content": str}]):
+        shown["prompt"] = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
+        shown["words"] = "\n".join(turn["content"] for turn in query["messages"])
+    elif files.has_shape(query.get("queries"), [{"id": str}]):  # see merge_group in logra/inputs/queries.py
+        members = [query_text(member | {"queries": None}) for member in query["queries"]]
+        count = "1 query" if len(members) == 1 else f"{len(members)} queries"
+        shown["group"] = f"mean gradient of {count}: {', '.join(member['id'] for member in members)}"
+        shown["prompt"] = "\n".join(member["prompt"] + member["response"] for member in members)
+        shown["words"] = "\n".join(member["words"] for member in members)
+    return shown
 
 
 def percentile_and_z_score(scores: np.ndarray, values: np.ndarray | None) -> list[dict[str, float | None]]:
@@ -178,7 +209,7 @@ def percentile_and_z_score(scores: np.ndarray, values: np.ndarray | None) -> lis
 
     Args:
         scores: Some of a query's scores, [n].
-        values: All of its scores, highest first, [N]; None if they were not kept.
+        values: All of its scores that were formed like these, highest first, [N]; None if they were not kept.
     """
     if values is None:
         return [{"percentile": None, "z": None}] * len(scores)
@@ -207,10 +238,44 @@ def ranked_rows(
     for n in range(len(ids)):
         example = {name: column[n] for name, column in columns.items()}
         row = {"query": query["id"], "side": side, "rank": n + 1, "score": scores[n], "example": ids[n]}
-        row |= {"examples": counts[n]} | places[n] | {"document": example["document_id"], "block": example.get("block")}
+        row |= {"combine": ranking.combine, "examples": counts[n]} | places[n]
+        row |= {"document": example["document_id"], "block": example.get("block")}
         row |= {"documents": example["document_ids"]} if "document_ids" in example else {}
         rows.append(row | {"text": example["text"]})
     return rows
+
+
+def shortage(found: int, asked: int, total: int, on_top: int, unit: str) -> list[str]:
+    """Return a line that says why a side of a query has fewer rows than were asked for; none if it has not.
+
+    Args:
+        found: Rows.
+        asked: Rows that were asked for.
+        total: Examples or documents (`unit`) of the run.
+        on_top: For the bottom: rows of the top, which are not shown twice.
+        unit: examples or documents.
+    """
+    if found >= asked:
+        return []
+    reason = f"the run has {total} {unit}" + (f", of which {on_top} have the highest scores" if on_top else "")
+    if found < min(asked, total - on_top):
+        reason = "--top_k_only kept no more"
+    return [f"{'Lowest' if on_top else 'Highest'} scores: {found} instead of {asked}, since {reason}"]
+
+
+def document_names(row: dict[str, Any]) -> str:
+    """Return the ids of all documents of a row of ranked_rows: several with --pack."""
+    return ", ".join(row.get("documents") or [row["document"]])
+
+
+def scored_examples(row: dict[str, Any]) -> str:
+    """Return what the score of a row of ranked_rows is of, and which example its text is of."""
+    example, extreme = f"example {row['example']}", "highest" if row["side"] == "top" else "lowest"
+    if row["combine"] is None or row["examples"] == 1:
+        return example
+    if row["combine"] == "max":
+        return f"{example}, the {extreme} of {row['examples']}"
+    return f"sum of {row['examples']} examples; text of {example}, the {extreme}"
 
 
 def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats: Collection[str]) -> None:
@@ -218,7 +283,7 @@ def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats
 
     Args:
         folder: The folder of the scores.
-        queries: id, prompt, response, and rows ({"top": ranked_rows, "bottom": ranked_rows}) of each query.
+        queries: query_text, and rows ({"top": ranked_rows, "bottom": ranked_rows}) of each query.
         sides: Which of these rows to write.
         formats: Which of jsonl, csv and txt to write.
     """
@@ -230,14 +295,16 @@ def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats
         with files.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
+            writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     if "txt" in formats:
         with files.atomic(folder / "top_k.txt") as path:
             path.write_text(progress.printable("\n".join(text_lines(queries, sides))), "utf-8")
 
 
-def no_formula(value: Any) -> Any:
-    """Return a cell of top_k.csv. An apostrophe goes before a text that a spreadsheet would run as a formula."""
+def csv_cell(value: Any) -> Any:
+    """Return a cell of top_k.csv: a list as JSON; an apostrophe goes before a text that would run as a formula."""
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
 
 
@@ -245,8 +312,9 @@ def text_lines(queries: list[dict], sides: Sequence[str]) -> list[str]:
     """Return the lines of top_k.txt (see write_lists)."""
     lines = []
     for query in queries:
-        lines += ["=" * 100, f"Query {query['id']}: {query['prompt']}", query["response"], ""]
+        group = f" ({query['group']})" if query["group"] else ""
+        lines += ["=" * 100, f"Query {query['id']}{group}: {query['prompt']}", query["response"], ""]
         for row in (row for side in sides for row in query["rows"][side]):
-            place = f"{row['document']}  (example {row['example']})"
+            place = f"{document_names(row)}  ({scored_examples(row)})"
             lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}", row["text"].strip(), ""]
     return lines

@@ -51,14 +51,24 @@ def low_rank(queries: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor
     return (u * s[:, None]).mT.contiguous(), v.mT.contiguous()
 
 
+def cut(queries: Tensor, shape: tuple[int, int], rank: int) -> Tensor:
+    """Return the approximations of low_rank as matrices, [rows, r_out * r_in]."""
+    left, right = low_rank(queries, shape, rank)
+    return (left.mT @ right).flatten(1)
+
+
 def unrotated(queries: Tensor, projection: Projection, shape: tuple[int, int]) -> Tensor:
     """Return P_out^T Q P_in of queries Q [rows, r_out * r_in].
 
     Its dot with vec(G) is the dot of Q with vec(P_out G P_in^T), so G need not be rotated.
     """
     q = queries.view(-1, *shape)
-    q = q if projection.p_out is None else projection.p_out.T @ q
-    return (q if projection.p_in is None else q @ projection.p_in).flatten(1)
+    return times(times(q.mT, projection.p_out).mT, projection.p_in).flatten(1)
+
+
+def times(rows: Tensor, p: Tensor | None) -> Tensor:
+    """Return rows [..., r] @ P [r, d]; None stands for the identity."""
+    return rows if p is None else rows @ p
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,13 @@ class Scorer:
         for first in range(0, len(groups), self.queries_per_step):
             step_queries, forms = self.preconditioned(groups[first : first + self.queries_per_step])
             for layer in list(step_queries):
-                q, shape = step_queries.pop(layer), run.projected[layer]
-                q = unrotated(q, self.projections[layer], shape) if full_width else q
-                step_queries[layer] = low_rank(q, shape, task.query_rank) if task.query_rank else q
+                q, shape, projection = step_queries.pop(layer), run.projected[layer], self.projections[layer]
+                if task.query_rank:
+                    left, right = low_rank(q, shape, task.query_rank)  # before it is unrotated, as `cut` does
+                    unrotated_factors = times(left, projection.p_out), times(right, projection.p_in)
+                    step_queries[layer] = unrotated_factors if full_width else (left, right)
+                else:
+                    step_queries[layer] = unrotated(q, projection, shape) if full_width else q
             queries = self._join(queries, step_queries) if queries else step_queries
         projections = identity(run.shapes) if full_width else self.projections
         capture = ScoreCapture(self.lm, {layer: projections[layer] for layer in queries}, queries, forms)

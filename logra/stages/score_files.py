@@ -60,6 +60,7 @@ class ScoreRecord:
     num_examples: int
     top_k_only: int | None
     group_by: str | None
+    query_rank: int | None
     log: RunRecord
     damping: float | None
     damping_absolute: float | None
@@ -101,6 +102,7 @@ SCORES_JSON = {
     "files": dict,
     "top_k_only": lambda k: k is None or files.is_positive(k),
     "group_by": str | None,
+    "query_rank": lambda rank: rank is None or files.is_positive(rank),
     "damping": float | None,
     "damping_absolute": float | None,
 } | dict.fromkeys(("split", "query_loss", "queries"), str)

@@ -3,7 +3,7 @@
 report.html.j2 is the page's template. Jinja2 escapes all texts (autoescape).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 
 from logra.run_dir import RunDir
-from logra.stages.rank import load_matrix
+from logra.stages.rank import document_names, load_matrix, scored_examples
 from logra.stages.score_files import ScoreRecord
 
 MAX_REPORT_BYTES = 5_000_000
@@ -21,6 +21,7 @@ MIN_QUERY_BYTES = 2_000  # a query takes at least this many
 MIN_CARDS = 5  # examples shown on each side of a query
 MAX_BM25_TEXTS = 100_000  # the index is in memory
 HISTOGRAM_BINS = 60
+L2_PART = "- half of the self-influence"
 SHADE_LEVELS = 4  # for shares above 0, and as many for shares below
 
 
@@ -34,9 +35,10 @@ class Shaded(NamedTuple):
 
 def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
     """Return what the page shows for all queries together: run, scores, and the settings of both."""
-    settings: dict = {"run": str(run.folder), "queries": scores.split, "query_loss": scores.query_loss}
-    settings |= {name: value for name, value in asdict(run.settings).items() if value not in (None, False)}
-    settings |= {"layers": f"{len(scores.layers)} of {len(run.layers)}"}
+    settings: dict = {"run": str(run.folder), "queries": scores.split}
+    settings |= {name: getattr(scores, name) for name in ("query_loss", "group_by", "query_rank", "top_k_only")}
+    settings |= asdict(run.settings) | {"layers": f"{len(scores.layers)} of {len(run.layers)}"}
+    settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     return {"run": run, "scores": scores, "settings": settings, "shaded": shaded}
 
 
@@ -53,18 +55,34 @@ def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
     return shaded
 
 
-def histogram(values: np.ndarray) -> dict:
-    """Return what the page draws for all scores of a query; positions and lengths are from 0 to 100.
+def histogram(values: np.ndarray, of: str, sides: Sequence[str]) -> dict:
+    """Return what the page draws for some scores of a query; positions and lengths are from 0 to 100.
+
+    Args:
+        values: The scores.
+        of: What they are, for the caption.
+        sides: Which rows (top, bottom) are marked; their scores are among the values.
 
     Returns:
-        bars (x, width, height, count), low and high score, and count. A bar's height is the square root of its count,
-        so that a single score is visible beside a thousand.
+        bars (x, width, height, count), low and high score, the edges left and right of the picture, and count. A bar's
+        height is the square root of its count, so that a single score is visible beside a thousand.
     """
-    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS)
+    counts, edges = np.histogram(values.astype(np.float64), bins=HISTOGRAM_BINS)
     heights = 100 * np.sqrt(counts / max(counts.max(), 1))
     width = 100 / HISTOGRAM_BINS
     bars = [(i * width, width, h, int(n)) for i, (h, n) in enumerate(zip(heights, counts, strict=True)) if n]
-    return {"bars": bars, "low": float(edges[0]), "high": float(edges[-1]), "count": len(values)}
+    shown = {"of": of, "sides": sides, "bars": bars, "count": len(values)}
+    shown |= {"left": float(edges[0]), "right": float(edges[-1])}
+    return shown | {"low": float(values.min()), "high": float(values.max())}
+
+
+def histograms(values: dict[str, np.ndarray], combine: str | None) -> list[dict]:
+    """Return a query's histograms: of all its scores {side: [N]}, or for the best and worst of documents one each."""
+    if combine == "max":
+        names = {"top": "highest", "bottom": "lowest"}
+        return [histogram(v, f"documents' {names[side]} scores", [side]) for side, v in values.items()]
+    of = "documents' scores" if combine else "scores"
+    return [histogram(values["top"], of, ["top", "bottom"])] if values else []
 
 
 def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray]:
@@ -77,21 +95,27 @@ def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray
         yield index.get_scores(query) if query and any(words) else np.zeros(len(texts), np.float32)
 
 
-def render(content: dict, queries: list[dict], top_k: int) -> str:
+def mean_layers(rows: list[dict]) -> dict[str, float]:
+    """Return the mean parts of the rows' scores by block of layers; nothing if they are not known."""
+    layers = [row["layers"] for row in rows if "layers" in row]
+    return {name: sum(parts[name] for parts in layers) / len(layers) for name in layers[0]} if layers else {}
+
+
+def render(content: dict, queries: list[dict]) -> str:
     """Return the page. If it is too large, show fewer cards per query and side, then fewer queries.
 
     Args:
         content: What the page shows for all queries together (see header).
         queries: What it shows for each query; `rows` is {"top": rows, "bottom": rows}, a card for each row.
-        top_k: Cards on each side.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["shade"] = shade
+    environment.filters.update(shade=shade, mean_layers=mean_layers, names=document_names, scored=scored_examples)
     template = environment.get_template("report.html.j2")
-    cards, count = top_k, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
+    most = max(len(rows) for query in queries for rows in query["rows"].values())
+    cards, count = most, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
     while True:
-        page = template.render(content, queries=queries[:count], cards=cards, top_k=top_k, total=len(queries))
+        page = template.render(content, queries=queries[:count], cards=cards, most=most, total=len(queries))
         if len(page.encode()) <= MAX_REPORT_BYTES or cards == count == 1:
             return page
         if cards > MIN_CARDS or count == 1:
@@ -100,26 +124,55 @@ def render(content: dict, queries: list[dict], top_k: int) -> str:
             count //= 2
 
 
-def add_layers(queries: list[dict], folder: Path, record: ScoreRecord) -> None:
-    """Add the mean dots of each block of layers to the queries, if stage 3 wrote them (--layerwise)."""
+def split_by_layers(dots: np.ndarray, scores: np.ndarray, blocks: list[str], mode: str) -> dict[str, float]:
+    """Split the sum of some scores [m] by blocks of layers, from the blocks' dots [L, m]; l2 has a part of no block."""
+    dots, totals = dots.astype(np.float64), dots.sum(axis=0, dtype=np.float64)
+    if mode == "cosine":  # divides all blocks by the same number
+        dots = dots * np.divide(scores, totals, out=np.zeros_like(totals), where=totals != 0)
+    parts = dict(zip(blocks, dots.sum(axis=1).tolist(), strict=True))
+    return parts | ({L2_PART: float((scores - totals).sum())} if mode == "l2" else {})
+
+
+def add_layers(queries: list[dict], folder: Path, record: ScoreRecord, scores: np.ndarray, owners: np.ndarray) -> None:
+    """Add the parts of each block of layers to the rows of the top, if stage 3 wrote dots (--layerwise).
+
+    Args:
+        queries: See render.
+        folder: Of the scores.
+        record: Their record.
+        scores: [Q, N].
+        owners: Number of each example's document, [N].
+    """
     if record.blocks is None:
         return
     shape = (len(record.blocks), len(queries), record.num_examples)
     dots = load_matrix(folder / "layer_scores.npy", shape)  # [L, Q, N]
     for number, query in enumerate(queries):
-        proponents = [row["example"] for row in query["rows"]["top"]]
-        means = dots[:, number, proponents].mean(axis=1).tolist()
-        query["layers"] = dict(zip(record.blocks, means, strict=True))
+        for row in query["rows"]["top"]:
+            ids = np.array([row["example"]])
+            ids = np.flatnonzero(owners == owners[ids]) if row["combine"] == "sum" else ids
+            parts = dots[:, number, ids], scores[number, ids]
+            row["layers"] = split_by_layers(*parts, record.blocks, record.mode)
 
 
-def add_word_matches(queries: list[dict], texts: list[str], k: int) -> None:
-    """Add the BM25 ranks of the examples shown, if these are among the k best. Nothing if there are too many texts."""
+def add_word_matches(queries: list[dict], texts: list[str], k: int, units: np.ndarray) -> None:
+    """Add the BM25 ranks of what the rows show, if these are among the k best. Nothing if there are too many texts.
+
+    Args:
+        queries: See render.
+        texts: Of the examples.
+        k: How many of the best matches count.
+        units: Number of each example's document, [N], to match whole documents; the examples' own numbers if not.
+    """
     if len(texts) > MAX_BM25_TEXTS:
         return
-    query_texts = [query["prompt"] + query["response"] for query in queries]
-    for query, scores in zip(queries, bm25_scores(texts, query_texts), strict=True):
+    parts: list[list[str]] = [[] for _ in range(units.max() + 1)]
+    for unit, text in zip(units, texts, strict=True):
+        parts[unit].append(text)
+    texts = ["".join(blocks) for blocks in parts]
+    for query, scores in zip(queries, bm25_scores(texts, [query["words"] for query in queries]), strict=True):
         best = np.argsort(-scores, kind="stable")[:k].tolist()
-        ranks = {example: rank for rank, example in enumerate(best, 1) if scores[example] > 0}
+        ranks = {unit: rank for rank, unit in enumerate(best, 1) if scores[unit] > 0}
         query["word_matches"] = True
         for row in [*query["rows"]["top"], *query["rows"]["bottom"]]:
-            row["word_rank"] = ranks.get(row["example"])
+            row["word_rank"] = ranks.get(units[row["example"]])

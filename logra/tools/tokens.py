@@ -18,7 +18,7 @@ from logra.runtime.progress import bar
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, QuerySettings
 from logra.stages.gradients import Extractor
 from logra.stages.open_run import check_model_files, load_model
-from logra.stages.score import Scorer, ScoreTask, block_name
+from logra.stages.score import Scorer, ScoreTask, block_name, cut
 from logra.stages.score_files import ScoreRecord, SelfInfluence
 
 MAX_TOKENS_PER_CHARACTER = 4  # bytes of a UTF-8 character
@@ -49,7 +49,7 @@ class TokenSplitter:
         execution = Execution(CPU_BATCH_TOKENS, trust_remote_code=trust_remote_code)
         self.lm, self.tokenizer, described = load_model(run.settings, execution)
         run.check_model(described)
-        self.grouped = scores.group_by is not None
+        self.grouped, self.query_rank = scores.group_by is not None, scores.query_rank
         query_settings = QuerySettings(
             scores.split, scores.query_loss, None if self.grouped else scores.num_queries, scores.group_by
         )
@@ -58,7 +58,7 @@ class TokenSplitter:
             raise ValueError(f"expected the queries that were scored in {scores.split}, got others; score them again")
         self.groups = group_queries(queries, scores.group_by)
         blocks = {layer: block_name(layer) for layer in scores.layers}
-        task = ScoreTask(run, scores.hessian, blocks, [scores.applied_damping])
+        task = ScoreTask(run, scores.hessian, blocks, [scores.applied_damping], scores.query_rank)
         self.scorer = Scorer(task, self.lm, execution, None)
         self.capture = TokenCapture(self.lm, {layer: self.scorer.projections[layer] for layer in blocks})
         if self.mode != "dot":
@@ -79,15 +79,19 @@ class TokenSplitter:
             proponents: Example ids of each query, whose dots are summed before they are split by the query's tokens.
 
         Returns:
-            {(query, example): PairShares}; and the shares [T] of each query's tokens, none if queries are grouped.
+            {(query, example): PairShares}; and the shares [T] of each query's tokens. These are left out if queries
+            are grouped, or cut (--query_rank): the cut of a sum over tokens is not the sum of their cuts.
         """
         pairs, query_shares = {}, []
         step = max(1, self.scorer.queries_per_step // 2)  # half for the queries, half for their proponents
         for first in range(0, len(shown), step):
             numbers = range(first, min(first + step, len(shown)))
             groups = [self.groups[i] for i in numbers]
-            examples = [] if self.grouped else [[_as_query(train, e) for e in proponents[i]] for i in numbers]
+            whole = self.grouped or self.query_rank
+            examples = [] if whole else [[_as_query(train, e) for e in proponents[i]] for i in numbers]
             solved, _ = self.scorer.preconditioned(groups + examples)
+            if self.query_rank:
+                solved = {layer: cut(q, self.run.projected[layer], self.query_rank) for layer, q in solved.items()}
             pairs |= self._split_pairs(train, solved, {i: shown[i] for i in numbers})
             with self.capture:
                 for row, i in enumerate(numbers if examples else (), len(groups)):
@@ -161,8 +165,11 @@ def pieces(tokenizer, token_ids: list[int], shares: Tensor) -> list[tuple[str, f
 def add_shares(queries: list[dict], splitter: TokenSplitter, examples: Dataset) -> None:
     """Add to the report's queries the shares of tokens (`pieces`, see there) and of blocks of layers (`layers`).
 
+    A row keeps the `layers` of --layerwise. A document's sum gets none: the shares are those of the example shown.
+
     Args:
-        queries: `rows` of each is {"top": rows, "bottom": rows}; the rows get `pieces` too.
+        queries: `rows` of each is {"top": rows, "bottom": rows}. The queries and all rows get `pieces`, the rows of the
+            top `layers`.
         splitter: Of the scores shown.
         examples: The run's train examples.
     """
@@ -176,5 +183,6 @@ def add_shares(queries: list[dict], splitter: TokenSplitter, examples: Dataset) 
         if query_shares:
             ids = splitter.groups[number][0].token_ids
             query["pieces"] = pieces(splitter.tokenizer, ids, query_shares[number])
-        blocks = [pairs[number, example].blocks for example in top[number]]
-        query["layers"] = {name: sum(block[name] for block in blocks) / len(blocks) for name in blocks[0]}
+        for row in query["rows"]["top"]:
+            if row["combine"] != "sum":
+                row.setdefault("layers", pairs[number, row["example"]].blocks)

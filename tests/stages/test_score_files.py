@@ -63,4 +63,4 @@ def test_top_k_only(cli, tiny, workspace, mode):
     ]
     assert np.allclose([r["score"] for r in rows[0]], [r["score"] for r in rows[1]])
     status, out, _ = cli("analysis", "--log_dir", "log", "--top_k", 7)
-    assert status == 0 and "5 of 7" in out
+    assert status == 0 and "5 instead of 7" in out

@@ -42,7 +42,7 @@ def hostile(cli, tiny, workspace) -> Path:
     rows = [json.loads(line) for line in open("docs.jsonl")]
     rows[2] = {"id": f"{HOSTILE}", "text": f"{rows[2]['text']} {HOSTILE}"}
     write_jsonl(Path("docs.jsonl"), rows)
-    queries = [{"id": HOSTILE, "text": HOSTILE}, {"id": "b", "prompt": "the mill", "response": f" {HOSTILE}"}]
+    queries = [{"id": HOSTILE, "text": HOSTILE}, {"id": "b", "prompt": "the mill", "response": f" {HOSTILE} quagga"}]
     write_jsonl(Path("queries.jsonl"), queries)
     extract(cli, tiny / "llama", "--rank", 5, "--hessian", "ekfac", "--block_size", 16)
     return influence(cli, "--layerwise")[1]
@@ -51,7 +51,7 @@ def hostile(cli, tiny, workspace) -> Path:
 @pytest.mark.parametrize("flags", [(), ("--tokens",)])
 def test_the_report_is_one_escaped_file(cli, hostile, flags):
     """Texts that hold HTML are text; nothing comes from the network; settings and fingerprints are there."""
-    status, _, err = cli("analysis", "--log_dir", "log", "--top_k", 20, *flags)
+    status, _, err = cli("analysis", "--log_dir", "log", "--top_k", 15, *flags)
     assert status == 0, err
     source = (hostile / "report.html").read_text()
     page = Page(source)
@@ -59,7 +59,7 @@ def test_the_report_is_one_escaped_file(cli, hostile, flags):
     assert HOSTILE in "".join(page.text.split("\n")) and "default-src 'none'" in source
     assert not [v for k, v in page.attributes if k in ("src", "href") or k.startswith("on")]
     assert not re.search(r"url\(|@import|https?://", source)
-    assert page.tags.count("article") == 2 * 2 * 20 and ("p4" in dict.fromkeys(v for k, v in page.attributes)) == bool(
+    assert page.tags.count("article") == 2 * 2 * 15 and ("p4" in dict.fromkeys(v for k, v in page.attributes)) == bool(
         flags
     )
     log = RunDir.load(Path("log"))
@@ -72,7 +72,7 @@ def test_the_report_stays_small(monkeypatch, cli, hostile):
     monkeypatch.setattr(report, "MAX_REPORT_BYTES", 40_000)
     assert cli("analysis", "--log_dir", "log", "--top_k", 20)[0] == 0
     source = (hostile / "report.html").read_text()
-    assert len(source.encode()) <= 40_000 and "so that the page stays small" in source
+    assert len(source.encode()) <= 40_000 and "So that the page stays small" in source
     assert len(open(hostile / "top_k.jsonl").readlines()) == 40
 
 
@@ -107,7 +107,9 @@ window.addEventListener("load", () => {
     document.getElementById(id).value = value;
     document.getElementById(id).dispatchEvent(new Event(event));
   };
+  const asked = () => [...document.querySelectorAll(".query")].filter((query) => query.checkVisibility()).length;
   say.push(count());
+  set("search", "quagga", "input"); say.push(asked()); set("search", "", "input");
   set("filter", "q1", "change"); say.push(count());
   set("filter", "", "change"); set("search", "no such words", "input"); say.push(count());
   set("search", "", "input"); set("sort", "document", "change");
@@ -138,7 +140,7 @@ def test_the_report_works_in_a_browser(cli, hostile, tmp_path, width):
     title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
     rows = [json.loads(line) for line in open(hostile / "top_k.jsonl")][:5]
     ranks = [str(row["rank"]) for row in sorted(rows, key=lambda row: (row["document"].lower(), row["rank"]))]
-    assert title == f"probe 20 10 0 {'.'.join(ranks)} 0 errors 0 wide false", done.stderr[-2000:]
+    assert title == f"probe 20 1 10 0 {'.'.join(ranks)} 0 errors 0 wide false", done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr
 
 
@@ -146,8 +148,8 @@ def test_texts_without_a_word():
     """Where no text has a word of two letters, none matches, instead of an error."""
     for word, expected in (("..", None), ("it", 1)):
         rows = [{"example": i} for i in range(3)]
-        query = {"prompt": "what is ", "response": "it?", "rows": {"top": rows, "bottom": []}}
-        empty = query | {"prompt": "", "response": "", "rows": {"top": [{"example": 1}], "bottom": []}}
-        report.add_word_matches([query, empty], ["a b.", word, ""], 2)
+        query = {"words": "what is it?", "rows": {"top": rows, "bottom": []}}
+        empty = {"words": "", "rows": {"top": [{"example": 1}], "bottom": []}}
+        report.add_word_matches([query, empty], ["a b.", word, ""], 2, np.arange(3))
         assert [row["word_rank"] for row in rows] == [None, expected, None]
         assert empty["rows"]["top"][0]["word_rank"] is None

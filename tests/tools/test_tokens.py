@@ -78,6 +78,20 @@ def test_shares_of_few_bits_and_of_groups(cli, tiny, workspace):
     assert status == 0, err
 
 
+@pytest.mark.parametrize("lora", [("--rank", 6), ("--lora", "none")])
+def test_shares_of_cut_queries(cli, tiny, workspace, lora):
+    """With --query_rank the shares add up to the scores of the cut query; the query's own tokens have none."""
+    extract(cli, tiny / "llama", *lora, "--hessian", "ekfac", "--mlp_only", "--store_dtype", "none")
+    for mode in MODES:
+        scores, folder = influence(cli, "--mode", mode, "--query_rank", 1)
+        _, pairs, of_queries = shares_of(folder, [[0, 3, 7], [3], [19, 2]])
+        for (q, e), shares in pairs.items():
+            assert equal(shares.tokens.sum(), scores[q, e], shares.tokens.abs().sum()), mode
+        assert not of_queries
+    assert cli("analysis", "--log_dir", "log", "--tokens", "--top_k", 2)[0] == 0
+    assert "not shaded" in (folder / "report.html").read_text()
+
+
 def test_pieces_keep_every_character_and_share():
     """The pieces of a text's tokens join to the text, also where a character is several tokens; shares are kept."""
     tokenizer, text = make_tokenizer(), "the “old” mill 😀 ünï"
