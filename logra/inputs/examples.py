@@ -8,7 +8,7 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.data_files import values_of
+from logra.inputs.decode import INCOMPLETE, MAX_TOKENS_PER_CHARACTER, decode, split_text
 from logra.inputs.rows import encode_rows, row_form, row_problem
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
@@ -63,11 +64,10 @@ def build_examples(
     if settings.pack:
         arguments = {"documents": examples, "block_size": settings.block_size}
         examples = Dataset.from_generator(_pack, gen_kwargs=arguments, cache_dir=str(work))
-    examples = _within_limits(examples, settings).map(
-        lambda batch: {"text": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)},
-        cache_file_name=str(work / "text.arrow"),
-        **map_options,
-    )
+    examples = _within_limits(examples, settings)
+    arguments = {"examples": examples, "tokenizer": tokenizer}
+    options = map_options | {"with_indices": True, "input_columns": "input_ids", "fn_kwargs": arguments}
+    examples = examples.map(_add_text, cache_file_name=str(work / "text.arrow"), **options)
     ids = chain.from_iterable(examples["document_ids"][:]) if settings.pack else examples["document_id"][:]
     return examples, {"documents": len(set(ids)), "dropped_rows": dropped_rows, "rows": len(documents)}
 
@@ -207,6 +207,43 @@ def _within_limits(examples: Dataset, settings: RunSettings) -> Dataset:
             f"expected at least one example within the limits, got none of {len(examples)}; raise --max_tokens"
         )
     return examples if kept == len(examples) else examples.select(range(kept))
+
+
+def _add_text(
+    ids: list[list[int]], rows: list[int], examples: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[str]]:
+    """Decode a batch of examples, for Dataset.map. The texts of a document's blocks join to its text.
+
+    Args:
+        ids: Token ids of consecutive examples.
+        rows: Their numbers.
+        examples: All examples.
+        tokenizer: Of the model.
+    """
+    first = max(0, rows[0] - 1)
+    near = examples[first : rows[-1] + 2]  # and their neighbours
+    documents = near.get("document_ids") or [[document_id] for document_id in near["document_id"]]
+    texts = []
+    for i, block in enumerate(ids, rows[0] - first):
+        continues = i > 0 and documents[i - 1][-1] == documents[i][0]
+        continued = i + 1 < len(documents) and documents[i][-1] == documents[i + 1][0]
+        before, after = near["input_ids"][i - 1] if continues else [], near["input_ids"][i + 1] if continued else []
+        texts.append(_block_text(tokenizer, before, block, after))
+    return {"text": texts}
+
+
+def _block_text(tokenizer: PreTrainedTokenizerBase, before: list[int], block: list[int], after: list[int]) -> str:
+    """Decode a block between its neighbours in the document; a character belongs to the block with its last token."""
+    some = range(MAX_TOKENS_PER_CHARACTER)
+    contexts = [(before[n:], after[:m]) for n, m in product(some, some)]
+    for left, right in contexts:  # the first one that neither begins nor ends inside a character
+        text = decode(tokenizer, left + block + right)
+        if text == text.strip(INCOMPLETE):
+            break
+    else:
+        left, right = before, []
+    cuts = [len(left), len(left) + len(block)] if right else [len(left)]
+    return split_text(tokenizer, left + block + right, cuts)[1]
 
 
 def write_examples(

@@ -165,12 +165,12 @@ def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: st
     return Ranking(ranking.examples[first][order], scores[order], counts[order])
 
 
-def query_text(query: dict) -> dict[str, str]:
-    """Return the id, prompt and response to show for a row of queries.jsonl."""
+def query_text(query: dict) -> dict[str, Any]:
+    """Return what to show for a row of queries.jsonl: id, prompt, response, and whether the response was cut."""
     text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
     if not (text or prompt) and files.has_shape(query.get("messages"), [{"role": str, "content": str}]):
         text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in query["messages"])
-    return {"id": str(query["id"]), "prompt": prompt or text, "response": response}
+    return {"id": str(query["id"]), "prompt": prompt or text, "response": response, "cut": query.get("cut") is True}
 
 
 def percentile_and_z_score(scores: np.ndarray, values: np.ndarray | None) -> list[dict[str, float | None]]:
