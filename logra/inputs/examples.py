@@ -5,6 +5,7 @@ cut into full blocks. Row numbers are example ids.
 """
 
 import gc
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ def examples_in_memory(documents: Dataset, tokenizer: PreTrainedTokenizerBase, s
         return Dataset.from_list(examples.to_list())
 
 
+def document_order(count: int, shuffle_seed: int | None) -> np.ndarray:
+    """Return the numbers of `count` documents in the order in which a run takes them: the data's, or a random one."""
+    order = np.arange(count)
+    return order if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(order)
+
+
 def _tokenise(
     documents: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -97,12 +104,9 @@ def _tokenise(
     max_tokens, max_examples = settings.max_tokens or np.inf, settings.max_examples or np.inf
     if settings.pack:  # the number of examples is not known yet
         max_tokens, max_examples = min(max_tokens, max_examples * settings.block_size), np.inf
-    order = np.arange(len(documents))
-    if settings.shuffle_seed is not None:
-        order = np.random.default_rng(settings.shuffle_seed).permutation(order)
-
+    order = document_order(len(documents), settings.shuffle_seed)
     slices, tokens, examples, dropped_rows = [], 0, 0, 0
-    with progress.bar(total=settings.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
+    with progress.bar(total=len(order), unit="doc", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE_DOCUMENTS):
             row_numbers = order[start : start + SLICE_DOCUMENTS]
             rows = _rows_with_text(documents, row_numbers, form, columns, settings, first_row)
@@ -114,10 +118,13 @@ def _tokenise(
             options = map_options | {"fn_kwargs": arguments, "remove_columns": rows.column_names}
             blocks = rows.map(_to_blocks, cache_file_name=cache, **options)
             slices.append(blocks)
-            slice_tokens = int(token_counts(blocks).sum())
-            tokens, examples = tokens + slice_tokens, examples + len(blocks)
-            bar.update(slice_tokens)
-            if examples >= max_examples or tokens >= max_tokens:
+            tokens, examples = tokens + int(token_counts(blocks).sum()), examples + len(blocks)
+            done, reached = start + len(row_numbers), max(examples / max_examples, tokens / max_tokens)
+            if reached > 0:  # the limits may end the loop before the last slice
+                needed = math.ceil(done / min(1, reached) / SLICE_DOCUMENTS)
+                bar.total = min(len(order), needed * SLICE_DOCUMENTS)
+            bar.update(done - bar.n)
+            if reached >= 1:
                 break
     return slices, dropped_rows
 
