@@ -1,4 +1,4 @@
-"""Predict what a run needs before it starts: disk, memory and, from a timed trial, hours.
+"""Predict the disk and the memory that a run needs before it starts.
 
 This reads the model's configuration and a sample of the documents. The model is built without weights
 (FakeTensorMode). That is enough to find its layers and to add up the bytes of its graph.
@@ -27,15 +27,13 @@ from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_m
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
 from logra.runtime import processes
-from logra.runtime.memory import available_memory, peak_memory
+from logra.runtime.memory import available_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
 from logra.stages.open_run import say_ranks
 from logra.store import layout_bytes
-from logra.tools import trial
 
 SAMPLE = 1000  # documents that are tokenised
-PROCESSES = (1, 2, 4, 8)
 
 
 class DataSize(NamedTuple):
@@ -48,10 +46,12 @@ class DataSize(NamedTuple):
 
 
 def estimate(
-    settings: RunSettings, folder: Path, kind: str, execution: Execution, trial_seconds: float | None,
-    cache_dir: str | None,
-) -> None:  # fmt: skip
-    """Print what a new run in `folder` with a Hessian of this kind needs; with trial_seconds, its hours too.
+    settings: RunSettings, folder: Path, kind: str, execution: Execution, cache_dir: str | None
+) -> tuple[RunDir, DataSize, Dataset]:
+    """Print what a new run in `folder` with a Hessian of this kind needs.
+
+    Returns:
+        The run as it will be, the size of its data, and a sample of its examples.
 
     Raises:
         ValueError: As extract_log.py.
@@ -75,9 +75,7 @@ def estimate(
     say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples of {len(documents):,} documents\n")
     say_disk(run, kind, size.bytes)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
-    if trial_seconds:
-        seconds = trial.trial(run, kind, size.tokens, sample, execution, trial_seconds)
-        say_hours(size.tokens, {"tokenising": size.seconds} | seconds, on_gpu)
+    return run, size, sample
 
 
 def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, length: int) -> int:
@@ -181,20 +179,3 @@ def say_memory(run: RunDir, weight_bytes: int, batch_bytes: int, batch_tokens: i
     if peak > free:
         remedy = "use --gradient_checkpointing, --fsdp or a smaller --batch_tokens"
         say(f"WARNING: {gigabytes(free)} of memory are free; {remedy}")
-
-
-def say_hours(tokens: float, seconds: dict[str, float], on_gpu: bool) -> None:
-    """Print the speed and the peak memory of a trial, and the predicted hours of the run.
-
-    Args:
-        tokens: Of all examples.
-        seconds: The predicted seconds of each part of the run. Each process loads the model; the first one tokenises.
-        on_gpu: Further processes have a GPU of their own.
-    """
-    speed, fixed = tokens / seconds["gradients"], seconds["loading"] + seconds["tokenising"]
-    say(f"\ntrial: {speed:,.0f} tokens/s, peak memory {gigabytes(peak_memory())}")
-    say("predicted seconds: " + ", ".join(f"{name} {value:,.3g}" for name, value in seconds.items()))
-    for count in PROCESSES if on_gpu else (1,):
-        hours = (fixed + (sum(seconds.values()) - fixed) / count) / 3600
-        say(f"{count} process{'es' * (count > 1):2s} {hours:10.3g} hours")
-    say("each with a GPU of its own" if on_gpu else "more processes on this machine share its cores: no faster")

@@ -8,9 +8,8 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +20,14 @@ from torch import nn
 from logra.inputs.examples import examples_fingerprint, token_counts
 from logra.run_dir import RunDir, TrainPart
 from logra.runtime import files, processes, progress
+from logra.runtime.memory import peak_memory
 from logra.runtime.settings import Execution
-from logra.stages import calibrate, extract, open_run
+from logra.stages import calibrate, open_run
 
 FIRST_EXAMPLES = 4  # in the smallest copy; each further one has twice as many
 MIN_COPIES = 2
-STAGES = ("calibration", "gradients", "Hessian")
+PROCESSES = (1, 2, 4, 8)
+Steps = dict[str, Callable[[nn.Module, RunDir], object]]  # calibration, gradients and Hessian: stages of a run
 
 
 class Measured(NamedTuple):
@@ -51,9 +52,9 @@ def work_of(run: RunDir, kind: str, tokens: float) -> dict[str, float]:
 
 
 def trial(
-    run: RunDir, kind: str, tokens: float, sample: Dataset, execution: Execution, seconds: float
+    run: RunDir, kind: str, tokens: float, sample: Dataset, execution: Execution, steps: Steps, seconds: float
 ) -> dict[str, float]:
-    """Return the predicted seconds of a run's parts, in one process.
+    """Return the predicted seconds of loading the model and of a run's stages, in one process.
 
     Args:
         run: It does not exist yet; its number of examples is predicted.
@@ -61,6 +62,7 @@ def trial(
         tokens: Of all its examples.
         sample: Some of its examples.
         execution: As for extract_log.py.
+        steps: The stages of extract_log.py.
         seconds: About how long gradients are extracted.
     """
     begin = time.perf_counter()
@@ -69,9 +71,9 @@ def trial(
     measured: list[Measured] = []
     with _temporary_folder(run.folder) as folder:
         count, spent = min(FIRST_EXAMPLES, run.examples), 0.0
-        _time_copy(_copy(run, folder, sample, count), kind, lm, execution)  # warms up
+        _time_copy(_copy(run, folder, sample, count), kind, lm, steps)  # warms up
         while True:
-            measured.append(_time_copy(_copy(run, folder, sample, count), kind, lm, execution))
+            measured.append(_time_copy(_copy(run, folder, sample, count), kind, lm, steps))
             last = measured[-1].seconds["gradients"]
             spent += last
             enough = len(measured) >= MIN_COPIES and spent + 2 * last > seconds
@@ -79,7 +81,7 @@ def trial(
                 break
             count = min(2 * count, run.examples)
     whole = work_of(run, kind, tokens)
-    return predicted | {stage: predict(measured, stage, whole[stage]) for stage in STAGES}
+    return predicted | {stage: predict(measured, stage, whole[stage]) for stage in steps}
 
 
 def predict(measured: list[Measured], stage: str, work: float) -> float:
@@ -125,16 +127,32 @@ def _copy(run: RunDir, folder: Path, sample: Dataset, count: int) -> RunDir:
     return open_run.reload(copy.folder)
 
 
-def _time_copy(copy: RunDir, kind: str, lm: nn.Module, execution: Execution) -> Measured:
-    """Extract a copy as extract_log.py would, without output."""
-    clock = [time.perf_counter()]
-    with progress.silent():
-        calibrate.make_projections(lm, copy, execution)
+def _time_copy(copy: RunDir, kind: str, lm: nn.Module, steps: Steps) -> Measured:
+    """Run the stages on a copy, without output."""
+    seconds = {}
+    for stage, step in steps.items():
+        begin = time.perf_counter()
+        with progress.silent():
+            step(lm, copy)
+        seconds[stage] = time.perf_counter() - begin
         copy = open_run.reload(copy.folder)
-        clock.append(time.perf_counter())
-        extract.write_shards(lm, copy, extract.unfinished_shards(copy), execution)
-        clock.append(time.perf_counter())
-        extract.write_hessian(kind, copy)
-        clock.append(time.perf_counter())
-    seconds = {stage: end - begin for stage, (begin, end) in zip(STAGES, pairwise(clock), strict=True)}
     return Measured(work_of(copy, kind, copy.parts[0].tokens), seconds)
+
+
+def say_hours(tokens: float, seconds: dict[str, float]) -> None:
+    """Print the speed and the peak memory of a trial, and the predicted hours of the run.
+
+    Args:
+        tokens: Of all examples.
+        seconds: The predicted seconds of each part of the run. Each process loads the model; the first one tokenises.
+    """
+    on_gpu = processes.state().device.type == "cuda"  # further processes have a GPU of their own
+    speed, fixed = tokens / seconds["gradients"], seconds["loading"] + seconds["tokenising"]
+    progress.say(f"\ntrial: {speed:,.0f} tokens/s, at most {peak_memory() / 1e9:.2g} GB of memory")
+    progress.say("predicted seconds: " + ", ".join(f"{name} {value:,.2f}" for name, value in seconds.items()))
+    for count in PROCESSES if on_gpu else (1,):
+        hours = (fixed + (sum(seconds.values()) - fixed) / count) / 3600
+        progress.say(f"{count} process{'es' * (count > 1):2s} {hours:10.3g} hours")
+    progress.say(
+        "each with a GPU of its own" if on_gpu else "more processes on this machine share its cores: no faster"
+    )

@@ -80,7 +80,7 @@ def test_warnings_come_before_anything_runs(cli, tiny, workspace, monkeypatch):
 def predicted_parts(out: str) -> dict[str, float]:
     """Return the predicted seconds of each part that --trial printed, and their sum as `all`."""
     (line,) = re.findall(r"^predicted seconds: (.*)$", out, re.MULTILINE)
-    parts = {name: float(value) for name, value in (part.rsplit(" ", 1) for part in line.split(", "))}
+    parts = {name: float(value.replace(",", "")) for name, value in (part.rsplit(" ", 1) for part in line.split(", "))}
     return parts | {"all": 3600 * float(re.search(r"1 process +([\d.e-]+) hours", out)[1])}
 
 
@@ -95,7 +95,7 @@ def test_a_trial_predicts_all_parts(cli, tiny, workspace, monkeypatch):
     parts = predicted_parts(out)
     assert list(parts) == ["tokenising", "loading", "calibration", "gradients", "Hessian", "all"]
     assert 0.5 < parts["calibration"] < 1.5 and 0.3 < parts["Hessian"] < 1.3 and parts["gradients"] > 0
-    assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"], rel=0.01)
+    assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"], abs=0.05)
     assert sorted(Path(".").rglob("*")) == before
 
 
@@ -106,8 +106,8 @@ def test_a_prediction_is_on_the_line_of_the_copies(cli, tiny, workspace, kind):
     sizes = [trial.work_of(estimate.with_examples(run, n), kind, 10.0 * n) for n in (4, 32, 1000)]
     ratio = sizes[1]["Hessian"] / sizes[0]["Hessian"]
     assert ratio == (64 if kind == "raw" else 8) and sizes[2]["gradients"] == 10_000
-    copies = [trial.Measured(work, {stage: 2 + 3 * work[stage] for stage in trial.STAGES}) for work in sizes[:2]]
-    for stage in trial.STAGES:
+    copies = [trial.Measured(work, {stage: 2 + 3 * work[stage] for stage in work}) for work in sizes[:2]]
+    for stage in sizes[2]:
         assert trial.predict(copies, stage, sizes[2][stage]) == pytest.approx(2 + 3 * sizes[2][stage])
         assert trial.predict(copies[1:], stage, sizes[1][stage]) == pytest.approx(copies[1].seconds[stage])
 
@@ -117,14 +117,14 @@ def test_a_prediction_is_on_the_line_of_the_copies(cli, tiny, workspace, kind):
     "flags", [("--lora", "none", "--hessian", "ekfac"), ("--rank", 24, "--hessian", "raw"), ("--preset", "best")]
 )
 def test_a_trial_is_within_a_quarter(cli, workspace, flags):
-    """Of the time that the run then takes, on a machine that does nothing else; a second try is allowed."""
+    """Of the time that the run then takes; other work on the machine changes both, so there are three tries."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=192, n_layer=3, n_head=4, n_positions=256))
     model.save_pretrained("m")
     make_tokenizer().save_pretrained("m")
     write_jsonl(Path("docs.jsonl"), [{"text": " ".join(make_texts(6, seed=i))} for i in range(250)])
     flags = ("--model_name", "m", *DATA, "--mlp_only", "--block_size", 128, *flags)
     ratios = []
-    for _ in range(2):
+    while len(ratios) < 3 and not any(0.75 < ratio < 1.25 for ratio in ratios):
         predicted = predicted_parts(cli("extract_log", *flags, "--trial", 5)[1])["all"]
         begin = time.perf_counter()
         assert cli("extract_log", *flags, "--overwrite")[0] == 0
