@@ -72,7 +72,7 @@ def estimate(
     size, sample = data_size(documents, tokenizer, settings)
     run, on_gpu = with_examples(run, size.examples), processes.state().device.type == "cuda"
     say_layers(run)
-    say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples of {len(documents):,} documents\n")
+    say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples; the data have {len(documents):,} documents\n")
     say_disk(run, kind, size.bytes)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
     return run, size, sample

@@ -33,7 +33,7 @@ def test_a_dry_run_prints_the_run_and_leaves_nothing(cli, tiny, workspace):
     assert status == 0, err
     assert sorted(Path(".").rglob("*")) == before
     log = extract(cli, tiny / "llama", *flags[4:])
-    assert f"{log.examples:,} examples of 20 documents" in out
+    assert f"{log.examples:,} examples; the data have 20 documents" in out
     tokens = sum(map(len, log.train()["input_ids"]))
     assert f"{tokens:,} tokens in" in out
     shard = log.shard(0)
