@@ -9,7 +9,6 @@ To resume after a stop, run the same command again, on any number of processes.
 import argparse
 from pathlib import Path
 
-from datasets import Dataset
 from torch import nn
 
 from logra.inputs import model
@@ -120,7 +119,7 @@ def set_up(
 
 
 def time_trial(
-    run: RunDir, size: estimate.DataSize, sample: Dataset, kind: str, execution: Execution, seconds: float
+    run: RunDir, size: estimate.DataSize, sample: estimate.Dataset, kind: str, execution: Execution, seconds: float
 ) -> None:
     """Time this script's stages on small copies of a run, and print the hours of the run."""
     steps: trial.Steps = {
