@@ -16,7 +16,7 @@ from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
 from logra.runtime.settings import DataSettings, Execution, RunSettings, number, positive_int
 from logra.stages import calibrate, extract, open_run
-from logra.tools import estimate, verify
+from logra.tools import estimate, trial, verify
 
 
 def build_parser() -> flags.Parser:
@@ -58,7 +58,10 @@ def main(args: argparse.Namespace) -> None:
         if args.verify:
             verify.verify(settings, execution, args.verify, args.cache_dir)
         else:
-            estimate.estimate(settings, folder, args.hessian or "raw", execution, args.trial, args.cache_dir)
+            kind = args.hessian or "raw"
+            estimated = estimate.estimate(settings, folder, kind, execution, args.cache_dir)
+            if args.trial:
+                time_trial(*estimated, kind, execution, args.trial)
         return
 
     with extract.locked(folder):
@@ -113,6 +116,19 @@ def set_up(
         calibrate.make_projections(lm, run, execution)
         run = open_run.reload(folder)
     return lm, run
+
+
+def time_trial(
+    run: RunDir, size: estimate.DataSize, sample: estimate.Dataset, kind: str, execution: Execution, seconds: float
+) -> None:
+    """Time this script's stages on small copies of a run, and print the hours of the run."""
+    steps: trial.Steps = {
+        "calibration": lambda lm, copy: calibrate.make_projections(lm, copy, execution),
+        "gradients": lambda lm, copy: extract.write_shards(lm, copy, extract.unfinished_shards(copy), execution),
+        "Hessian": lambda lm, copy: extract.write_hessian(kind, copy),
+    }
+    predicted = trial.trial(run, kind, size.tokens, sample, execution, steps, seconds)
+    trial.say_hours(size.tokens, {"tokenising": size.seconds} | predicted)
 
 
 if __name__ == "__main__":

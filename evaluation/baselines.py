@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from logra.hooks import GradientCapture
 from logra.inputs import model
 from logra.inputs.batches import length_batches, make_batch
+from logra.inputs.decode import decode
 from logra.inputs.queries import load_queries
 from logra.loss import example_losses, hidden_states
 from logra.run_dir import RunDir
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     _, queries = load_queries(QuerySettings(split=args.split), settings, tokenizer)
     query_ids, train_ids = [query.token_ids for query in queries], list(run.train()["input_ids"])
     scores = {
-        "bm25": lambda: list(bm25_scores(tokenizer.batch_decode(train_ids), tokenizer.batch_decode(query_ids))),
+        "bm25": lambda: list(bm25_scores(run.train()["text"], [decode(tokenizer, ids) for ids in query_ids])),
         "embedding": lambda: embeddings(lm, query_ids) @ embeddings(lm, train_ids).T,
         "trak": lambda: trak(run, lm, query_ids, [query.counted for query in queries], train_ids),
     }

@@ -5,10 +5,11 @@ cut into full blocks. Row numbers are example ids.
 """
 
 import gc
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.data_files import values_of
+from logra.inputs.decode import INCOMPLETE, MAX_TOKENS_PER_CHARACTER, decode, split_text
 from logra.inputs.rows import encode_rows, row_form, row_problem
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
@@ -63,11 +65,10 @@ def build_examples(
     if settings.pack:
         arguments = {"documents": examples, "block_size": settings.block_size}
         examples = Dataset.from_generator(_pack, gen_kwargs=arguments, cache_dir=str(work))
-    examples = _within_limits(examples, settings).map(
-        lambda batch: {"text": tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)},
-        cache_file_name=str(work / "text.arrow"),
-        **map_options,
-    )
+    examples = _within_limits(examples, settings)
+    arguments = {"examples": examples, "tokenizer": tokenizer}
+    options = map_options | {"with_indices": True, "input_columns": "input_ids", "fn_kwargs": arguments}
+    examples = examples.map(_add_text, cache_file_name=str(work / "text.arrow"), **options)
     ids = chain.from_iterable(examples["document_ids"][:]) if settings.pack else examples["document_id"][:]
     return examples, {"documents": len(set(ids)), "dropped_rows": dropped_rows, "rows": len(documents)}
 
@@ -77,6 +78,12 @@ def examples_in_memory(documents: Dataset, tokenizer: PreTrainedTokenizerBase, s
     with tempfile.TemporaryDirectory() as work:
         examples, _ = build_examples(documents, tokenizer, settings, None, Path(work))
         return Dataset.from_list(examples.to_list())
+
+
+def document_order(count: int, shuffle_seed: int | None) -> np.ndarray:
+    """Return the numbers of `count` documents in the order in which a run takes them: the data's, or a random one."""
+    order = np.arange(count)
+    return order if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(order)
 
 
 def _tokenise(
@@ -97,12 +104,9 @@ def _tokenise(
     max_tokens, max_examples = settings.max_tokens or np.inf, settings.max_examples or np.inf
     if settings.pack:  # the number of examples is not known yet
         max_tokens, max_examples = min(max_tokens, max_examples * settings.block_size), np.inf
-    order = np.arange(len(documents))
-    if settings.shuffle_seed is not None:
-        order = np.random.default_rng(settings.shuffle_seed).permutation(order)
-
+    order = document_order(len(documents), settings.shuffle_seed)
     slices, tokens, examples, dropped_rows = [], 0, 0, 0
-    with progress.bar(total=settings.max_tokens, unit="tok", unit_scale=True, desc="tokenising", leave=False) as bar:
+    with progress.bar(total=len(order), unit="doc", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE_DOCUMENTS):
             row_numbers = order[start : start + SLICE_DOCUMENTS]
             rows = _rows_with_text(documents, row_numbers, form, columns, settings, first_row)
@@ -114,10 +118,13 @@ def _tokenise(
             options = map_options | {"fn_kwargs": arguments, "remove_columns": rows.column_names}
             blocks = rows.map(_to_blocks, cache_file_name=cache, **options)
             slices.append(blocks)
-            slice_tokens = int(token_counts(blocks).sum())
-            tokens, examples = tokens + slice_tokens, examples + len(blocks)
-            bar.update(slice_tokens)
-            if examples >= max_examples or tokens >= max_tokens:
+            tokens, examples = tokens + int(token_counts(blocks).sum()), examples + len(blocks)
+            done, reached = start + len(row_numbers), max(examples / max_examples, tokens / max_tokens)
+            if reached > 0:  # the limits may end the loop before the last slice
+                needed = math.ceil(done / min(1, reached) / SLICE_DOCUMENTS)
+                bar.total = min(len(order), needed * SLICE_DOCUMENTS)
+            bar.update(done - bar.n)
+            if reached >= 1:
                 break
     return slices, dropped_rows
 
@@ -207,6 +214,43 @@ def _within_limits(examples: Dataset, settings: RunSettings) -> Dataset:
             f"expected at least one example within the limits, got none of {len(examples)}; raise --max_tokens"
         )
     return examples if kept == len(examples) else examples.select(range(kept))
+
+
+def _add_text(
+    ids: list[list[int]], rows: list[int], examples: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[str]]:
+    """Decode a batch of examples, for Dataset.map. The texts of a document's blocks join to its text.
+
+    Args:
+        ids: Token ids of consecutive examples.
+        rows: Their numbers.
+        examples: All examples.
+        tokenizer: Of the model.
+    """
+    first = max(0, rows[0] - 1)
+    near = examples[first : rows[-1] + 2]  # and their neighbours
+    documents = near.get("document_ids") or [[document_id] for document_id in near["document_id"]]
+    texts = []
+    for i, block in enumerate(ids, rows[0] - first):
+        continues = i > 0 and documents[i - 1][-1] == documents[i][0]
+        continued = i + 1 < len(documents) and documents[i][-1] == documents[i + 1][0]
+        before, after = near["input_ids"][i - 1] if continues else [], near["input_ids"][i + 1] if continued else []
+        texts.append(_block_text(tokenizer, before, block, after))
+    return {"text": texts}
+
+
+def _block_text(tokenizer: PreTrainedTokenizerBase, before: list[int], block: list[int], after: list[int]) -> str:
+    """Decode a block between its neighbours in the document; a character belongs to the block with its last token."""
+    some = range(MAX_TOKENS_PER_CHARACTER)
+    contexts = [(before[n:], after[:m]) for n, m in product(some, some)]
+    for left, right in contexts:  # the first one that neither begins nor ends inside a character
+        text = decode(tokenizer, left + block + right)
+        if text == text.strip(INCOMPLETE):
+            break
+    else:
+        left, right = before, []
+    cuts = [len(left), len(left) + len(block)] if right else [len(left)]
+    return split_text(tokenizer, left + block + right, cuts)[1]
 
 
 def write_examples(

@@ -4,7 +4,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def _write() -> None:
     with open(_State.file, "a", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in _State.unwritten_lines))
     _State.unwritten_lines = []
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Print nothing and show no bar inside the block."""
+    quiet, lines = _State.quiet, _State.unwritten_lines
+    _State.quiet, _State.unwritten_lines = True, []
+    try:
+        yield
+    finally:
+        _State.quiet, _State.unwritten_lines = quiet, lines
 
 
 def bar(items: Iterable | None = None, **options) -> tqdm:

@@ -1,7 +1,8 @@
 """Stage 1: prompts to queries.jsonl, for plain and for chat models.
 
-A row of queries.jsonl holds id, prompt, response, prompt_ids, response_ids (the exact tokens, end token included),
-model, settings and seed. `settings` has what chose the tokens, and under model_settings_not_used what did not.
+A row of queries.jsonl holds id, prompt, response, prompt_ids, response_ids (the exact tokens, end token included), cut
+(whether the response was cut at --max_new_tokens, so has no end token), model, settings and seed. `settings` has what
+chose the tokens, and under model_settings_not_used what did not.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from logra.inputs.decode import split_text
 from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, rope_boundaries
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.files import atomic, has_shape, read_lines, read_row, row_id, short_name
@@ -79,8 +81,8 @@ def write_queries(
             for i, response in enumerate(response_list):
                 row = {
                     "id": prompt_id if len(response_list) == 1 else f"{prompt_id}-{i}", "prompt": prompt,
-                    "response": tokenizer.decode(response, skip_special_tokens=True),
-                    "prompt_ids": ids, "response_ids": response,
+                    "response": split_text(tokenizer, ids + response, [len(ids)])[1],
+                    "prompt_ids": ids, "response_ids": response, "cut": response[-1] not in end_ids,
                 }  # fmt: skip
                 file.write(json.dumps(row | constants, ensure_ascii=False) + "\n")
     return output

@@ -181,14 +181,16 @@ def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: st
     return Ranking(ranking.examples[first][order], scores[order], counts[order], combine)
 
 
-def query_text(query: dict) -> dict[str, str]:
+def query_text(query: dict) -> dict[str, Any]:
     """Return what to show for a row of queries.jsonl.
 
     Returns:
-        id, prompt, response; words, the text without the names of roles; group, which queries a group consists of.
+        id, prompt, response; cut, whether the response was cut; words, the text without the names of roles; group,
+        which queries a group consists of.
     """
     text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
     shown = {"id": str(query["id"]), "prompt": prompt or text, "response": response, "group": ""}
+    shown["cut"] = query.get("cut") is True
     shown["words"] = shown["prompt"] + response
     if shown["prompt"]:
         return shown

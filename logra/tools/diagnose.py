@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from logra import hessian
-from logra.quantise import unpack
+from logra.quantise import STEPS_IN_RMS, unpack
 from logra.run_dir import RunDir
 from logra.runtime import progress
 from logra.stages.rank import StoredScores
@@ -21,47 +21,56 @@ from logra.stages.score_files import ScoreRecord, SelfInfluence
 
 MAX_ROWS = 10
 RAW_LAYERS = 3  # layers whose C is decomposed for the Hessian raw: the first, the middle and the last one
-SKETCH_SIZE = 16  # random directions in which examples are compared
+SKETCH_SIZE = 64  # random directions in which examples are compared; a norm is measured to about 9%
 NEIGHBOURS = 64  # each example is compared with this many, the nearest in the first direction
-MAX_RELATIVE_DIFFERENCE = 0.02  # between equal gradients; batches and few bits round them
+MODEL_ROUNDING = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 3e-3}  # of the same gradient in two batches, relative
+STORE_ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}
+
+
+def raw_matrix(stats: dict[str, Tensor]) -> Tensor:
+    """Return a layer's C times N for the Hessian raw, or its Gram matrix, which has the same trace and eigenvalues."""
+    return stats["cov"] if "cov" in stats else stats["gram"]
 
 
 def eigenvalues(kind: str, stats: dict[str, Tensor]) -> Tensor:
     """Return the eigenvalues of a layer's C, largest first, float64 (see hessian.preconditioner for the statistics)."""
     if kind == "raw":
-        matrix = stats["cov"] if "cov" in stats else stats["gram"]
-        values = torch.linalg.eigvalsh(matrix.double()) / stats["examples"].item()
+        values = torch.linalg.eigvalsh(raw_matrix(stats).double()) / stats["examples"].item()
     else:
         values = hessian.eigen(kind, stats)[0].flatten()
     return values.clamp_min(0).sort(descending=True).values
 
 
 def spectra(run: RunDir, record: ScoreRecord) -> Iterator[str]:
-    """Yield a line for each layer.
+    """Yield a line for each layer; for the Hessian raw for three of them.
 
-    It shows k, the trace and its share of all layers' traces, the share of the largest 1% of the eigenvalues in the
-    trace, lambda, and the effective dimension.
+    It shows k, the trace and its share of all scored layers' traces, the share of the largest 1% of the eigenvalues in
+    the trace, lambda, and the effective dimension.
     """
     kind, layers = record.hessian, list(record.layers)
     if kind == "none":
         yield "Hessian none: nothing to show"
         return
-    if kind == "raw":
-        layers = list(dict.fromkeys(layers[i] for i in np.linspace(0, len(layers) - 1, RAW_LAYERS).astype(int)))
-    statistics, rows = run.statistics(kind), []
+    shown = {layers[i] for i in np.linspace(0, len(layers) - 1, RAW_LAYERS).astype(int)} if kind == "raw" else {*layers}
+    statistics, rows, total = run.statistics(kind), [], 0.0
     for layer in progress.bar(layers, desc="spectra", unit="layer"):
-        values, k = eigenvalues(kind, statistics(layer)), math.prod(run.projected[layer])
+        stats = statistics(layer)
+        if layer not in shown:
+            total += raw_matrix(stats).double().trace().item() / run.examples
+            continue
+        values, k = eigenvalues(kind, stats), math.prod(run.projected[layer])
         trace = values.sum().item()
         lam = hessian.damping_lambda(trace, k, *record.applied_damping)
         largest = values[: max(1, k // 100)].sum().item() / max(trace, 1e-30)
         effective_dimension = (values / (values + lam)).sum().item() if lam else 0.0
         rows.append((layer, k, trace, largest, lam, effective_dimension))
-    total = max(sum(trace for _, _, trace, *_ in rows), 1e-30)
+        total += trace
     yield f"{'layer':44s}{'k':>9s}{'trace':>11s}{'share':>8s}{'top 1%':>8s}{'lambda':>11s}{'effective':>11s}"
     for layer, k, trace, largest, lam, effective in rows:
-        yield f"{layer:44s}{k:9,d}{trace:11.3g}{trace / total:8.1%}{largest:8.1%}{lam:11.3g}{effective:11,.0f}"
+        share = trace / max(total, 1e-30)
+        yield f"{layer:44s}{k:9,d}{trace:11.3g}{share:8.1%}{largest:8.1%}{lam:11.3g}{effective:11,.0f}"
     if kind == "raw":
-        yield f"({len(rows)} of {len(record.layers)} layers, whose C was decomposed)"
+        yield f"({len(rows)} of {len(layers)} layers, whose C was decomposed; a share is of all {len(layers)} traces)"
 
 
 def odd_examples(run: RunDir, record: ScoreRecord, train: Dataset) -> Iterator[str]:
@@ -91,21 +100,39 @@ def sketches(run: RunDir) -> np.ndarray:
     return np.concatenate([(grads.float() @ directions).numpy() for grads in blocks])
 
 
+def rounding(run: RunDir) -> float:
+    """Return the largest relative difference that rounding makes between stored gradients of the same text.
+
+    A batch's rounding, relative to the root mean square of an example's gradient, moves few numbers to another of the
+    levels that few bits have, but those by a whole step.
+    """
+    settings = run.settings
+    of_model = MODEL_ROUNDING[settings.dtype]
+    if settings.bits is None:
+        return max(of_model, STORE_ROUNDING.get(settings.store_dtype, 0.0))
+    return max(of_model, (STEPS_IN_RMS.get(settings.bits, 2.0) * of_model) ** 0.5)
+
+
 def duplicates(run: RunDir, train: Dataset) -> Iterator[str]:
-    """Yield groups of examples whose gradients are equal, which have the same text."""
+    """Yield groups of examples whose gradients are equal to within rounding: those of the same text.
+
+    Each is compared with the first one of the group.
+    """
     if run.settings.bits == 0:
         yield "not known: the run stores no gradients"
         return
-    sketch, first_of, groups = sketches(run), {}, {}
-    order = np.argsort(sketch[:, 0], kind="stable")
-    for position, i in enumerate(order.tolist()):
-        neighbours = order[max(0, position - NEIGHBOURS) : position]
-        distances = np.linalg.norm(sketch[neighbours] - sketch[i], axis=1)
-        equal = distances <= MAX_RELATIVE_DIFFERENCE * np.linalg.norm(sketch[i])
-        first_of[i] = first_of[int(neighbours[equal.argmax()])] if equal.any() and sketch[i].any() else i
-        groups.setdefault(first_of[i], []).append(i)
+    sketch, limit = sketches(run), rounding(run)
+    norms, groups = np.linalg.norm(sketch, axis=1), dict[int, list[int]]()
+    recent: list[int] = []  # the first ones of the last groups
+    for i in np.argsort(sketch[:, 0], kind="stable").tolist():
+        distances = np.linalg.norm(sketch[recent] - sketch[i], axis=1)
+        near = int(distances.argmin()) if recent and norms[i] > 0 else None
+        if near is not None and distances[near] <= limit * norms[i]:
+            groups[recent[near]].append(i)
+        else:
+            groups[i], recent = [i], [*recent, i][-NEIGHBOURS:]
     copies = sorted((sorted(group) for group in groups.values() if len(group) > 1), key=len, reverse=True)
-    yield f"{len(copies)} groups, {sum(map(len, copies))} examples"
+    yield f"{len(copies)} groups, {sum(map(len, copies))} examples, with a relative difference of at most {limit:.1g}"
     for group in copies[:MAX_ROWS]:
         names = ", ".join(f"{i} ({train[i]['document_id']})" for i in group[:6])
         yield f"{len(group)} times: {names}{' ...' if len(group) > 6 else ''}"
@@ -128,7 +155,7 @@ def diagnose(run: RunDir, record: ScoreRecord, scores: StoredScores, queries: li
     sections = {
         f"Hessian {record.hessian} by layer": spectra(run, record),
         "Largest self-influence (and its share)": odd_examples(run, record, train),
-        "Equal gradients": duplicates(run, train),
+        "Equal gradients, of the first layer": duplicates(run, train),
         "Scores": distribution(scores, queries),
     }
     return "\n".join(line for title, lines in sections.items() for line in (title, *lines, ""))

@@ -1,4 +1,4 @@
-"""Predict what a run needs before it starts: disk, memory and, from a timed trial, hours.
+"""Predict the disk and the memory that a run needs before it starts.
 
 This reads the model's configuration and a sample of the documents. The model is built without weights
 (FakeTensorMode). That is enough to find its layers and to add up the bytes of its graph.
@@ -23,21 +23,17 @@ from logra import hessian, loss, projection
 from logra.hooks import GradientCapture
 from logra.inputs import model
 from logra.inputs.documents import load_documents
-from logra.inputs.examples import examples_in_memory, token_counts
+from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_memory, token_counts
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
-from logra.runtime import processes, progress
-from logra.runtime.memory import available_memory, peak_memory
+from logra.runtime import processes
+from logra.runtime.memory import available_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
-from logra.stages.calibrate import calibration_size
-from logra.stages.gradients import make_extractor
-from logra.stages.open_run import load_model, say_ranks
+from logra.stages.open_run import say_ranks
 from logra.store import layout_bytes
 
 SAMPLE = 1000  # documents that are tokenised
-PROCESSES = (1, 2, 4, 8)
-TRIAL_EXAMPLES = 16  # examples between two readings of the clock
 
 
 class DataSize(NamedTuple):
@@ -50,10 +46,12 @@ class DataSize(NamedTuple):
 
 
 def estimate(
-    settings: RunSettings, folder: Path, kind: str, execution: Execution, trial_seconds: float | None,
-    cache_dir: str | None,
-) -> None:  # fmt: skip
-    """Print what a new run in `folder` with a Hessian of this kind needs; with trial_seconds, its hours too.
+    settings: RunSettings, folder: Path, kind: str, execution: Execution, cache_dir: str | None
+) -> tuple[RunDir, DataSize, Dataset]:
+    """Print what a new run in `folder` with a Hessian of this kind needs.
+
+    Returns:
+        The run as it will be, the size of its data, and a sample of its examples.
 
     Raises:
         ValueError: As extract_log.py.
@@ -74,11 +72,10 @@ def estimate(
     size, sample = data_size(documents, tokenizer, settings)
     run, on_gpu = with_examples(run, size.examples), processes.state().device.type == "cuda"
     say_layers(run)
-    say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples of {len(documents):,} documents\n")
+    say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples; the data have {len(documents):,} documents\n")
     say_disk(run, kind, size.bytes)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
-    if trial_seconds:
-        say_hours(run, size, *trial(run, execution, sample, trial_seconds), on_gpu)
+    return run, size, sample
 
 
 def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, length: int) -> int:
@@ -109,17 +106,25 @@ def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, 
 def data_size(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RunSettings
 ) -> tuple[DataSize, Dataset]:
-    """Predict the size of a run's data from a sample of its documents; also return the sample's examples."""
-    rows = np.unique(np.linspace(0, len(documents) - 1, min(SAMPLE, len(documents))).astype(int))
+    """Predict the size of a run's data from the documents that it takes; also return examples of these.
+
+    At most SAMPLE documents are tokenised, in the run's order: the first ones, and while these stay within the limits,
+    a sample of four times as many.
+    """
+    order = document_order(len(documents), settings.shuffle_seed)
     unlimited = replace(settings, max_examples=None, max_tokens=None, shuffle_seed=None)
-    begin = time.perf_counter()
-    sample = examples_in_memory(documents.select(rows), tokenizer, unlimited)
-    seconds, lengths = time.perf_counter() - begin, token_counts(sample)
-    factor = len(documents) / len(rows)
-    examples, tokens = factor * len(lengths), factor * int(lengths.sum())
-    used = min(1.0, (settings.max_examples or examples) / examples, settings.max_tokens / tokens)
-    train_bytes = used * factor * sample.data.nbytes
-    return DataSize(round(used * examples), used * tokens, train_bytes, used * factor * seconds), sample
+    taken, kept, lengths = 0, 0, np.zeros(0)
+    while kept == len(lengths) and taken < len(order):
+        taken = min(len(order), 4 * taken or SAMPLE)
+        rows = order[np.linspace(0, taken - 1, min(SAMPLE, taken)).astype(int)]
+        begin = time.perf_counter()
+        sample = examples_in_memory(documents.select(rows), tokenizer, unlimited)
+        seconds, lengths, factor = time.perf_counter() - begin, token_counts(sample), taken / len(rows)
+        kept = int((factor * np.cumsum(lengths) <= settings.max_tokens).sum())
+        kept = max(1, min(kept, round((settings.max_examples or factor * kept) / factor)))
+    read = min(len(order), math.ceil(taken * kept / len(lengths) / SLICE_DOCUMENTS) * SLICE_DOCUMENTS)
+    sample, tokens = sample.select(range(kept)), factor * int(lengths[:kept].sum())
+    return DataSize(round(factor * kept), tokens, factor * sample.data.nbytes, seconds * read / len(rows)), sample
 
 
 def with_examples(run: RunDir, examples: int) -> RunDir:
@@ -127,30 +132,6 @@ def with_examples(run: RunDir, examples: int) -> RunDir:
     sizes, counts = run.shard_sizes(examples), dict.fromkeys(("documents", "rows", "tokens", "dropped_rows"), 0)
     part = TrainPart(run.settings.data, None, "", {}, examples, **counts, **sizes)
     return RunDir(run.folder, replace(run.record, parts=(part,)))
-
-
-def trial(run: RunDir, execution: Execution, examples: Dataset, seconds: float) -> tuple[float, float]:
-    """Load the model and extract gradients for some seconds; return tokens per second, and seconds of loading."""
-    begin = time.perf_counter()
-    lm, _, _ = load_model(run.settings, execution)
-    loading_seconds = time.perf_counter() - begin
-    projections = projection.draw(run.shapes, run.projected, run.settings.seed)
-    bar = progress.bar(desc="trial", unit="tok", unit_scale=True, leave=False)
-    with GradientCapture(lm, projections, factors=True, squares_only=run.squares_only) as capture, bar:
-        extractor = make_extractor(lm, capture, execution, run)
-
-        def extract(first: int) -> int:
-            """Extract TRIAL_EXAMPLES examples from number `first` on; return their tokens."""
-            rows = examples[[i % len(examples) for i in range(first, first + TRIAL_EXAMPLES)]]
-            dtype = run.settings.store_dtype
-            extractor.gradients(rows["input_ids"], rows.get("counted"), 0, dtype, bar.update).wait()
-            return sum(map(len, rows["input_ids"]))
-
-        extract(0)  # warms up
-        begin, tokens, first = time.perf_counter(), 0, 0
-        while time.perf_counter() - begin < seconds:
-            tokens, first = tokens + extract(first), first + TRIAL_EXAMPLES
-        return tokens / (time.perf_counter() - begin), loading_seconds
 
 
 def gigabytes(size: float) -> str:
@@ -198,14 +179,3 @@ def say_memory(run: RunDir, weight_bytes: int, batch_bytes: int, batch_tokens: i
     if peak > free:
         remedy = "use --gradient_checkpointing, --fsdp or a smaller --batch_tokens"
         say(f"WARNING: {gigabytes(free)} of memory are free; {remedy}")
-
-
-def say_hours(run: RunDir, size: DataSize, tokens_per_second: float, loading_seconds: float, on_gpu: bool) -> None:
-    """Print the speed and the peak memory of a trial, and the predicted hours of the run."""
-    calibrated = calibration_size(run) / run.examples if run.rotated else 0
-    hours = size.tokens * (1 + calibrated) / tokens_per_second / 3600
-    fixed_hours = (size.seconds + loading_seconds) / 3600
-    say(f"\ntrial: {tokens_per_second:,.0f} tokens/s, peak memory {gigabytes(peak_memory())}")
-    for count in PROCESSES if on_gpu else (1,):
-        say(f"{count} process{'es' * (count > 1):2s} {hours / count + fixed_hours:10.3g} hours")
-    say("each with a GPU of its own" if on_gpu else "more processes on this machine share its cores: no faster")

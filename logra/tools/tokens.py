@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from logra.hooks import TokenCapture
+from logra.inputs.decode import split_text
 from logra.inputs.queries import Query, group_queries, load_queries, query_hash
 from logra.run_dir import RunDir
 from logra.runtime.progress import bar
@@ -20,8 +21,6 @@ from logra.stages.gradients import Extractor
 from logra.stages.open_run import check_model_files, load_model
 from logra.stages.score import Scorer, ScoreTask, block_name, cut
 from logra.stages.score_files import ScoreRecord, SelfInfluence
-
-MAX_TOKENS_PER_CHARACTER = 4  # bytes of a UTF-8 character
 
 
 class PairShares(NamedTuple):
@@ -151,15 +150,14 @@ def _as_query(train: Dataset, example: int) -> Query:
 
 def pieces(tokenizer, token_ids: list[int], shares: Tensor) -> list[tuple[str, float]]:
     """Return (text, share) of a text's tokens. Tokens that are parts of one character are one piece."""
-    joined: list[tuple[str, float]] = []
-    pending, pending_share = [], 0.0
-    for token, share in zip(token_ids, shares.tolist(), strict=True):
-        pending, pending_share = [*pending, token], pending_share + share
-        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
-        if not text.endswith("\ufffd") or len(pending) == MAX_TOKENS_PER_CHARACTER:
-            joined.append((text, pending_share))
-            pending, pending_share = [], 0.0
-    return joined + ([(tokenizer.decode(pending), pending_share)] if pending else [])
+    _, *texts = split_text(tokenizer, token_ids, list(range(len(token_ids))), skip_special_tokens=False)
+    joined, share = [], 0.0
+    for text, token_share in zip(texts, shares.tolist(), strict=True):
+        share += token_share
+        if text:
+            joined.append((text, share))
+            share = 0.0
+    return [*joined, ("", share)] if share else joined
 
 
 def add_shares(queries: list[dict], splitter: TokenSplitter, examples: Dataset) -> None:

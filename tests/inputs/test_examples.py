@@ -96,3 +96,25 @@ def test_bad_rows_are_named_or_dropped(tokenizer, tmp_path):
         build(blank, tokenizer, tmp_path, text_column="body")
     with pytest.raises(ValueError, match="no other"):
         build(Dataset.from_dict({"text": [""]}), tokenizer, tmp_path, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "documents"),
+    [({}, 40), ({"max_tokens": 10**9}, 40), ({"max_examples": 10}, 12), ({"max_tokens": 300, "shuffle_seed": 1}, None),
+     ({"max_examples": 3, "pack": True, "block_size": 100}, None)],
+)  # fmt: skip
+def test_the_bar_counts_what_is_tokenised(tokenizer, tmp_path, monkeypatch, limits, documents):
+    """It counts documents and ends full, far below --max_tokens; after the first slice its total is about right."""
+    seen = []
+
+    class Bar(examples.progress.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append((self.n, self.total))
+
+    monkeypatch.setattr(examples.progress, "tqdm", Bar)
+    monkeypatch.setattr(examples, "SLICE_DOCUMENTS", 4)
+    build(Dataset.from_dict({"text": make_texts(40)}), tokenizer, tmp_path, **limits)
+    done, total = seen[-1]
+    assert done == total <= 40 and done == (documents or done) and (documents or done < 40)
+    assert 0.5 * done <= seen[0][1] <= 2 * done and len(seen) == -(-done // 4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, write_jsonl
-from helpers import extract
+from helpers import extract, influence
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from logra.inputs.queries import load_queries
@@ -162,3 +162,14 @@ def test_a_response_does_not_depend_on_its_batch(monkeypatch):
     assert alone == together
     monkeypatch.setattr("logra.stages.generate.rope_boundaries", lambda config: [])
     assert generate.generate(model, prompts, [2], greedy(batch_size=3)) != alone, "this model does choose so"
+
+
+def test_a_cut_response_is_marked_on_the_page(cli, tiny, workspace):
+    """`cut` of a row goes through stage 3 to the report; a column of that name that holds anything else does not."""
+    rows = [{"id": str(cut), "prompt": "the", "response": " river", "cut": cut} for cut in (True, False, "beef")]
+    write_jsonl(Path("queries.jsonl"), rows)
+    extract(cli, tiny / "llama", "--rank", 3)
+    _, folder = influence(cli)
+    assert cli("analysis", "--log_dir", "log")[0] == 0
+    marked = [part for part in (folder / "report.html").read_text().split("<details") if "was cut at" in part]
+    assert len(marked) == 1 and "<h2>True</h2>" in marked[0]

@@ -1,18 +1,22 @@
 """Before the long step: what a run will need (--dry_run, --trial)."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_model
+from conftest import ROOT, VOCAB, make_model, make_texts, make_tokenizer, write_jsonl
 from helpers import DATA, extract
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from logra.inputs.model import choose_layers
 from logra.runtime import settings
 from logra.runtime.flags import read_run_flags
+from logra.stages import calibrate
+from logra.stages import extract as stages_extract
 from logra.stages.open_run import find_folder
-from logra.tools import estimate
+from logra.tools import estimate, trial
 
 
 def needed(out: str) -> float:
@@ -29,7 +33,7 @@ def test_a_dry_run_prints_the_run_and_leaves_nothing(cli, tiny, workspace):
     assert status == 0, err
     assert sorted(Path(".").rglob("*")) == before
     log = extract(cli, tiny / "llama", *flags[4:])
-    assert f"{log.examples:,} examples of 20 documents" in out
+    assert f"{log.examples:,} examples; the data have 20 documents" in out
     tokens = sum(map(len, log.train()["input_ids"]))
     assert f"{tokens:,} tokens in" in out
     shard = log.shard(0)
@@ -41,16 +45,26 @@ def test_a_dry_run_prints_the_run_and_leaves_nothing(cli, tiny, workspace):
     assert "[24, 24]" in out and "[5, 5]" in out and f"{25:12,d}" in out
 
 
-def test_limits_and_sampling_are_in_the_estimate(cli, tiny, workspace, monkeypatch):
-    """max_examples and max_tokens cap the estimate; of many documents a sample stands for all."""
-    flags = ("--model_name", tiny / "gpt2", *DATA, "--block_size", 16, "--dry_run")
-    assert "7 examples" in cli("extract_log", *flags, "--max_examples", 7)[1]
-    tokens = re.search(r"([\d,]+) tokens in", cli("extract_log", *flags, "--max_tokens", 50)[1])[1]
-    assert int(tokens) == 50
-    whole = int(re.search(r"tokens in ([\d,]+) examples", cli("extract_log", *flags)[1])[1])
-    monkeypatch.setattr(estimate, "SAMPLE", 10)
-    part = int(re.search(r"tokens in ([\d,]+) examples", cli("extract_log", *flags)[1])[1])
-    assert abs(part - whole) < 0.3 * whole
+LIMITS = [("--max_examples", 7), ("--max_examples", 150), ("--max_tokens", 400), ("--max_tokens", 3000), ()]
+
+
+@pytest.mark.parametrize("order", [(), ("--shuffle_seed", 3)])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_the_estimate_is_of_the_documents_that_the_run_takes(cli, tiny, workspace, monkeypatch, limits, order):
+    """Of long documents behind short ones: tokens, examples and disk are the run's; from a sample to a quarter."""
+    texts = [" ".join(["river"] * (3 if i < 120 else 40)) for i in range(160)]
+    write_jsonl(Path("docs.jsonl"), [{"text": text} for text in texts])
+    flags = ("--block_size", 16, "--rank", 5, *limits, *order)
+    log = extract(cli, tiny / "gpt2", *flags)
+    tokens = sum(map(len, log.train()["input_ids"]))
+    sizes = {"gradients": log.examples * log.parts[0].bytes_per_example, "train": log.train().data.nbytes}
+    for sample, error in ((1000, 0.001), (40, 0.25)):
+        monkeypatch.setattr(estimate, "SAMPLE", sample)
+        out = cli("extract_log", "--model_name", tiny / "gpt2", *DATA, *flags, "--dry_run")[1]
+        found = [int(n.replace(",", "")) for n in re.search(r"([\d,]+) tokens in ([\d,]+) examples", out).groups()]
+        assert found == pytest.approx([tokens, log.examples], rel=error), sample
+        disk = {name: float(size) * 1e6 for name, size in re.findall(r"(gradients|train) ([\d.e-]+) MB", out)}
+        assert disk == pytest.approx(sizes, rel=0.02 + error), sample
 
 
 def test_warnings_come_before_anything_runs(cli, tiny, workspace, monkeypatch):
@@ -63,15 +77,59 @@ def test_warnings_come_before_anything_runs(cli, tiny, workspace, monkeypatch):
     assert out.count("WARNING") == 2 and "of disk are free" in out and "of memory are free" in out
 
 
-def test_a_trial_extrapolates_to_the_whole_run(cli, tiny, workspace):
-    """The hours are tokens (the calibration sample's again) through the measured speed."""
-    flags = ("--model_name", tiny / "gpt2", *DATA, "--hessian", "ekfac", "--trial", 1)
+def predicted_parts(out: str) -> dict[str, float]:
+    """Return the predicted seconds of each part that --trial printed, and their sum as `all`."""
+    (line,) = re.findall(r"^predicted seconds: (.*)$", out, re.MULTILINE)
+    parts = {name: float(value.replace(",", "")) for name, value in (part.rsplit(" ", 1) for part in line.split(", "))}
+    return parts | {"all": 3600 * float(re.search(r"1 process +([\d.e-]+) hours", out)[1])}
+
+
+def test_a_trial_predicts_all_parts(cli, tiny, workspace, monkeypatch):
+    """The calibration's eigenvectors and the Hessian are measured too; nothing is left on the disk."""
+    rotate, write_hessian, before = calibrate.rotate, stages_extract.write_hessian, sorted(Path(".").rglob("*"))
+    monkeypatch.setattr(calibrate, "rotate", lambda *args: time.sleep(0.5) or rotate(*args))
+    monkeypatch.setattr(stages_extract, "write_hessian", lambda *args: time.sleep(0.3) or write_hessian(*args))
+    flags = ("--model_name", tiny / "gpt2", *DATA, "--lora", "none", "--hessian", "ekfac", "--trial", 1)
     status, out, err = cli("extract_log", *flags)
     assert status == 0, err
-    rate = float(re.search(r"trial: ([\d,]+) tokens/s", out)[1].replace(",", ""))
-    tokens = int(re.search(r"([\d,]+) tokens in", out)[1].replace(",", ""))
-    hours = float(re.search(r"1 process +([\d.e-]+) hours", out)[1])
-    assert hours * 3600 > 2 * tokens / rate * 0.95 and hours < 0.05 and not Path("logs").exists()
+    parts = predicted_parts(out)
+    assert list(parts) == ["tokenising", "loading", "calibration", "gradients", "Hessian", "all"]
+    assert 0.5 < parts["calibration"] < 1.5 and 0.3 < parts["Hessian"] < 1.3 and parts["gradients"] > 0
+    assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"], abs=0.05)
+    assert sorted(Path(".").rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["raw", "ekfac"])
+def test_a_prediction_is_on_the_line_of_the_copies(cli, tiny, workspace, kind):
+    """A constant stays as it is, and the rest grows with the work: raw's with the examples' square while N < k."""
+    run = extract(cli, tiny / "gpt2", "--rank", 20, "--hessian", "raw")
+    sizes = [trial.work_of(estimate.with_examples(run, n), kind, 10.0 * n) for n in (4, 32, 1000)]
+    ratio = sizes[1]["Hessian"] / sizes[0]["Hessian"]
+    assert ratio == (64 if kind == "raw" else 8) and sizes[2]["gradients"] == 10_000
+    copies = [trial.Measured(work, {stage: 2 + 3 * work[stage] for stage in work}) for work in sizes[:2]]
+    for stage in sizes[2]:
+        assert trial.predict(copies, stage, sizes[2][stage]) == pytest.approx(2 + 3 * sizes[2][stage])
+        assert trial.predict(copies[1:], stage, sizes[1][stage]) == pytest.approx(copies[1].seconds[stage])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--lora", "none", "--hessian", "ekfac"), ("--rank", 24, "--hessian", "raw"), ("--preset", "best")]
+)
+def test_a_trial_is_within_a_quarter(cli, workspace, flags):
+    """Of the time that the run then takes; other work on the machine changes both, so there are three tries."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=192, n_layer=3, n_head=4, n_positions=256))
+    model.save_pretrained("m")
+    make_tokenizer().save_pretrained("m")
+    write_jsonl(Path("docs.jsonl"), [{"text": " ".join(make_texts(6, seed=i))} for i in range(250)])
+    flags = ("--model_name", "m", *DATA, "--mlp_only", "--block_size", 128, *flags)
+    ratios = []
+    while len(ratios) < 3 and not any(0.75 < ratio < 1.25 for ratio in ratios):
+        predicted = predicted_parts(cli("extract_log", *flags, "--trial", 5)[1])["all"]
+        begin = time.perf_counter()
+        assert cli("extract_log", *flags, "--overwrite")[0] == 0
+        ratios.append(predicted / (time.perf_counter() - begin))
+    assert any(0.75 < ratio < 1.25 for ratio in ratios), ratios
 
 
 def test_the_graph_is_what_a_real_batch_keeps():
