@@ -189,7 +189,7 @@ def query_text(query: dict) -> dict[str, Any]:
         which queries a group consists of.
     """
     text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
-    shown = {"id": str(query["id"]), "prompt": prompt or text, "response": response, "group": ""}
+    shown: dict[str, Any] = {"id": str(query["id"]), "prompt": prompt or text, "response": response, "group": ""}
     shown["cut"] = query.get("cut") is True
     shown["words"] = shown["prompt"] + response
     if shown["prompt"]:
