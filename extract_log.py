@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     if args.verify or args.dry_run or args.trial:
         settings = open_run.new_settings(run_flags, execution)
         if args.verify:
-            verify.verify(settings, execution, args.verify, args.cache_dir)
+            verify.verify(settings, args.hessian or "raw", execution, args.verify, args.cache_dir)
         else:
             estimate.estimate(settings, folder, args.hessian or "raw", execution, args.trial, args.cache_dir)
         return

@@ -1,230 +1,343 @@
-"""Compare the pipeline with a plain loop of torch.autograd in float64, on the user's own model and data.
+"""Make a small run with the pipeline's own functions, score it with those of stage 3, and check each number of it.
 
-Notation: n train examples, k = r_out * r_in, G full weight gradients, x_t and d_t inputs and output gradients, A, B, C
-and lambda as in hessian. Sides are projected to rank 64 at most, so that C [k, k] can be built and solved.
+The reference (verify_reference) shares no code with the pipeline. Each step is checked from the numbers of the one
+before: gradients and factor sums against autograd, stored values against the gradients, scores against dense algebra
+with the stored values. So rounding errors of a dtype do not hide an error of a later step. Last, small steps of the
+model itself are compared with the scores. Notation: n train examples, Q queries, k = r_out * r_in of a layer.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedTokenizerBase
 
-from logra import hessian, influence, projection, store
 from logra.hooks import GradientCapture
+from logra.influence import MODES
 from logra.inputs import model
-from logra.inputs.documents import load_documents
-from logra.inputs.examples import examples_in_memory
-from logra.loss import IGNORE
-from logra.projection import Projection
+from logra.inputs.queries import Query, query_hash, query_rows
 from logra.quantise import FLOAT_DTYPES
+from logra.run_dir import RunDir, RunRecord
+from logra.runtime import processes
 from logra.runtime.memory import available_memory
-from logra.runtime.progress import bar, say
-from logra.runtime.settings import Execution, RunSettings
-from logra.stages.gradients import Extractor
-from logra.stages.open_run import load_model
+from logra.runtime.progress import say
+from logra.runtime.settings import Execution, RunSettings, ScoreSettings
+from logra.stages import calibrate, extract, open_run
+from logra.stages.gradients import make_extractor
+from logra.stages.score import Scorer, ScoreTask, write_pass
+from logra.stages.score_files import ScoreRecord, SelfInfluence, score_files
+from logra.tools import verify_reference as reference
+from logra.tools.verify_reference import Text, relative_error
 
-MAX_RANK = 64
 SHORT_TEXT = 8  # tokens
-CHECKED_LAYERS = 3  # layers whose C is built: the first, the middle and the last one
-DAMPING = 0.1
-GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
-HESSIAN_TOLERANCE = 1e-3  # of (C + lambda I)^-1 g and of scores, from the same gradients
+MAX_K = 2**12  # of the first, the middle and the last layer: C [k, k] is built and solved in float64
+MAX_OTHER_K = 2**8  # of all other layers
+MAX_CUBES = 2e11  # sum of k^3 up to which --lora none is kept
 COPY_BYTES = 24  # bytes per parameter that a float64 copy of the model and its gradients need
+GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
+ROUNDING_TOLERANCE = 1e-3  # in steps, and of a scale
+SCORE_TOLERANCE, SIGN_SCORE_TOLERANCE = 1e-3, 0.05  # with int1 a CPU rounds the queries to 8 bits
+STANDARD_ERRORS, CORRELATION = 6, 0.9  # of the entries of random projections
 
 
-def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir: str | None) -> None:
-    """Print how far the pipeline is from the plain loop, on the first examples of a command line of extract_log.py.
+class Check(NamedTuple):
+    """One line of the report: what was compared, the error of each part by its name, and the largest allowed one."""
+
+    what: str
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def failed(self) -> list[str]:
+        """The parts whose error is too large, or NaN."""
+        return [name for name, error in self.errors.items() if not error <= self.tolerance]
+
+    def say(self) -> None:
+        """Print the line."""
+        worst = max(self.errors, key=lambda name: math.inf if math.isnan(self.errors[name]) else self.errors[name])
+        verdict, error = "FAIL" if self.failed else "pass", self.errors[worst]
+        say(f"  {verdict}  {self.what}: {len(self.errors)} compared, error {error:.1e} at most, in {worst}")
+
+
+def verify(settings: RunSettings, kind: str, execution: Execution, examples: int, cache_dir: str | None) -> None:
+    """Check the flags of a command line of extract_log.py on a small run of the first examples.
+
+    Args:
+        settings: Of the run.
+        kind: Its Hessian.
+        execution: How to run the model.
+        examples: Number of train examples at most.
+        cache_dir: See load_documents.
 
     Raises:
-        ValueError: The difference is larger than rounding explains.
+        ValueError: A check failed.
     """
     if settings.quantize:
         raise ValueError(
             "expected --verify without --quantize, got both, and quantised weights have no gradient; leave one out"
         )
-    lm, tokenizer, _ = load_model(settings, execution)
-    shapes = model.choose_layers(lm, settings.mlp_only, settings.layers)
-    rank_in, rank_out = (min(rank or MAX_RANK, MAX_RANK) for rank in (settings.rank_in, settings.rank_out))
-    projected = projection.projected_shapes(shapes, rank_in, rank_out)
-    projections = projection.draw(shapes, projected, settings.seed)
-    say_untracked(lm, shapes)
-
-    documents = load_documents(
-        settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
-    )
-    rows = examples_in_memory(documents, tokenizer, replace(settings, max_examples=examples))[:]
-    token_ids = rows["input_ids"]
-    counted = rows.get("counted") or [[True] * len(ids) for ids in token_ids]
-    with GradientCapture(lm, projections, factors=True) as capture:
-        grads, sums = Extractor(lm, capture, sum(map(len, token_ids))).gradients(token_ids, counted).wait()
-    fits = COPY_BYTES * sum(p.numel() for p in lm.parameters()) < available_memory()
-    dtype = torch.float64 if fits else torch.float32
-    hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    reference = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
-    expected = plain_loop(reference.to(dtype).requires_grad_(), projections, token_ids, counted)
-    errors = {key: relative_error((grads | sums)[key], value) for key, value in expected.items()}
-    length_errors = together_and_alone(lm, projections, [id for ids in token_ids for id in ids], settings.block_size)
-
-    checked_layers = list(shapes)[:: max(1, (len(shapes) - 1) // (CHECKED_LAYERS - 1))]
-    source = FewExamples(projected, grads, sums)
-    hessian_errors = {kind: check_hessian(source, kind, checked_layers) for kind in ("raw", "kfac", "ekfac")}
-    say(f"{len(token_ids)} examples, model in {settings.dtype}, reference in {str(dtype)[6:]}; relative errors:")
-    report(errors, length_errors, list(shapes), GRADIENT_TOLERANCE[settings.dtype], hessian_errors, len(checked_layers))
+    if processes.processes_here() < processes.state().num_processes:
+        raise ValueError("expected --verify on one machine, got several; start it on one of them")
+    lm, tokenizer, described = open_run.load_model(settings, execution)
+    execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
+    with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
+        folder = processes.on_rank_0(lambda: Path(temporary))() / "run"
+        run = make_run(folder, lm, tokenizer, described, small_settings(settings, described, examples), kind,
+                       execution, cache_dir)  # fmt: skip
+        queries = make_queries(run, lm)
+        grads, query_grads = unrounded_gradients(run, lm, execution, queries)
+        scores = stage_3(run, kind, lm, execution, queries)
+        if processes.state().is_main_process:
+            report(check(run, kind, load_reference(run, execution, lm), queries, grads, query_grads, scores))
+        processes.state().wait_for_everyone()
 
 
-def say_untracked(lm: nn.Module, shapes: projection.Shapes) -> None:
-    """Print how many layers are tracked, and which kinds are not."""
-    untracked = [name for name in model.linear_layers(lm) if name not in shapes]
-    kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in untracked)
-    say(f"{len(shapes)} layers are tracked, {len(untracked)} are not: {', '.join(kinds)}")
+def small_settings(settings: RunSettings, described: dict, examples: int) -> RunSettings:
+    """Return the settings of the small run, and reduce the ranks in `described` so that C can be built and solved.
 
-
-def together_and_alone(
-    lm: nn.Module, projections: dict[str, Projection], tokens: list[int], block_size: int
-) -> dict[str, float]:
-    """Return the relative difference of each layer's gradients between texts of very different lengths in one batch,
-    and each of them alone.
-
-    Args:
-        lm, projections: The model, and its layers.
-        tokens: What the texts are made of.
-        block_size: Tokens of the longest text. One text is just above each boundary below (model.rope_boundaries).
+    With raw one layer has k <= n, which has a solver of its own.
     """
+    sizes, count = described["layers"], len(described["layers"])
+    ks = [r_out * r_in for *_, r_out, r_in in sizes.values()]
+    if settings.lora == "none" and (max(ks) > MAX_K or sum(k**3 for k in ks) > MAX_CUBES):
+        say("--lora none: C of such wide layers can't be solved here; checked with random projections instead")
+        settings = replace(settings, lora="random")
+    dense = {0, count // 2, count - 1}
+    for number, size in enumerate(sizes.values()) if settings.lora != "none" else ():
+        rank = math.isqrt(MAX_K if number in dense else MAX_OTHER_K)
+        if size[2] * size[3] > rank * rank:
+            size[2:] = min(size[2], rank), min(size[3], rank)
+        if number == count // 2 and count > 1:
+            r_out = min(size[2], math.isqrt(examples))
+            size[2:] = r_out, min(size[3], examples // r_out)
+    return replace(
+        settings, max_examples=min(examples, settings.max_examples or examples), calibration_examples=examples,
+        shard_examples=math.ceil(examples / 2),
+    )  # fmt: skip
+
+
+def make_run(
+    folder: Path, lm: nn.Module, tokenizer: PreTrainedTokenizerBase, described: dict, settings: RunSettings, kind: str,
+    execution: Execution, cache_dir: str | None,
+) -> RunDir:  # fmt: skip
+    """Run stage 2 with these settings in a new folder."""
+    if processes.state().is_main_process:
+        new = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
+        extract.write_train(new, tokenizer, None, cache_dir, None)
+    calibrate.make_projections(lm, open_run.reload(folder), execution)
+    run = open_run.reload(folder)
+    extract.write_shards(lm, run, extract.unfinished_shards(run), execution)
+    extract.write_hessian(kind, run)
+    return run
+
+
+def texts(run: RunDir) -> list[Text]:
+    """Return the run's train examples."""
+    rows = run.train()[:]
+    counted = rows.get("counted") or [[True] * len(ids) for ids in rows["input_ids"]]
+    return [Text(*pair) for pair in zip(rows["input_ids"], counted, strict=True)]
+
+
+def make_queries(run: RunDir, lm: nn.Module) -> list[Query]:
+    """Return the longest example, the end of the last one's first half, and texts of very different lengths.
+
+    One text is just above each length where a batch changes the model (model.rope_boundaries).
+    """
+    examples, block_size = texts(run), run.settings.block_size
+    half = examples[-1].token_ids[: len(examples[-1].token_ids) // 2 + 1]
+    found = [longest(examples), Text(half, [t > len(half) // 2 for t in range(len(half))])]
+    tokens = [token for text in examples for token in text.token_ids] or [0]
     boundaries = [length + 1 for length in model.rope_boundaries(lm.config) if length < block_size]
-    texts = [(tokens * length)[:length] for length in {min(SHORT_TEXT, block_size), block_size, *boundaries}]
-    with GradientCapture(lm, projections) as capture:
-        together, alone = (
-            Extractor(lm, capture, len(texts) * block_size, size).gradients(texts).wait()[0] for size in (None, 1)
+    for length in sorted({min(SHORT_TEXT, block_size), block_size, *boundaries}):
+        found.append(Text((tokens * length)[:length], [True] * length))
+    return [Query(str(number), *text, {"text": ""}) for number, text in enumerate(found)]
+
+
+def longest(examples: list[Text]) -> Text:
+    """Return the text with the most tokens."""
+    return max(examples, key=lambda text: len(text.token_ids))
+
+
+def unrounded_gradients(
+    run: RunDir, lm: nn.Module, execution: Execution, queries: list[Query]
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the gradients of each shard's examples and of the queries, {layer: [n, k]} float32."""
+    examples = texts(run)
+    batches = [examples[ids.start : ids.stop] for ids in run.shards] + [[Text(q.token_ids, q.counted) for q in queries]]
+    with GradientCapture(lm, run.projections()) as capture:
+        extractor = make_extractor(lm, capture, execution, run)
+        *grads, query_grads = (
+            extractor.gradients([t.token_ids for t in batch], [t.counted for t in batch]).wait()[0] for batch in batches
         )
-    return {layer: relative_error(together[layer], alone[layer]) for layer in projections}
+        extractor.finish()
+    return grads, query_grads
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return |actual - expected| / |expected|; 0 if both are 0."""
-    actual, expected = (tensor.double().cpu() for tensor in (actual, expected))
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+def stage_3(run: RunDir, kind: str, lm: nn.Module, execution: Execution, queries: list[Query]) -> dict[str, Tensor]:
+    """Score the queries in each mode, with the default damping. Return the scores [Q, n], and the self-influence."""
+    dampings, layers = ScoreSettings().dampings(kind, run.settings.store_dtype), list(run.layers)
+    task, scores = ScoreTask(run, kind, dict.fromkeys(layers, ""), dampings), {}
+    for mode in MODES:
+        self_influence = None if mode == "dot" else SelfInfluence(run, kind, layers, dampings)
+        record = ScoreRecord(
+            query_loss="all", layers=layers, queries=query_hash(queries), split="verify", mode=mode, hessian=kind,
+            num_queries=len(queries), num_examples=run.examples, top_k_only=None, group_by=None, log=run.record,
+            damping=None, damping_absolute=None,
+        )  # fmt: skip
+        base = run.folder / "scores" / mode
+        with score_files(base, record, dampings, run.shards) as files:
+            scorer = Scorer(task, lm, execution, self_influence)
+            write_pass(scorer, [[query] for query in queries], 0, files, mode)
+            if self_influence and not self_influence.complete:
+                self_influence.save()
+            files[0].close()
+            if processes.state().is_main_process:
+                files[0].describe(query_rows(queries), None)
+        if processes.state().is_main_process:
+            scores[mode] = torch.from_numpy(np.load(f"{base}-{dampings[0].label}/scores.npy"))
+    return scores | {"self-influence": self_influence.values[0]}
 
 
-def plain_loop(
-    lm: nn.Module, projections: dict[str, Projection], token_ids: list[list[int]], counted: list[list[bool]]
-) -> dict[str, Tensor]:
-    """Return what GradientCapture computes, <layer> [n, k], <layer>.A and <layer>.B, one example at a time, float64."""
-    results: dict[str, list[Tensor]] = {}
-    for ids, counts in zip(bar(token_ids, desc="plain loop", unit="example"), counted, strict=True):
-        last = max((t for t, counts_here in enumerate(counts) if counts_here), default=0)  # no gradient from here on
-        per_layer = autograd_gradients(lm, list(projections), ids, counts)
-        for (layer, projected), (grad, x, d) in zip(projections.items(), per_layer, strict=True):
-            p_in, p_out = (None if p is None else p.to(grad) for p in (projected.p_in, projected.p_out))
-            grad = grad if p_in is None else grad @ p_in.T
-            grad = grad if p_out is None else p_out @ grad
-            x, d = (side[:last] if p is None else side[:last] @ p.T for side, p in ((x, p_in), (d, p_out)))
-            for key, value in ((layer, grad.flatten()), (f"{layer}.A", x.T @ x), (f"{layer}.B", d.T @ d)):
-                results.setdefault(key, []).append(value.double())
-    return {key: torch.stack(values) if key in projections else sum(values) for key, values in results.items()}
+def load_reference(run: RunDir, execution: Execution, lm: nn.Module) -> nn.Module:
+    """Load the model again, on the CPU and in float64 if that fits: the device never holds it twice."""
+    fits = COPY_BYTES * sum(p.numel() for p in lm.parameters()) < available_memory()
+    settings, dtype = run.settings, torch.float64 if fits else torch.float32
+    hub = model.hub_options(settings.revision, execution.trust_remote_code)
+    plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
+    say(f"{run.examples} examples, model in {settings.dtype}, reference in {str(dtype)[6:]}:")
+    return plain.to(dtype).requires_grad_()
 
 
-def autograd_gradients(
-    lm: nn.Module, layers: list[str], token_ids: list[int], counted: list[bool]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (G [d_out, d_in], x [T, d_in], d [T, d_out]) of each layer for one example, by autograd."""
-    inputs, outputs, handles = {}, {}, []
-    for name in layers:
-
-        def hook(module, arguments, output, name=name):
-            inputs[name], outputs[name] = arguments[0].detach(), output
-
-        handles.append(lm.get_submodule(name).register_forward_hook(hook))
-    modules = [lm.get_submodule(name) for name in layers]
-    weights = [module.weight for module in modules]
-    ids = torch.tensor([token_ids], device=weights[0].device)
-    targets = ids[0, 1:].masked_fill(~torch.tensor(counted[1:], dtype=torch.bool, device=ids.device), IGNORE)
-    logits = lm(input_ids=ids, use_cache=False).logits[0, :-1]
-    total = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    grads = torch.autograd.grad(total, [*weights, *(outputs[name] for name in layers)])
-    for handle in handles:
-        handle.remove()
-    for name, module, grad, d in zip(layers, modules, grads, grads[len(layers) :], strict=False):
-        yield grad.T if isinstance(module, Conv1D) else grad, inputs[name].flatten(0, -2), d.flatten(0, -2)
+def stored_files(run: RunDir) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the stored gradients of all shards, in the form in which they are stored, and the factor sums."""
+    folder, stored, sums = run.folder / "gradients", {}, {}
+    for number in range(len(run.shards)):
+        for name, tensor in load_file(folder / f"{number:05d}.safetensors").items():
+            stored[name] = torch.cat([stored[name], tensor]) if name in stored else tensor
+        for name, tensor in load_file(folder / f"{number:05d}.factors.safetensors").items():
+            sums[name] = sums.get(name, 0) + (tensor.double() if tensor.is_floating_point() else tensor)
+    return stored, sums
 
 
-class FewExamples:
-    """The gradients and factor sums of a few examples, as one shard in memory (see hessian.GradientSource)."""
+def check(
+    run: RunDir, kind: str, lm: nn.Module, queries: list[Query], grads: list[dict[str, Tensor]],
+    query_grads: dict[str, Tensor], scores: dict[str, Tensor],
+) -> list[Check]:  # fmt: skip
+    """Compare the small run and its scores with the reference model `lm`; see the module's docstring."""
+    settings, layers, examples = run.settings, list(run.layers), texts(run)
+    sides, (stored, sums) = reference.projections(run.folder, layers), stored_files(run)
+    train = {layer: torch.cat([part[layer] for part in grads]) for layer in layers}
+    expected = reference.projected_sums(lm, sides, examples)
+    expected_queries = reference.projected_sums(lm, sides, [Text(q.token_ids, q.counted) for q in queries])
 
-    def __init__(self, projected: projection.Shapes, grads: dict[str, Tensor], sums: dict[str, Tensor]):
-        self.projected, self.grads, self.sums = projected, grads, sums
-        self.examples = len(next(iter(grads.values())))
-        self.shards = [range(self.examples)]
-
-    def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
-        """Yield a layer's gradients [n, k], or a factor sum."""
-        yield from ((self.grads if kind == "gradients" else self.sums)[name] for _ in shards)
-
-    def preconditioner(self, kind: str, layer: str) -> hessian.Preconditioner:
-        """Return the pipeline's (C + lambda I)^-1 of a layer."""
-        one_layer = FewExamples({layer: self.projected[layer]}, self.grads, self.sums)
-        layout = store.hessian_layout(kind, one_layer.projected, self.examples, False)
-        tensors = hessian.statistics(kind, one_layer, range(1), lambda tensor: tensor, False, "cpu")
-        stats = {key.removeprefix(f"{layer}."): tensor for key, tensor in zip(layout, tensors, strict=True)}
-        return hessian.preconditioner(kind, stats, DAMPING, None, self.grads[layer] if "gram" in stats else None)
-
-    def dense(self, kind: str, layer: str) -> Tensor:
-        """Return C [k, k] in float64, by its definition."""
-        g = self.grads[layer].double()
-        if kind == "raw":
-            return g.T @ g / len(g)
-        a, b = self.sums[f"{layer}.A"].double(), self.sums[f"{layer}.B"].double()
-        if kind == "kfac":
-            return torch.kron(b, a) / (max(self.sums["tokens"].item(), 1) * len(g))
-        u = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
-        return (u * (g @ u).square().mean(dim=0)) @ u.T
+    counts = {"tokens": int(expected["tokens"]), "examples": len(examples)}
+    factors = {key: relative_error(value, expected[key]) for key, value in sums.items() if key not in counts}
+    tolerance = GRADIENT_TOLERANCE[settings.dtype]
+    return [
+        *check_projections(run, lm, sides, expected, tolerance),
+        Check("gradients of train examples", {x: relative_error(train[x], expected[x]) for x in layers}, tolerance),
+        Check("gradients of queries of very different lengths, in one batch",
+              {x: relative_error(query_grads[x], expected_queries[x]) for x in layers}, tolerance),
+        Check("factor sums", factors, tolerance),
+        Check("counts", {key: abs(int(sums[key]) - count) for key, count in counts.items()}, 0),
+        Check(f"stored values, {settings.store_dtype}",
+              reference.stored_errors(stored, train, settings.store_dtype), ROUNDING_TOLERANCE),
+        *check_scores(run, kind, lm, queries, train, query_grads, stored, sums, sides, scores),
+    ]  # fmt: skip
 
 
-def check_hessian(source: FewExamples, kind: str, layers: list[str]) -> tuple[float, float]:
-    """Return the largest relative errors of (C + lambda I)^-1 g, and that of the cosine scores [n, n] of all layers."""
-    largest_error = 0.0
-    dots, expected_dots, self_influence, expected_self_influence = 0.0, 0.0, 0.0, 0.0
-    for layer in layers:
-        g, solver, c = source.grads[layer], source.preconditioner(kind, layer), source.dense(kind, layer)
-        lam = max(DAMPING * c.trace().item() / len(c), 1e-300)  # C may be 0
-        expected = torch.linalg.solve(c + lam * torch.eye(len(c)).double(), g.double().T).T
-        solved = solver.solve(g)
-        largest_error = max(largest_error, relative_error(solved, expected))
-        dots, expected_dots = dots + solved @ g.T, expected_dots + expected @ g.double().T
-        self_influence = self_influence + solver.quadratic(g)
-        expected_self_influence = expected_self_influence + (expected * g.double()).sum(dim=1)
-    scores = influence.scores_of_mode(dots, self_influence, "cosine")
-    return largest_error, relative_error(
-        scores, influence.scores_of_mode(expected_dots, expected_self_influence, "cosine")
-    )
+def check_projections(
+    run: RunDir, lm: nn.Module, sides: reference.Sides, expected: dict[str, Tensor], tolerance: float
+) -> list[Check]:
+    """Check which layers are tracked, and the projections; `expected` as in reference.projected_sums."""
+    settings, checks = run.settings, []
+    names = [name for name in reference.linear_layers(lm) if re.search(settings.layers or "", name)]
+    names = [name for name in names if not settings.mlp_only or re.search(model.MLP_PATTERN, name, re.IGNORECASE)]
+    wrong = {name: float((name in names) != (name in run.layers)) for name in [*names, *run.layers]}
+    checks.append(Check("tracked layers", wrong, 0))
+    if settings.lora == "random":
+        moments, shared = reference.random_errors(sides, run.rotated), reference.shared_errors(sides)
+        checks += [Check("projections, moments of N(0, 1/r) in standard errors", moments, STANDARD_ERRORS)]
+        checks += [Check("projections, correlation of layers and sides", shared, CORRELATION)]
+    if run.rotated:
+        errors = reference.eigenbasis_errors(run.folder, sides, expected, settings.lora != "random")
+        checks.append(Check("projections, covariances in the eigenbasis", errors, tolerance))
+    return [line for line in checks if line.errors]  # no side may be projected
 
 
-def report(
-    errors: dict[str, float], length_errors: dict[str, float], layers: list[str], tolerance: float,
-    hessian_errors: dict, checked_layers: int,
-) -> None:  # fmt: skip
-    """Print the errors, and raise a ValueError if one is too large. NaN is too large."""
-    gradient_errors = {layer: errors[layer] for layer in layers}
-    factor_errors = {key: error for key, error in errors.items() if key not in gradient_errors}
-    failed = []
-    for what, group in (
-        ("gradients", gradient_errors), ("factor sums", factor_errors),
-        ("gradients of texts of very different lengths, together against alone", length_errors),
-    ):  # fmt: skip
-        failed += [name for name, error in group.items() if not error < tolerance]
-        worst = max(group, key=group.get)
-        verdict = "pass" if group[worst] < tolerance else "FAIL"
-        say(f"  {verdict}  {len(group)} {what}: {group[worst]:.1e} at most, in {worst}")
-    for kind, (solution_error, score_error) in hessian_errors.items():
-        passed = solution_error < HESSIAN_TOLERANCE and score_error < HESSIAN_TOLERANCE
-        failed += [] if passed else [f"the Hessian {kind}"]
-        numbers = f"products {solution_error:.1e}, scores {score_error:.1e}"
-        say(f"  {'pass' if passed else 'FAIL'}  Hessian {kind} of {checked_layers} layers: {numbers}")
-    if failed:
+def check_scores(
+    run: RunDir, kind: str, lm: nn.Module, queries: list[Query], train: dict[str, Tensor],
+    query_grads: dict[str, Tensor], stored: dict[str, Tensor], sums: dict[str, Tensor], sides: reference.Sides,
+    scores: dict[str, Tensor],
+) -> list[Check]:  # fmt: skip
+    """Compare the scores with those of dense algebra, and with steps of the model."""
+    dtype, z, solved = run.settings.store_dtype, {}, {}
+    for layer, g in train.items():
+        z[layer] = g.double() if dtype == "none" else reference.restored(stored, layer, g.shape[1], dtype)
+        c = None if kind == "none" else reference.hessian(kind, z[layer], sums, layer, run.settings.basis == "eigen")
+        solved[layer] = reference.preconditioned(kind, z[layer], c, dtype)
+    expected = reference.scores(query_grads, z, solved)
+    tolerance = SIGN_SCORE_TOLERANCE if dtype == "int1" else SCORE_TOLERANCE
+    checks = [
+        Check("self-influence" if name == "self-influence" else f"scores, {name}",
+              {f"Hessian {kind}": relative_error(scores[name], value)}, tolerance)
+        for name, value in expected.items()
+    ]  # fmt: skip
+    return checks + check_steps(run, lm, queries, query_grads, solved, sides, scores["dot"])
+
+
+def check_steps(
+    run: RunDir, lm: nn.Module, queries: list[Query], query_grads: dict[str, Tensor], solved: dict[str, Tensor],
+    sides: reference.Sides, dots: Tensor,
+) -> list[Check]:  # fmt: skip
+    """Compare dots with how fast a query's loss falls along small steps of the model.
+
+    A step along (C + lambda I)^-1 z, for the highest and the lowest dot, lowers the loss by the dot. A plain gradient
+    step on an example lowers its own loss, so its dot with itself is positive, whatever the Hessian.
+    """
+    asked = [Text(q.token_ids, q.counted) for q in queries]
+    examples, errors = texts(run), {}
+    query_norms, step_norms = (sum(g.double().square().sum(dim=1) for g in grads.values()).sqrt()
+                               for grads in (query_grads, solved))  # fmt: skip
+    for what, position in (("highest", dots.argmax()), ("lowest", dots.argmin())):
+        q, example = divmod(int(position), dots.shape[1])
+        dot, uncertain = (
+            dots[q, example].item(),
+            GRADIENT_TOLERANCE[run.settings.dtype] * query_norms[q] * step_norms[example],
+        )
+        if abs(dot) <= 2 * uncertain or (dot > 0) != (what == "highest"):
+            say(f"  skip  steps: the {what} dot, {dot:.1e}, is too small or has the other sign")
+            continue
+        step = {}
+        for layer, (p_in, p_out) in sides.items():
+            y = solved[layer][example].view(run.projected[layer])
+            y = y if p_out is None else p_out.double().T @ y
+            step[layer] = y if p_in is None else y @ p_in.double()
+        errors[f"the {what} dot"] = abs(reference.fall(lm, step, asked[q]) - dot) / abs(dot)
+    own = examples.index(longest(examples))
+    step = {
+        layer: grad.detach()
+        for layer, (grad, *_) in zip(sides, reference.gradients(lm, list(sides), asked[0]), strict=True)
+    }
+    if any(grad.any() for grad in step.values()):
+        errors["a plain step"] = float(not reference.fall(lm, step, asked[0]) * dots[0, own] > 0)
+    return [Check("steps of the model", errors, 0.5)] if errors else []
+
+
+def report(checks: list[Check]) -> None:
+    """Print the checks, and raise a ValueError if one failed."""
+    for line in checks:
+        line.say()
+    if failed := [line for line in checks if line.failed]:
         raise ValueError(
-            f"expected relative errors below {tolerance} (gradients, factors) and {HESSIAN_TOLERANCE} (Hessian), got "
-            f"more in {len(failed)}: {', '.join(failed[:3])}; leave these layers out with --layers, and report them"
+            f"expected every check of --verify to pass, got FAIL in {len(failed)} of {len(checks)} (first: "
+            f"{failed[0].what}, in {', '.join(failed[0].failed[:3])}); leave these layers out with --layers, or change "
+            "the flags, and report it"
         )
