@@ -43,8 +43,8 @@ def loss(lm: nn.Module, text: Text) -> Tensor:
     return cross_entropy(logits[[t - 1 for t in counted]], ids[0, counted], reduction="sum")
 
 
-def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (G [d_out, d_in], x [T, d_in], d [T, d_out]) of each layer for one text, by autograd."""
+def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Yield each layer with its (G [d_out, d_in], x [T, d_in], d [T, d_out]) for one text, by autograd."""
     inputs, outputs, handles = {}, {}, []
     for name in layers:
 
@@ -58,7 +58,8 @@ def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[Te
     for handle in handles:
         handle.remove()
     for name, module, grad, d in zip(layers, modules, grads, grads[len(layers) :], strict=False):
-        yield grad.T if isinstance(module, Conv1D) else grad, inputs[name].flatten(0, -2), d.flatten(0, -2)
+        grad = grad.T if isinstance(module, Conv1D) else grad
+        yield name, (grad, inputs[name].flatten(0, -2), d.flatten(0, -2))
 
 
 def projections(folder: Path, layers: list[str]) -> Sides:
@@ -72,6 +73,12 @@ def project(matrix: Tensor, p: Tensor | None) -> Tensor:
     return matrix if p is None else matrix @ p.to(matrix).T
 
 
+def unprojected(y: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> Tensor:
+    """Return P_out^T Y P_in [d_out, d_in] of Y [r_out, r_in]. Its dot with G is that of Y with the projected G."""
+    y = y if p_out is None else p_out.to(y).T @ y
+    return y if p_in is None else y @ p_in.to(y)
+
+
 def projected_sums(lm: nn.Module, sides: Sides, texts: list[Text]) -> dict[str, Tensor]:
     """Return g of each text, <layer> [n, k], and the sums over texts <layer>.A, <layer>.B and <layer>.square, float64.
 
@@ -80,48 +87,39 @@ def projected_sums(lm: nn.Module, sides: Sides, texts: list[Text]) -> dict[str, 
     results: dict[str, list[Tensor]] = {}
     for text in texts:
         last = max((t for t, counts in enumerate(text.counted) if counts), default=0)
-        for (layer, (p_in, p_out)), (grad, x, d) in zip(sides.items(), gradients(lm, list(sides), text), strict=True):
-            g = project(project(grad, p_in).T, p_out).T.flatten()
+        sums = {"tokens": torch.tensor(last), "examples": torch.tensor(1)}
+        for layer, (grad, x, d) in gradients(lm, list(sides), text):
+            p_in, p_out = sides[layer]
+            sums[layer] = g = project(project(grad, p_in).T, p_out).T.flatten()
             x, d = project(x[:last], p_in), project(d[:last], p_out)
-            sums = {layer: g, f"{layer}.A": x.T @ x, f"{layer}.B": d.T @ d, f"{layer}.square": g.square()}
-            for key, value in sums.items():
-                results.setdefault(key, []).append(value.double())
-        results.setdefault("tokens", []).append(torch.tensor(last))
+            sums |= {f"{layer}.A": x.T @ x, f"{layer}.B": d.T @ d, f"{layer}.square": g.square()}
+        for key, value in sums.items():
+            results.setdefault(key, []).append(value.double())
     return {key: torch.stack(values) if key in sides else sum(values) for key, values in results.items()}
 
 
-def random_errors(sides: Sides, rotated: bool) -> dict[str, float]:
-    """Return how many standard errors the moments of each P [r, d] are from those of N(0, 1/r).
+def random_errors(sides: Sides, rotated: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Return for each P [r, d] of a layer's side two errors.
 
-    A rotated P is U P with an orthogonal U, which keeps only the sum of squares.
+    How many standard errors its moments are from those of N(0, 1/r), and its largest correlation with a P of the same
+    size. A rotated P is U P with an orthogonal U, which keeps the sum of squares and P^T P. So P^T P are compared.
     """
-    errors = {}
+    moments: dict[str, float] = {}
+    grams: dict[tuple[int, ...], dict[str, Tensor]] = {}
     for layer, pair in sides.items():
-        for side, p in zip(("in", "out"), pair, strict=True):
-            if p is not None and p.shape[0] < p.shape[1]:
-                z, moments = p.double() * len(p) ** 0.5, {2: (1, 2)} if rotated else {1: (0, 1), 2: (1, 2), 4: (3, 96)}
-                deviations = [abs((z**n).mean() - m) / (v / z.numel()) ** 0.5 for n, (m, v) in moments.items()]
-                errors[f"{layer}.{side}"] = max(deviations).item()
-    return errors
-
-
-def shared_errors(sides: Sides) -> dict[str, float]:
-    """Return the largest correlation of each random P with that of another layer or side of the same size.
-
-    P^T P is compared, since a rotation U P keeps it.
-    """
-    same_size: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    for layer, pair in sides.items():
-        for side, p in zip(("in", "out"), pair, strict=True):
-            if p is not None and p.shape[0] < p.shape[1]:
-                columns = p[:, :SAME_MATRIX].double()
-                above = torch.triu_indices(columns.shape[1], columns.shape[1], 1)
-                same_size.setdefault(tuple(p.shape), {})[f"{layer}.{side}"] = (columns.T @ columns)[above.unbind()]
-    errors = {}
-    for grams in same_size.values():
-        others = torch.corrcoef(torch.stack([*grams.values()])).view(len(grams), len(grams)).abs().fill_diagonal_(0)
-        errors |= dict(zip(grams, others.amax(dim=1).tolist(), strict=True))
-    return errors
+        for name, p in zip((f"{layer}.in", f"{layer}.out"), pair, strict=True):
+            if p is None or p.shape[0] == p.shape[1]:
+                continue
+            z, expected = p.double() * len(p) ** 0.5, {2: (1, 2)} if rotated else {1: (0, 1), 2: (1, 2), 4: (3, 96)}
+            deviations = [abs((z**n).mean() - m) / (v / z.numel()) ** 0.5 for n, (m, v) in expected.items()]
+            moments[name], columns = max(deviations).item(), z[:, :SAME_MATRIX]
+            above = torch.triu_indices(columns.shape[1], columns.shape[1], 1)
+            grams.setdefault(tuple(p.shape), {})[name] = (columns.T @ columns)[above.unbind()]
+    shared: dict[str, float] = {}
+    for same_size in grams.values():
+        others = torch.corrcoef(torch.stack([*same_size.values()])).view(len(same_size), -1).abs().fill_diagonal_(0)
+        shared |= dict(zip(same_size, others.amax(dim=1).tolist(), strict=True))
+    return moments, shared
 
 
 def eigenbasis_errors(folder: Path, sides: Sides, sums: dict[str, Tensor], orthonormal: bool) -> dict[str, float]:
@@ -138,11 +136,9 @@ def eigenbasis_errors(folder: Path, sides: Sides, sums: dict[str, Tensor], ortho
         for side, factor, p in zip(("in", "out"), "AB", pair, strict=True):
             cov, values = sums[f"{layer}.{factor}"], stored[f"{layer}.{side}.values"].double()
             expected = torch.diag(values.sort(descending=True).values) * cov.trace() / values.sum().clamp_min(1e-300)
-            order = (
-                (values.diff().clamp_min(0).amax() / values.amax().clamp_min(1e-300)).item() if len(values) > 1 else 0
-            )
+            rise = values.diff().clamp_min(0).sum() / values.amax().clamp_min(1e-300)
             rows = (p.double() @ p.double().T - torch.eye(len(p))).abs().amax().item() if orthonormal else 0
-            errors[f"{layer}.{side}"] = max(relative_error(cov, expected), order, rows)
+            errors[f"{layer}.{side}"] = max(relative_error(cov, expected), rise.item(), rows)
     return errors
 
 
@@ -190,16 +186,18 @@ def restored(stored: dict[str, Tensor], layer: str, k: int, store_dtype: str) ->
     return levels(stored[layer], CODES[store_dtype][0])[:, :k] * stored[f"{layer}.scale"].double()[:, None]
 
 
-def hessian(kind: str, z: Tensor, sums: dict[str, Tensor], layer: str, rotated: bool) -> Tensor:
-    """Return C [k, k] of a layer by its definition.
+def hessian(kind: str, z: Tensor, sums: dict[str, Tensor], layer: str, rotated: bool) -> Tensor | None:
+    """Return C [k, k] of a layer by its definition; None for the Hessian none.
 
     Args:
-        kind: raw, kfac or ekfac.
+        kind: raw, kfac, ekfac or none.
         z: Gradients [n, k].
         sums: <layer>.A, <layer>.B, <layer>.square and tokens, as in projected_sums.
         layer: Its name.
         rotated: The gradients are stored in the eigenbasis.
     """
+    if kind == "none":
+        return None
     if kind == "raw":
         return z.T @ z / len(z)
     if kind == "ekfac" and rotated:
