@@ -39,7 +39,7 @@ def build_parser() -> flags.Parser:
     )  # fmt: skip
     group.add_argument(
         "--verify", type=positive_int, nargs="?", const=4, metavar="EXAMPLES",
-        help="compare gradients, Hessians and scores of so many examples with autograd's (off; 4 without a value)",
+        help="check a small run of these flags, its stored bits and scores, against autograd (off; 4 without a value)",
     )  # fmt: skip
     return parser
 

@@ -173,7 +173,8 @@ class ScoredRun:
         queries = [self.train[self.longest], Text(piece, [t > len(piece) // 2 for t in range(len(piece))])]
         tokens = [token for text in self.train for token in text.token_ids] or [0]
         above = [length + 1 for length in boundaries if length < block_size]
-        lengths = sorted({min(SHORT_TEXT, block_size), block_size, *above})
+        whole = [] if len(queries[0].token_ids) > block_size // 2 else [block_size]
+        lengths = sorted({min(SHORT_TEXT, block_size), *above, *whole})
         return queries + [Text((tokens * length)[:length], [True] * length) for length in lengths]
 
     def score(self, lm: nn.Module, execution: Execution) -> None:

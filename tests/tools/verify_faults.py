@@ -1,6 +1,6 @@
 """Faults planted into the pipeline, and the lines of --verify that find them.
 
-As a script, `python tests/tools/verify_faults.py`, it writes the table of docs/verify.md.
+As a script, `python tests/tools/verify_faults.py`, it writes the table of docs/limits.md.
 """
 
 import contextlib
@@ -242,10 +242,12 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    page = ROOT / "docs/verify.md"
+    page = ROOT / "docs/limits.md"
     with tempfile.TemporaryDirectory() as temporary:
         os.chdir(temporary)
         prepare(Path(temporary))
         rows = [found(name, Path(temporary))[1] for name in FAULTS]
-    head = page.read_text("utf-8").partition("|---|---|---|\n")
-    page.write_text(head[0] + head[1] + "\n".join(rows) + "\n", "utf-8")
+    before, head, _ = page.read_text("utf-8").partition(
+        "| fault | flags | lines of `--verify` that FAIL |\n|---|---|---|\n"
+    )
+    page.write_text(before + head + "\n".join(rows) + "\n", "utf-8")
