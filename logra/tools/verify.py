@@ -37,7 +37,7 @@ from logra.tools import verify_reference as reference
 from logra.tools.verify_reference import Text, relative_error
 
 SHORT_TEXT = 8  # tokens
-MAX_K, MAX_OTHER_K = 2**12, 2**8  # of the first, the middle and the last layer, and of all others: C [k, k] is solved
+MAX_K, MAX_OTHER_K = 2**12, 2**8  # of the first and the last layer, and of the others: each C [k, k] is solved
 MAX_CUBES = 2e11  # sum of k^3 up to which --lora none is kept
 COPY_BYTES = 24  # bytes per parameter that a float64 copy of the model and its gradients need
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
@@ -192,7 +192,10 @@ class ScoredRun:
                 damping_absolute=None,
             )  # fmt: skip
             with score_files(run.folder / "scores" / mode, record, dampings, run.shards) as files:
-                write_pass(Scorer(task, lm, execution, self_influence), groups, 0, files, mode)
+                if not write_pass(Scorer(task, lm, execution, self_influence), groups, 0, files, mode):
+                    raise ValueError(
+                        f"expected memory to score {len(groups)} queries at a time, got too little; use a lower --rank"
+                    )
                 if self_influence and not self_influence.complete:
                     self_influence.save()
                 files[0].close()
