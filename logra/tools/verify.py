@@ -225,11 +225,12 @@ class ScoredRun:
     def check_projections(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
         """Check which layers are tracked, and the projections."""
         settings, tracked = self.settings, self.run.layers
-        pattern = model.MLP_PATTERN if settings.mlp_only else settings.layers or ""
-        chosen = [name for name in reference.linear_layers(lm) if re.search(pattern, name, re.IGNORECASE)]
+        mlp = model.MLP_PATTERN if settings.mlp_only else ""
+        chosen = [name for name in reference.linear_layers(lm) if re.search(mlp, name, re.IGNORECASE)]
+        chosen = [name for name in chosen if re.search(settings.layers or "", name)]
         yield Check("tracked layers", {x: float((x in chosen) != (x in tracked)) for x in [*chosen, *tracked]}, 0)
-        if settings.lora == "random" and any(p is not None for pair in sides.values() for p in pair):
-            moments, shared = reference.random_errors(sides, self.run.rotated)
+        moments, shared = reference.random_errors(sides, self.run.rotated) if settings.lora == "random" else ({}, {})
+        if moments:
             yield Check("random projections, moments in standard errors", moments, STANDARD_ERRORS)
             yield Check("random projections, correlation with one another", shared, CORRELATION)
         if self.run.rotated:

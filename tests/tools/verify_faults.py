@@ -128,8 +128,7 @@ fault("the Hessian is of the first shard alone", "--hessian ekfac")(
 fault("int1's sign is flipped", "--preset best")(changed(quantise, "pack", lambda f, g, bits: f(-g, bits)))
 
 
-@fault("int4 packed with the upper bits first, and read so", "--store_dtype int4 --hessian ekfac")
-def _upper_bits_first(patch: Patch) -> None:
+def upper_bits_first(patch: Patch) -> None:
     def swapped(packed):
         return packed // 16 + packed % 16 * 16
 
@@ -137,6 +136,7 @@ def _upper_bits_first(patch: Patch) -> None:
     changed(influence, "unpack", lambda f, packed, *a: f(swapped(packed), *a))(patch)
 
 
+fault("int4 packed with the upper bits first, and read so", "--store_dtype int4 --hessian ekfac")(upper_bits_first)
 fault("int8's step is 0.06", "--store_dtype int8 --hessian ekfac")(
     lambda patch: patch.setitem(quantise.STEPS_IN_RMS, 8, 0.06)
 )
@@ -166,14 +166,14 @@ fault("ekfac's squares are not squared, in another basis", "--hessian ekfac --ba
 )  # fmt: skip
 
 
-@fault("U for U^T in the eigenbasis", "--hessian kfac --basis projected")
-def _transposed(patch: Patch) -> None:
+def transposed(patch: Patch) -> None:
     def solve(original, self, g):
         return hessian.change_basis(self._in_eigenbasis(g) * self.inverse, *self.bases).flatten(1)
 
     changed(hessian.EigenPreconditioner, "solve", solve)(patch)
 
 
+fault("U for U^T in the eigenbasis", "--hessian kfac --basis projected")(transposed)
 # ---- stage 3
 fault("the sign of the scores")(changed(influence, "scores_of_mode", lambda f, *a: -f(*a)))
 fault("l2 without its half")(
@@ -188,14 +188,14 @@ fault("a layer is left out in stage 3")(
 )
 
 
-@fault("the last shard is not scored")
-def _fewer_shards(patch: Patch) -> None:
+def fewer_shards(patch: Patch) -> None:
     def score_shards(original, open_shard, shards, *values):
         return original(open_shard, [*shards][:-1], *values)
 
     changed(influence, "score_shards", score_shards)(patch)
 
 
+fault("the last shard is not scored")(fewer_shards)
 fault("scores are one example to the right")(
     changed(
         score_files.ScoreFile, "put", lambda f, self, q, ids, scores, dots: f(self, q, ids, scores.roll(1, 1), dots)
