@@ -16,6 +16,7 @@ FLAGS = [
     "--store_dtype bfloat16", "--store_dtype float16", "--store_dtype int8 --hessian ekfac",
     "--store_dtype int4 --hessian kfac", "--store_dtype none --hessian ekfac", "--lora pca", "--lora none --layers mlp",
     "--pack", "--train_loss response --data_name pairs.jsonl", "--dtype bfloat16 --preset best",
+    "--dtype bfloat16 --lora none --store_dtype none --hessian ekfac --layers mlp",
 ]  # fmt: skip
 
 
