@@ -11,15 +11,13 @@ import json
 
 import xxhash
 
-from logra import influence
 from logra.inputs import model
 from logra.inputs.queries import Query, group_queries, load_queries, merge_group, query_hash, query_rows
 from logra.run_dir import RunDir
 from logra.runtime import flags, processes, progress
-from logra.runtime.memory import is_out_of_memory
 from logra.runtime.settings import QuerySettings, ScoreSettings
 from logra.stages import open_run, self_check
-from logra.stages.score import Scorer, ScoreTask, block_name
+from logra.stages.score import Scorer, ScoreTask, block_name, write_pass
 from logra.stages.score_files import ScoreFile, ScoreRecord, SelfInfluence, score_files
 from logra.stages.self_check import CheckedPair
 
@@ -97,31 +95,6 @@ def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFil
     for file in files:
         file.close()
     return pairs
-
-
-def write_pass(scorer: Scorer, batch: list[list[Query]], first: int, files: list[ScoreFile], mode: str) -> bool:
-    """Score a batch of groups, of which `first` is the first one's number. Return False if memory runs out.
-
-    Raises:
-        RuntimeError, ValueError: Memory runs out for a single query; or as Scorer.score.
-    """
-    self_influence = scorer.self_influence
-    scores = progress.bar(scorer.score(batch), total=len(scorer.own_shards), desc="scoring", unit="shard")
-    try:
-        for shard, dots, self_influence_parts in scores:
-            ids = scorer.run.shards[shard]
-            if self_influence_parts:
-                self_influence.add(ids, self_influence_parts)
-            for s, file in enumerate(files):
-                rows = slice(s * len(batch), (s + 1) * len(batch))
-                block_dots = [dots[block].T[rows].cpu() for block in dict.fromkeys(scorer.task.blocks.values())]
-                values = self_influence.values[s, ids.start : ids.stop] if self_influence else None
-                file.put(first, ids, influence.scores_of_mode(sum(block_dots), values, mode), block_dots)
-    except (RuntimeError, ValueError) as error:
-        if len(batch) == 1 or not is_out_of_memory(error):
-            raise
-        return False
-    return True
 
 
 def describe_scores(

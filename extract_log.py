@@ -39,7 +39,7 @@ def build_parser() -> flags.Parser:
     )  # fmt: skip
     group.add_argument(
         "--verify", type=positive_int, nargs="?", const=4, metavar="EXAMPLES",
-        help="compare gradients, Hessians and scores of so many examples with autograd's (off; 4 without a value)",
+        help="check a small run of these flags, its stored bits and scores, against autograd (off; 4 without a value)",
     )  # fmt: skip
     return parser
 
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     if args.verify or args.dry_run or args.trial:
         settings = open_run.new_settings(run_flags, execution)
         if args.verify:
-            verify.verify(settings, execution, args.verify, args.cache_dir)
+            verify.verify(settings, args.hessian or "raw", execution, args.verify, args.cache_dir)
         else:
             kind = args.hessian or "raw"
             estimated = estimate.estimate(settings, folder, kind, execution, args.cache_dir)

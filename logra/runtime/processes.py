@@ -20,6 +20,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
+from logra.runtime.memory import available_memory
+
 P = ParamSpec("P")
 T = TypeVar("T")
 # The longest wait of a rank for another one: rank 0 tokenises alone, and a faster rank waits for the slowest.
@@ -61,6 +63,16 @@ def state() -> PartialState:
 def processes_here() -> int:
     """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_memory(bytes_per_process: int, what: str) -> None:
+    """Raise a ValueError if this machine lacks the memory for `what` in each of its processes."""
+    needed, available = bytes_per_process * processes_here(), available_memory()
+    if needed > available:
+        raise ValueError(
+            f"expected {needed / 1e9:.3g} GB of memory for {what}, got {available / 1e9:.3g}; use "
+            "--hessian ekfac, --lora random, a lower --rank or fewer --layers"
+        )
 
 
 def share(count: int, rank: int | None = None) -> range:

@@ -13,7 +13,6 @@ from logra.inputs.examples import token_counts
 from logra.projection import Projection, Shapes
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
-from logra.runtime.memory import available_memory
 from logra.runtime.settings import Execution
 from logra.stages.gradients import Extractor, make_extractor
 
@@ -27,7 +26,7 @@ def make_projections(lm: nn.Module, run: RunDir, execution: Execution) -> None:
     else:
         projections, sizes = projection.identity(run.shapes), run.shapes
     if run.rotated:
-        check_memory(sum(12 * (o * o + i * i) for o, i in sizes.values()), "all layers' covariances")
+        processes.check_memory(sum(12 * (o * o + i * i) for o, i in sizes.values()), "all layers' covariances")
         with GradientCapture(lm, projections, grads=False, factors=True) as capture:
             extractor = make_extractor(lm, capture, execution, run)
             sums = factor_sums(extractor, run, sizes)
@@ -96,13 +95,3 @@ def rotate(projections: dict[str, Projection], sums: dict[str, Tensor], projecte
             rotated.append((layer, projection.rotate(unrotated, a, b, projected[layer])))
     of_all_ranks = dict(processes.gather_list(rotated))
     return {layer: of_all_ranks[layer] for layer in projections}
-
-
-def check_memory(bytes_per_process: int, what: str) -> None:
-    """Raise a ValueError if this machine lacks the memory for `what` in each of its processes."""
-    needed, available = bytes_per_process * processes.processes_here(), available_memory()
-    if needed > available:
-        raise ValueError(
-            f"expected {needed / 1e9:.3g} GB of memory for {what}, got {available / 1e9:.3g}; use "
-            "--hessian ekfac, --lora random, a lower --rank or fewer --layers"
-        )

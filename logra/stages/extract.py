@@ -22,7 +22,6 @@ from logra.quantise import ScoreErrorEstimate
 from logra.run_dir import RunDir, TrainPart
 from logra.runtime import files, processes, progress
 from logra.runtime.settings import DataSettings, Execution
-from logra.stages.calibrate import check_memory
 from logra.stages.gradients import HostGradients, make_extractor
 from logra.store import Shard
 
@@ -119,7 +118,7 @@ def check_hessian_memory(run: RunDir, kind: str) -> int:
         ValueError: This machine lacks them.
     """
     needed = hessian.memory_bytes(kind, run.projected, run.examples)
-    check_memory(needed, f"the Hessian {kind} of a layer")
+    processes.check_memory(needed, f"the Hessian {kind} of a layer")
     return needed
 
 

@@ -18,10 +18,10 @@ from logra.inputs.queries import Query
 from logra.projection import Projection, identity
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
-from logra.runtime.memory import available_memory, free_memory
+from logra.runtime.memory import available_memory, free_memory, is_out_of_memory
 from logra.runtime.settings import Execution
 from logra.stages.gradients import make_extractor
-from logra.stages.score_files import SelfInfluence
+from logra.stages.score_files import ScoreFile, SelfInfluence
 
 ShardScores = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
 FactoredQueries = dict[str, tuple[Tensor, Tensor]]  # layer -> left [rows, R, r_out], right [rows, R, r_in]
@@ -252,3 +252,28 @@ class Scorer:
                 dots = {block: total[:, :rows] for block, total in totals.items()}
                 yield shard, dots, list(sum(totals.values())[:, rows:].T)
             extractor.finish()
+
+
+def write_pass(scorer: Scorer, batch: list[list[Query]], first: int, files: list[ScoreFile], mode: str) -> bool:
+    """Score a batch of groups, of which `first` is the first one's number. Return False if memory runs out.
+
+    Raises:
+        RuntimeError, ValueError: Memory runs out for a single query; or as Scorer.score.
+    """
+    self_influence = scorer.self_influence
+    scores = progress.bar(scorer.score(batch), total=len(scorer.own_shards), desc="scoring", unit="shard")
+    try:
+        for shard, dots, self_influence_parts in scores:
+            ids = scorer.run.shards[shard]
+            if self_influence_parts:
+                self_influence.add(ids, self_influence_parts)
+            for s, file in enumerate(files):
+                rows = slice(s * len(batch), (s + 1) * len(batch))
+                block_dots = [dots[block].T[rows].cpu() for block in dict.fromkeys(scorer.task.blocks.values())]
+                values = self_influence.values[s, ids.start : ids.stop] if self_influence else None
+                file.put(first, ids, influence.scores_of_mode(sum(block_dots), values, mode), block_dots)
+    except (RuntimeError, ValueError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+        return False
+    return True

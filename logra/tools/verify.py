@@ -1,230 +1,302 @@
-"""Compare the pipeline with a plain loop of torch.autograd in float64, on the user's own model and data.
+"""Make a small run with the pipeline's own functions, score it with those of stage 3, and check each number of it.
 
-Notation: n train examples, k = r_out * r_in, G full weight gradients, x_t and d_t inputs and output gradients, A, B, C
-and lambda as in hessian. Sides are projected to rank 64 at most, so that C [k, k] can be built and solved.
+The reference (verify_reference) shares no code with the pipeline. Each step is checked with the numbers of the one
+before: gradients and factor sums against autograd, stored values against the gradients, scores against dense algebra
+with the stored values. So the rounding of a dtype hides no error of a later step. Last, small steps of the model itself
+are compared with the scores. Notation: n train examples, Q queries, k = r_out * r_in of a layer.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers.pytorch_utils import Conv1D
 
-from logra import hessian, influence, projection, store
 from logra.hooks import GradientCapture
+from logra.influence import MODES
 from logra.inputs import model
-from logra.inputs.documents import load_documents
-from logra.inputs.examples import examples_in_memory
-from logra.loss import IGNORE
-from logra.projection import Projection
+from logra.inputs.queries import Query
 from logra.quantise import FLOAT_DTYPES
+from logra.run_dir import RunDir, RunRecord
+from logra.runtime import processes
 from logra.runtime.memory import available_memory
-from logra.runtime.progress import bar, say
-from logra.runtime.settings import Execution, RunSettings
-from logra.stages.gradients import Extractor
-from logra.stages.open_run import load_model
+from logra.runtime.progress import say
+from logra.runtime.settings import Execution, RunSettings, ScoreSettings
+from logra.stages import calibrate, extract, open_run
+from logra.stages.gradients import make_extractor
+from logra.stages.score import Scorer, ScoreTask, write_pass
+from logra.stages.score_files import ScoreRecord, SelfInfluence, score_files
+from logra.tools import verify_reference as reference
+from logra.tools.verify_reference import Text, relative_error
 
-MAX_RANK = 64
 SHORT_TEXT = 8  # tokens
-CHECKED_LAYERS = 3  # layers whose C is built: the first, the middle and the last one
-DAMPING = 0.1
-GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
-HESSIAN_TOLERANCE = 1e-3  # of (C + lambda I)^-1 g and of scores, from the same gradients
+MAX_K, MAX_OTHER_K = 2**12, 2**8  # of the first and the last layer, and of the others: each C [k, k] is solved
+MAX_CUBES = 2e11  # sum of k^3 up to which --lora none is kept
 COPY_BYTES = 24  # bytes per parameter that a float64 copy of the model and its gradients need
+GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
+ROUNDING_TOLERANCE = 1e-3  # in steps, and of a scale
+SCORE_TOLERANCE, SIGN_SCORE_TOLERANCE = 1e-3, 0.05  # with int1 a CPU rounds the queries to 8 bits
+STANDARD_ERRORS, CORRELATION, STEP_TOLERANCE = 6, 0.9, 0.5
 
 
-def verify(settings: RunSettings, execution: Execution, examples: int, cache_dir: str | None) -> None:
-    """Print how far the pipeline is from the plain loop, on the first examples of a command line of extract_log.py.
+class Check(NamedTuple):
+    """One line of the report: what was compared, the error of each part by its name, and the largest allowed one."""
+
+    what: str
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def failed(self) -> list[str]:
+        """The parts whose error is too large, or NaN."""
+        return [name for name, error in self.errors.items() if not error <= self.tolerance]
+
+    def say(self) -> None:
+        """Print the line."""
+        worst = max(self.failed or self.errors, key=lambda name: self.errors[name])
+        verdict, places = ("FAIL", self.failed[:3]) if self.failed else ("pass", [worst])
+        say(f"  {verdict}  {self.what}: {len(self.errors)} compared, largest error {self.errors[worst]:.1e}, "
+            f"in {', '.join(places)}")  # fmt: skip
+
+
+def verify(settings: RunSettings, kind: str, execution: Execution, examples: int, cache_dir: str | None) -> None:
+    """Check the flags of a command line of extract_log.py on a small run of the first examples.
+
+    Args:
+        settings: Of the run.
+        kind: Its Hessian.
+        execution: How to run the model.
+        examples: Number of train examples at most.
+        cache_dir: See load_documents.
 
     Raises:
-        ValueError: The difference is larger than rounding explains.
+        ValueError: A check failed.
     """
     if settings.quantize:
         raise ValueError(
             "expected --verify without --quantize, got both, and quantised weights have no gradient; leave one out"
         )
-    lm, tokenizer, _ = load_model(settings, execution)
-    shapes = model.choose_layers(lm, settings.mlp_only, settings.layers)
-    rank_in, rank_out = (min(rank or MAX_RANK, MAX_RANK) for rank in (settings.rank_in, settings.rank_out))
-    projected = projection.projected_shapes(shapes, rank_in, rank_out)
-    projections = projection.draw(shapes, projected, settings.seed)
-    say_untracked(lm, shapes)
+    if processes.processes_here() < processes.state().num_processes:
+        raise ValueError("expected --verify on one machine, got several; start it on one of them")
+    lm, tokenizer, described = open_run.load_model(settings, execution)
+    settings = small_settings(settings, described["layers"], examples)
+    execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
+    with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
+        folder = processes.on_rank_0(lambda: Path(temporary))() / "run"
+        if processes.state().is_main_process:
+            new = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
+            extract.write_train(new, tokenizer, None, cache_dir, None)
+        calibrate.make_projections(lm, open_run.reload(folder), execution)
+        run = open_run.reload(folder)
+        extract.write_shards(lm, run, extract.unfinished_shards(run), execution)
+        extract.write_hessian(kind, run)
 
-    documents = load_documents(
-        settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
-    )
-    rows = examples_in_memory(documents, tokenizer, replace(settings, max_examples=examples))[:]
-    token_ids = rows["input_ids"]
-    counted = rows.get("counted") or [[True] * len(ids) for ids in token_ids]
-    with GradientCapture(lm, projections, factors=True) as capture:
-        grads, sums = Extractor(lm, capture, sum(map(len, token_ids))).gradients(token_ids, counted).wait()
-    fits = COPY_BYTES * sum(p.numel() for p in lm.parameters()) < available_memory()
-    dtype = torch.float64 if fits else torch.float32
-    hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    reference = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
-    expected = plain_loop(reference.to(dtype).requires_grad_(), projections, token_ids, counted)
-    errors = {key: relative_error((grads | sums)[key], value) for key, value in expected.items()}
-    length_errors = together_and_alone(lm, projections, [id for ids in token_ids for id in ids], settings.block_size)
-
-    checked_layers = list(shapes)[:: max(1, (len(shapes) - 1) // (CHECKED_LAYERS - 1))]
-    source = FewExamples(projected, grads, sums)
-    hessian_errors = {kind: check_hessian(source, kind, checked_layers) for kind in ("raw", "kfac", "ekfac")}
-    say(f"{len(token_ids)} examples, model in {settings.dtype}, reference in {str(dtype)[6:]}; relative errors:")
-    report(errors, length_errors, list(shapes), GRADIENT_TOLERANCE[settings.dtype], hessian_errors, len(checked_layers))
+        scored = ScoredRun(run, kind, lm, execution)
+        if processes.state().is_main_process:
+            scored.check(load_reference(settings, execution))
+        processes.state().wait_for_everyone()
 
 
-def say_untracked(lm: nn.Module, shapes: projection.Shapes) -> None:
-    """Print how many layers are tracked, and which kinds are not."""
-    untracked = [name for name in model.linear_layers(lm) if name not in shapes]
-    kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in untracked)
-    say(f"{len(shapes)} layers are tracked, {len(untracked)} are not: {', '.join(kinds)}")
+def small_settings(settings: RunSettings, sizes: dict[str, list[int]], examples: int) -> RunSettings:
+    """Return the settings of the small run, and reduce the ranks in `sizes` so that C can be solved by its definition.
 
-
-def together_and_alone(
-    lm: nn.Module, projections: dict[str, Projection], tokens: list[int], block_size: int
-) -> dict[str, float]:
-    """Return the relative difference of each layer's gradients between texts of very different lengths in one batch,
-    and each of them alone.
-
-    Args:
-        lm, projections: The model, and its layers.
-        tokens: What the texts are made of.
-        block_size: Tokens of the longest text. One text is just above each boundary below (model.rope_boundaries).
+    The middle layer gets k <= n: there raw has a solver of its own. `sizes` is layer -> [d_out, d_in, r_out, r_in].
     """
-    boundaries = [length + 1 for length in model.rope_boundaries(lm.config) if length < block_size]
-    texts = [(tokens * length)[:length] for length in {min(SHORT_TEXT, block_size), block_size, *boundaries}]
-    with GradientCapture(lm, projections) as capture:
-        together, alone = (
-            Extractor(lm, capture, len(texts) * block_size, size).gradients(texts).wait()[0] for size in (None, 1)
-        )
-    return {layer: relative_error(together[layer], alone[layer]) for layer in projections}
+    ks = [r_out * r_in for *_, r_out, r_in in sizes.values()]
+    if settings.lora == "none" and (max(ks) > MAX_K or sum(k**3 for k in ks) > MAX_CUBES):
+        say("--lora none: the layers are too wide to solve their C here; random projections are checked instead")
+        settings = replace(settings, lora="random")
+    last = len(sizes) - 1
+    for number, size in enumerate(sizes.values()) if settings.lora != "none" else ():
+        limit = MAX_K if number in (0, last) else MAX_OTHER_K
+        if number == math.ceil(last / 2) and last:
+            limit = examples
+        rank = math.isqrt(limit)
+        if size[2] * size[3] > limit:
+            size[2] = min(size[2], rank)
+            size[3] = min(size[3], limit // size[2])
+    return replace(
+        settings, max_examples=min(examples, settings.max_examples or examples), calibration_examples=examples,
+        shard_examples=math.ceil(examples / 2),
+    )  # fmt: skip
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return |actual - expected| / |expected|; 0 if both are 0."""
-    actual, expected = (tensor.double().cpu() for tensor in (actual, expected))
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+def load_reference(settings: RunSettings, execution: Execution) -> nn.Module:
+    """Load the model again, on the CPU and in float64 if that fits: the device never holds it twice."""
+    hub = model.hub_options(settings.revision, execution.trust_remote_code)
+    plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
+    fits = COPY_BYTES * sum(p.numel() for p in plain.parameters()) < available_memory()
+    say(f"model in {settings.dtype}, reference in {'float64' if fits else 'float32'}:")
+    return plain.to(torch.float64 if fits else torch.float32).requires_grad_()
 
 
-def plain_loop(
-    lm: nn.Module, projections: dict[str, Projection], token_ids: list[list[int]], counted: list[list[bool]]
-) -> dict[str, Tensor]:
-    """Return what GradientCapture computes, <layer> [n, k], <layer>.A and <layer>.B, one example at a time, float64."""
-    results: dict[str, list[Tensor]] = {}
-    for ids, counts in zip(bar(token_ids, desc="plain loop", unit="example"), counted, strict=True):
-        last = max((t for t, counts_here in enumerate(counts) if counts_here), default=0)  # no gradient from here on
-        per_layer = autograd_gradients(lm, list(projections), ids, counts)
-        for (layer, projected), (grad, x, d) in zip(projections.items(), per_layer, strict=True):
-            p_in, p_out = (None if p is None else p.to(grad) for p in (projected.p_in, projected.p_out))
-            grad = grad if p_in is None else grad @ p_in.T
-            grad = grad if p_out is None else p_out @ grad
-            x, d = (side[:last] if p is None else side[:last] @ p.T for side, p in ((x, p_in), (d, p_out)))
-            for key, value in ((layer, grad.flatten()), (f"{layer}.A", x.T @ x), (f"{layer}.B", d.T @ d)):
-                results.setdefault(key, []).append(value.double())
-    return {key: torch.stack(values) if key in projections else sum(values) for key, values in results.items()}
+class ScoredRun:
+    """A small run of stage 2, queries, and their scores by stage 3.
 
+    Attributes:
+        train, queries: The texts.
+        grads, query_grads: Their gradients before they are stored, {layer: [n, k]} and {layer: [Q, k]} float32.
+        scores: Scores [Q, n] of each mode, and self-influence [n].
+    """
 
-def autograd_gradients(
-    lm: nn.Module, layers: list[str], token_ids: list[int], counted: list[bool]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (G [d_out, d_in], x [T, d_in], d [T, d_out]) of each layer for one example, by autograd."""
-    inputs, outputs, handles = {}, {}, []
-    for name in layers:
+    def __init__(self, run: RunDir, kind: str, lm: nn.Module, execution: Execution):
+        self.run, self.kind, self.settings, rows = run, kind, run.settings, run.train()[:]
+        counted = rows.get("counted") or [[True] * len(ids) for ids in rows["input_ids"]]
+        self.train = [Text(*pair) for pair in zip(rows["input_ids"], counted, strict=True)]
+        self.longest = max(range(run.examples), key=lambda number: len(self.train[number].token_ids))
+        self.queries = self.make_queries(model.rope_boundaries(lm.config))
+        batches = [*(self.train[ids.start : ids.stop] for ids in run.shards), self.queries]
+        with GradientCapture(lm, run.projections()) as capture:
+            extractor = make_extractor(lm, capture, execution, run)
+            *shards, self.query_grads = (
+                extractor.gradients([t.token_ids for t in batch], [t.counted for t in batch]).wait()[0]
+                for batch in batches
+            )
+            extractor.finish()
+        self.grads = {layer: torch.cat([shard[layer] for shard in shards]) for layer in run.layers}
+        self.score(lm, execution)
 
-        def hook(module, arguments, output, name=name):
-            inputs[name], outputs[name] = arguments[0].detach(), output
+    def make_queries(self, boundaries: list[int]) -> list[Text]:
+        """Return the longest example, a piece of the last one, and texts of very different lengths.
 
-        handles.append(lm.get_submodule(name).register_forward_hook(hook))
-    modules = [lm.get_submodule(name) for name in layers]
-    weights = [module.weight for module in modules]
-    ids = torch.tensor([token_ids], device=weights[0].device)
-    targets = ids[0, 1:].masked_fill(~torch.tensor(counted[1:], dtype=torch.bool, device=ids.device), IGNORE)
-    logits = lm(input_ids=ids, use_cache=False).logits[0, :-1]
-    total = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    grads = torch.autograd.grad(total, [*weights, *(outputs[name] for name in layers)])
-    for handle in handles:
-        handle.remove()
-    for name, module, grad, d in zip(layers, modules, grads, grads[len(layers) :], strict=False):
-        yield grad.T if isinstance(module, Conv1D) else grad, inputs[name].flatten(0, -2), d.flatten(0, -2)
+        One text is just above each length where a batch changes the model.
+        """
+        ids, block_size = self.train[-1].token_ids, self.settings.block_size
+        piece = ids[: len(ids) // 2 + 1]
+        queries = [self.train[self.longest], Text(piece, [t > len(piece) // 2 for t in range(len(piece))])]
+        tokens = [token for text in self.train for token in text.token_ids] or [0]
+        above = [length + 1 for length in boundaries if length < block_size]
+        whole = [] if len(queries[0].token_ids) > block_size // 2 else [block_size]
+        lengths = sorted({min(SHORT_TEXT, block_size), *above, *whole})
+        return queries + [Text((tokens * length)[:length], [True] * length) for length in lengths]
 
+    def score(self, lm: nn.Module, execution: Execution) -> None:
+        """Score the queries in each mode, with the default damping."""
+        run, kind, layers = self.run, self.kind, list(self.run.layers)
+        dampings = ScoreSettings().dampings(kind, self.settings.store_dtype)
+        task = ScoreTask(run, kind, dict.fromkeys(layers, ""), dampings)
+        groups = [[Query(str(number), *text, {})] for number, text in enumerate(self.queries)]
+        self.scores = {}
+        for mode in MODES:
+            self_influence = None if mode == "dot" else SelfInfluence(run, kind, layers, dampings)
+            record = ScoreRecord(
+                query_loss="all", layers=layers, queries="", split="", mode=mode, hessian=kind, top_k_only=None,
+                num_queries=len(groups), num_examples=run.examples, group_by=None, log=run.record, damping=None,
+                damping_absolute=None, query_rank=None,
+            )  # fmt: skip
+            with score_files(run.folder / "scores" / mode, record, dampings, run.shards) as files:
+                if not write_pass(Scorer(task, lm, execution, self_influence), groups, 0, files, mode):
+                    raise ValueError(
+                        f"expected memory to score {len(groups)} queries at a time, got too little; use a lower --rank"
+                    )
+                if self_influence and not self_influence.complete:
+                    self_influence.save()
+                files[0].close()
+                if processes.state().is_main_process:
+                    self.scores[mode] = torch.from_numpy(np.load(files[0].folder / "scores.npy"))
+        self.scores["self-influence"] = self_influence.values[0]
 
-class FewExamples:
-    """The gradients and factor sums of a few examples, as one shard in memory (see hessian.GradientSource)."""
+    def check(self, lm: nn.Module) -> None:
+        """Print how far all numbers are from those of the reference model `lm`.
 
-    def __init__(self, projected: projection.Shapes, grads: dict[str, Tensor], sums: dict[str, Tensor]):
-        self.projected, self.grads, self.sums = projected, grads, sums
-        self.examples = len(next(iter(grads.values())))
-        self.shards = [range(self.examples)]
+        Raises:
+            ValueError: A check failed.
+        """
+        sides = reference.projections(self.run.folder, list(self.run.layers))
+        self.expected = reference.projected_sums(lm, sides, self.train)
+        failed = []
+        for part in (self.check_projections, self.check_gradients, self.check_scores):
+            for line in part(lm, sides):
+                line.say()
+                failed += [line.what] if line.failed else []
+        if failed:
+            raise ValueError(
+                f"expected all checks of --verify to pass, got FAIL in {len(failed)} ({', '.join(failed)}); where "
+                "layers are named, leave them out with --layers, and report it"
+            )
 
-    def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]:
-        """Yield a layer's gradients [n, k], or a factor sum."""
-        yield from ((self.grads if kind == "gradients" else self.sums)[name] for _ in shards)
+    def check_projections(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
+        """Check which layers are tracked, and the projections."""
+        settings, tracked = self.settings, self.run.layers
+        mlp = model.MLP_PATTERN if settings.mlp_only else ""
+        chosen = [name for name in reference.linear_layers(lm) if re.search(mlp, name, re.IGNORECASE)]
+        chosen = [name for name in chosen if re.search(settings.layers or "", name)]
+        yield Check("tracked layers", {x: float((x in chosen) != (x in tracked)) for x in [*chosen, *tracked]}, 0)
+        moments, shared = reference.random_errors(sides, self.run.rotated) if settings.lora == "random" else ({}, {})
+        if moments:
+            yield Check("random projections, moments in standard errors", moments, STANDARD_ERRORS)
+            yield Check("random projections, correlation with one another", shared, CORRELATION)
+        if self.run.rotated:
+            errors = reference.eigenbasis_errors(self.run.folder, sides, self.expected, settings.lora != "random")
+            yield Check("eigenbasis", errors, GRADIENT_TOLERANCE[settings.dtype])
 
-    def preconditioner(self, kind: str, layer: str) -> hessian.Preconditioner:
-        """Return the pipeline's (C + lambda I)^-1 of a layer."""
-        one_layer = FewExamples({layer: self.projected[layer]}, self.grads, self.sums)
-        layout = store.hessian_layout(kind, one_layer.projected, self.examples, False)
-        tensors = hessian.statistics(kind, one_layer, range(1), lambda tensor: tensor, False, "cpu")
-        stats = {key.removeprefix(f"{layer}."): tensor for key, tensor in zip(layout, tensors, strict=True)}
-        return hessian.preconditioner(kind, stats, DAMPING, None, self.grads[layer] if "gram" in stats else None)
+    def check_gradients(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
+        """Check gradients, factor sums, and what is stored of the gradients."""
+        folder, dtype = self.run.folder / "gradients", self.settings.store_dtype
+        self.stored: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        for number in range(len(self.run.shards)):
+            for name, tensor in load_file(folder / f"{number:05d}.safetensors").items():
+                self.stored[name] = torch.cat([self.stored[name], tensor]) if name in self.stored else tensor
+            for name, tensor in load_file(folder / f"{number:05d}.factors.safetensors").items():
+                self.sums[name] = self.sums.get(name, 0) + tensor.double()
+        tolerance = GRADIENT_TOLERANCE[self.settings.dtype]
+        asked = reference.projected_sums(lm, sides, self.queries)
+        for what, grads, expected in (("train", self.grads, self.expected), ("query", self.query_grads, asked)):
+            errors = {layer: relative_error(grad, expected[layer]) for layer, grad in grads.items()}
+            yield Check(f"{what} gradients", errors, tolerance)
+        errors = {key: relative_error(value, self.expected[key]) for key, value in self.sums.items()}
+        counts = {key: float(self.sums[key] != self.expected[key]) for key in ("examples", "tokens")}
+        yield Check("factor sums", errors | counts, tolerance)
+        yield Check("stored values", reference.stored_errors(self.stored, self.grads, dtype), ROUNDING_TOLERANCE)
 
-    def dense(self, kind: str, layer: str) -> Tensor:
-        """Return C [k, k] in float64, by its definition."""
-        g = self.grads[layer].double()
-        if kind == "raw":
-            return g.T @ g / len(g)
-        a, b = self.sums[f"{layer}.A"].double(), self.sums[f"{layer}.B"].double()
-        if kind == "kfac":
-            return torch.kron(b, a) / (max(self.sums["tokens"].item(), 1) * len(g))
-        u = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
-        return (u * (g @ u).square().mean(dim=0)) @ u.T
+    def check_scores(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
+        """Compare the scores with those of dense algebra, and with steps of the model."""
+        kind, dtype, solved, z = self.kind, self.settings.store_dtype, {}, {}
+        for layer, g in self.grads.items():
+            z[layer] = g.double() if dtype == "none" else reference.restored(self.stored, layer, g.shape[1], dtype)
+            c = reference.hessian(kind, z[layer], self.sums, layer, self.settings.basis == "eigen")
+            solved[layer] = reference.preconditioned(kind, z[layer], c, dtype)
+        expected = reference.scores(self.query_grads, z, solved)
+        errors = {name: relative_error(self.scores[name], value) for name, value in expected.items()}
+        tolerance = SIGN_SCORE_TOLERANCE if dtype == "int1" else SCORE_TOLERANCE
+        if dtype == "none":  # stage 3 computes the gradients again, at full width without rounding the projected ones
+            tolerance = GRADIENT_TOLERANCE[self.settings.dtype]
+        yield Check("scores", errors, tolerance)
+        if steps := self.step_errors(lm, sides, solved):
+            yield Check("steps of the model", steps, STEP_TOLERANCE)
 
+    def step_errors(self, lm: nn.Module, sides: reference.Sides, solved: dict[str, Tensor]) -> dict[str, float]:
+        """Compare dots with how fast a query's loss falls along small steps of the model.
 
-def check_hessian(source: FewExamples, kind: str, layers: list[str]) -> tuple[float, float]:
-    """Return the largest relative errors of (C + lambda I)^-1 g, and that of the cosine scores [n, n] of all layers."""
-    largest_error = 0.0
-    dots, expected_dots, self_influence, expected_self_influence = 0.0, 0.0, 0.0, 0.0
-    for layer in layers:
-        g, solver, c = source.grads[layer], source.preconditioner(kind, layer), source.dense(kind, layer)
-        lam = max(DAMPING * c.trace().item() / len(c), 1e-300)  # C may be 0
-        expected = torch.linalg.solve(c + lam * torch.eye(len(c)).double(), g.double().T).T
-        solved = solver.solve(g)
-        largest_error = max(largest_error, relative_error(solved, expected))
-        dots, expected_dots = dots + solved @ g.T, expected_dots + expected @ g.double().T
-        self_influence = self_influence + solver.quadratic(g)
-        expected_self_influence = expected_self_influence + (expected * g.double()).sum(dim=1)
-    scores = influence.scores_of_mode(dots, self_influence, "cosine")
-    return largest_error, relative_error(
-        scores, influence.scores_of_mode(expected_dots, expected_self_influence, "cosine")
-    )
-
-
-def report(
-    errors: dict[str, float], length_errors: dict[str, float], layers: list[str], tolerance: float,
-    hessian_errors: dict, checked_layers: int,
-) -> None:  # fmt: skip
-    """Print the errors, and raise a ValueError if one is too large. NaN is too large."""
-    gradient_errors = {layer: errors[layer] for layer in layers}
-    factor_errors = {key: error for key, error in errors.items() if key not in gradient_errors}
-    failed = []
-    for what, group in (
-        ("gradients", gradient_errors), ("factor sums", factor_errors),
-        ("gradients of texts of very different lengths, together against alone", length_errors),
-    ):  # fmt: skip
-        failed += [name for name, error in group.items() if not error < tolerance]
-        worst = max(group, key=group.get)
-        verdict = "pass" if group[worst] < tolerance else "FAIL"
-        say(f"  {verdict}  {len(group)} {what}: {group[worst]:.1e} at most, in {worst}")
-    for kind, (solution_error, score_error) in hessian_errors.items():
-        passed = solution_error < HESSIAN_TOLERANCE and score_error < HESSIAN_TOLERANCE
-        failed += [] if passed else [f"the Hessian {kind}"]
-        numbers = f"products {solution_error:.1e}, scores {score_error:.1e}"
-        say(f"  {'pass' if passed else 'FAIL'}  Hessian {kind} of {checked_layers} layers: {numbers}")
-    if failed:
-        raise ValueError(
-            f"expected relative errors below {tolerance} (gradients, factors) and {HESSIAN_TOLERANCE} (Hessian), got "
-            f"more in {len(failed)}: {', '.join(failed[:3])}; leave these layers out with --layers, and report them"
-        )
+        A step along (C + lambda I)^-1 z, for the highest and the lowest dot, lowers the loss by the dot. A plain
+        gradient step on an example lowers its own loss, so its dot with itself is positive, whatever the Hessian.
+        """
+        dots, errors = self.scores["dot"].double(), {}
+        norms = [
+            sum(g.double().square().sum(dim=1) for g in part.values()).sqrt() for part in (self.query_grads, solved)
+        ]
+        clear = dots.abs() > GRADIENT_TOLERANCE[self.settings.dtype] / 5 * torch.outer(*norms)
+        for what, sign in (("highest", 1), ("lowest", -1)):
+            q, example = divmod(int((sign * dots).argmax()), dots.shape[1])
+            if not clear[q, example]:
+                say(f"  skip  steps of the model: the {what} dot, {dots[q, example]:.1e}, is too small")
+                continue
+            step = {
+                layer: reference.unprojected(y[example].view(self.run.projected[layer]), *sides[layer])
+                for layer, y in solved.items()
+            }
+            fall = reference.fall(lm, step, self.queries[q])
+            errors[f"the {what} dot"] = abs(fall / dots[q, example].item() - 1)
+        step = {layer: grad for layer, (grad, *_) in reference.gradients(lm, list(sides), self.queries[0])}
+        if any(grad.any() for grad in step.values()):
+            fall = reference.fall(lm, step, self.queries[0])
+            errors["a plain step"] = float(fall * dots[0, self.longest] <= 0)
+        return errors

@@ -1,25 +1,71 @@
-"""Before the long step: a check on the user's own model (--verify)."""
+"""Before the long step: a check of the flags on the user's own model (--verify). Its faults are in verify_faults.py."""
 
+import gc
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_model
+import verify_faults
+from conftest import ROOT, save_model
 from helpers import DATA
 
-from logra import hessian
-from logra.hooks import GradientCapture
+FLAGS = [
+    "", "--preset best", "--preset paper", "--hessian kfac", "--hessian none", "--hessian ekfac --basis projected",
+    "--store_dtype bfloat16", "--store_dtype float16", "--store_dtype int8 --hessian ekfac",
+    "--store_dtype int4 --hessian kfac", "--store_dtype none --hessian ekfac", "--lora pca", "--lora none --layers mlp",
+    "--pack", "--train_loss response --data_name pairs.jsonl", "--dtype bfloat16 --preset best",
+    "--dtype bfloat16 --lora none --store_dtype none --hessian ekfac --layers mlp",
+]  # fmt: skip
 
 
-def test_verify_passes_on_every_architecture(cli, tiny, workspace, model_name):
-    """Gradients, factor sums, Hessians and scores are those of plain autograd; layers left out are named."""
-    flags = ("--model_name", tiny / model_name, *DATA, "--verify", 3, "--mlp_only")
-    status, out, err = cli("extract_log", *flags)
-    assert status == 0, err
-    assert out.count("  pass  ") == 6 and "FAIL" not in out and re.search(r"lm_head|embed_out", out)
-    assert not Path("logs").exists()
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Path:
+    """The folder of planted faults. Without the objects of all other tests, garbage is collected faster."""
+    folder = tmp_path_factory.mktemp("faults")
+    verify_faults.prepare(folder)
+    gc.freeze()
+    yield folder
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("name", verify_faults.FAULTS)
+def test_a_planted_fault_is_found(planted, name):
+    """--verify ends with status 2, and the lines that fail are those of docs/limits.md."""
+    status, row = verify_faults.found(name, planted)
+    assert status == 2 and f"\n{row}\n" in (ROOT / "docs/limits.md").read_text("utf-8"), row
+
+
+def test_the_page_has_all_faults():
+    """And no others. Each row names a line of --verify."""
+    rows = re.findall(r"^\| (.+?) \| .*\| (.+?) \|$", (ROOT / "docs/limits.md").read_text("utf-8"), re.MULTILINE)
+    named = [fault for fault, _ in rows if fault in verify_faults.FAULTS]
+    assert named == [*verify_faults.FAULTS] and len(named) >= 27
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied", "longrope"])
+def test_verify_passes_without_a_fault(cli, workspace, name):
+    """With the presets on every architecture, and with all kinds of flags on one. Nothing is left behind."""
+    save_model(workspace / "m", name)
+    rows = [{"prompt": "the old mill", "response": f" ran past {w}"} for w in ("birds", "cold water", "a dog")]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for flags in FLAGS if name == "gpt2" else FLAGS[:3]:
+        status, out, err = cli("extract_log", "--model_name", "m", *DATA, "--verify", *flags.split())
+        assert status == 0 and "FAIL" not in out, (flags, out, err)
+        lines = ["tracked layers", "train gradients", "query gradients", "factor sums", "stored values", "scores"]
+        assert all(f"  pass  {line}: " in out for line in lines), out
+    assert {path.name for path in workspace.iterdir()} == {"m", "docs.jsonl", "pairs.jsonl", "queries.jsonl"}
+
+
+def test_both_solvers_of_raw_run(cli, tiny, workspace, monkeypatch):
+    """Where N < k, and where N >= k. Ranks are reduced so that each C can be solved."""
+    built = set()
+    for name in ("DensePreconditioner", "DualPreconditioner"):
+        original = getattr(verify_faults.hessian, name)
+        monkeypatch.setattr(verify_faults.hessian, name, lambda *a, f=original: (built.add(f.__name__), f(*a))[1])
+    assert cli("extract_log", "--model_name", tiny / "gpt2", *DATA, "--verify")[0] == 0
+    assert built == {"DensePreconditioner", "DualPreconditioner"}
 
 
 def test_verify_copies_no_model(cli, tiny, workspace, monkeypatch):
@@ -34,39 +80,8 @@ def test_verify_copies_no_model(cli, tiny, workspace, monkeypatch):
         assert status == 0 and "FAIL" not in out, err
 
 
-def test_verify_takes_texts_of_very_different_lengths(cli, workspace, monkeypatch):
-    """Together and alone, one beyond each boundary that the config names. Batches across a boundary are found."""
-    save_model(workspace / "phi", "longrope")
-    flags = ("--model_name", "phi", *DATA, "--verify", 2, "--max_examples", 2)
-    status, out, err = cli("extract_log", *flags)
-    assert status == 0 and "together against alone" in out, err
-    monkeypatch.setattr("logra.stages.gradients.rope_boundaries", lambda config: [])
-    status, out, err = cli("extract_log", *flags)
-    assert status == 2 and re.search("FAIL.*together against alone", out), out
-
-
-def test_verify_counts_the_response_alone(cli, tiny, workspace):
-    """With --train_loss response the plain loop counts the same tokens."""
-    rows = [json.dumps({"prompt": "the old mill", "response": f" ran past {w}"}) for w in ("birds", "cold water")]
-    Path("pairs.jsonl").write_text("\n".join(rows))
-    flags = ("--model_name", tiny / "llama", "--data_name", "pairs.jsonl", "--train_loss", "response", "--verify")
-    status, out, err = cli("extract_log", *flags)
-    assert status == 0 and "2 examples" in out, err
-
-
-@pytest.mark.parametrize("broken", ["gradients", "factors", "Hessian"])
-def test_verify_fails_where_something_is_wrong(cli, tiny, workspace, monkeypatch, broken):
-    """A wrong gradient, factor sum or Hessian is found, named, and the exit status is 2."""
-    if broken == "gradients":
-        monkeypatch.setattr(GradientCapture, "_reduce", lambda self, name, x, d: 1.01 * torch.bmm(d.mT, x).flatten(1))
-    elif broken == "factors":
-        take = GradientCapture.take_factors
-
-        def wrong(self):
-            return {key: 1.01 * value if key.endswith(".A") else value for key, value in take(self).items()}
-
-        monkeypatch.setattr(GradientCapture, "take_factors", wrong)
-    else:
-        monkeypatch.setattr(hessian, "damping_lambda", lambda trace, k, damping, absolute: 2 * damping * trace / k)
+def test_a_failure_is_one_line(cli, tiny, workspace, monkeypatch):
+    """It names what failed."""
+    verify_faults.FAULTS["the sign of the scores"][1](monkeypatch)
     status, out, err = cli("extract_log", "--model_name", tiny / "llama", *DATA, "--verify")
-    assert status == 2 and "FAIL" in out and "leave these layers out" in err and len(err.splitlines()) == 1
+    assert status == 2 and "got FAIL in 2 (scores, steps of the model)" in err and len(err.splitlines()) == 1

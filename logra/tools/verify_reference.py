@@ -1,0 +1,264 @@
+"""The reference of --verify: the method's definitions in float64, in plain code of its own.
+
+It imports nothing of logra. It reads the files of a run as data. Formulas and symbols are those of docs/method.md:
+n examples, Q queries, k = r_out * r_in, G full weight gradients, g projected ones, x and d inputs and output gradients.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+DAMPING = {"raw": 0.1, "kfac": 0.01, "ekfac": 0.01}  # docs/method.md, "Damping"
+SIGN_DAMPING = 0.2  # with int1, for kfac and ekfac
+CODES = {"int8": (8, 0.05), "int4": (4, 0.3), "int1": (1, 0.0)}  # bits, scale / root mean square; int1: mean |g|
+SAME_MATRIX = 32  # columns of P^T P that are compared
+Sides = dict[str, tuple[Tensor | None, Tensor | None]]  # layer -> (P_in, P_out); None: not projected
+
+
+class Text(NamedTuple):
+    """Token ids, and which of them count in the loss."""
+
+    token_ids: list[int]
+    counted: list[bool]
+
+
+def linear_layers(lm: nn.Module) -> list[str]:
+    """Return the names of all linear layers but the head."""
+    head = lm.get_output_embeddings()
+    return [name for name, m in lm.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+
+
+def loss(lm: nn.Module, text: Text) -> Tensor:
+    """Return the sum of the negative log-likelihoods of a text's counted tokens, each given those before it."""
+    ids = torch.tensor([text.token_ids or [0]])
+    logits = lm(input_ids=ids, use_cache=False).logits[0]
+    counted = [t for t in range(1, len(text.token_ids)) if text.counted[t]]
+    return cross_entropy(logits[[t - 1 for t in counted]], ids[0, counted], reduction="sum")
+
+
+def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Yield each layer with its (G [d_out, d_in], x [T, d_in], d [T, d_out]) for one text, by autograd."""
+    inputs, outputs, handles = {}, {}, []
+    for name in layers:
+
+        def hook(module, arguments, output, name=name):
+            inputs[name], outputs[name] = arguments[0].detach(), output
+
+        handles.append(lm.get_submodule(name).register_forward_hook(hook))
+    modules = [lm.get_submodule(name) for name in layers]
+    total = loss(lm, text)
+    grads = torch.autograd.grad(total, [*(module.weight for module in modules), *(outputs[name] for name in layers)])
+    for handle in handles:
+        handle.remove()
+    for name, module, grad, d in zip(layers, modules, grads, grads[len(layers) :], strict=False):
+        grad = grad.T if isinstance(module, Conv1D) else grad
+        yield name, (grad, inputs[name].flatten(0, -2), d.flatten(0, -2))
+
+
+def projections(folder: Path, layers: list[str]) -> Sides:
+    """Return a run's projections, from its file."""
+    stored = load_file(folder / "projections.safetensors")
+    return {layer: (stored.get(f"{layer}.in"), stored.get(f"{layer}.out")) for layer in layers}
+
+
+def project(matrix: Tensor, p: Tensor | None) -> Tensor:
+    """Return the rows of a matrix [., d], projected, [., r]."""
+    return matrix if p is None else matrix @ p.to(matrix).T
+
+
+def unprojected(y: Tensor, p_in: Tensor | None, p_out: Tensor | None) -> Tensor:
+    """Return P_out^T Y P_in [d_out, d_in] of Y [r_out, r_in]. Its dot with G is that of Y with the projected G."""
+    y = y if p_out is None else p_out.to(y).T @ y
+    return y if p_in is None else y @ p_in.to(y)
+
+
+def projected_sums(lm: nn.Module, sides: Sides, texts: list[Text]) -> dict[str, Tensor]:
+    """Return g of each text, <layer> [n, k], and the sums over texts <layer>.A, <layer>.B and <layer>.square, float64.
+
+    A and B are sums over the positions before the last counted token. Their number is `tokens`.
+    """
+    results: dict[str, list[Tensor]] = {}
+    for text in texts:
+        last = max((t for t, counts in enumerate(text.counted) if counts), default=0)
+        sums = {"tokens": torch.tensor(last), "examples": torch.tensor(1)}
+        for layer, (grad, x, d) in gradients(lm, list(sides), text):
+            p_in, p_out = sides[layer]
+            sums[layer] = g = project(project(grad, p_in).T, p_out).T.flatten()
+            x, d = project(x[:last], p_in), project(d[:last], p_out)
+            sums |= {f"{layer}.A": x.T @ x, f"{layer}.B": d.T @ d, f"{layer}.square": g.square()}
+        for key, value in sums.items():
+            results.setdefault(key, []).append(value.double())
+    return {key: torch.stack(values) if key in sides else sum(values) for key, values in results.items()}
+
+
+def random_errors(sides: Sides, rotated: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Return for each P [r, d] of a layer's side two errors.
+
+    How many standard errors its moments are from those of N(0, 1/r), and its largest correlation with a P of the same
+    size. A rotated P is U P with an orthogonal U, which keeps the sum of squares and P^T P. So P^T P are compared.
+    """
+    moments: dict[str, float] = {}
+    grams: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    for layer, pair in sides.items():
+        for name, p in zip((f"{layer}.in", f"{layer}.out"), pair, strict=True):
+            if p is None or p.shape[0] == p.shape[1]:
+                continue
+            z, expected = p.double() * len(p) ** 0.5, {2: (1, 2)} if rotated else {1: (0, 1), 2: (1, 2)}
+            if not rotated and z.numel() > 1000:  # of fewer numbers its error is not normal
+                expected[4] = (3, 96)
+            deviations = [abs((z**n).mean() - m) / (v / z.numel()) ** 0.5 for n, (m, v) in expected.items()]
+            moments[name], columns = max(deviations).item(), z[:, :SAME_MATRIX]
+            above = torch.triu_indices(columns.shape[1], columns.shape[1], 1)
+            grams.setdefault(tuple(p.shape), {})[name] = (columns.T @ columns)[above.unbind()]
+    shared: dict[str, float] = {}
+    for same_size in grams.values():
+        others = torch.corrcoef(torch.stack([*same_size.values()])).view(len(same_size), -1).abs().fill_diagonal_(0)
+        shared |= dict(zip(same_size, others.amax(dim=1).tolist(), strict=True))
+    return moments, shared
+
+
+def eigenbasis_errors(folder: Path, sides: Sides, sums: dict[str, Tensor], orthonormal: bool) -> dict[str, float]:
+    """Return how far the sample's covariances are from diagonal matrices of the stored eigenvalues, largest first.
+
+    Args:
+        folder: Of the run.
+        sides: Its projections.
+        sums: See projected_sums.
+        orthonormal: P has orthonormal rows: it is not random.
+    """
+    stored, errors = load_file(folder / "projections.safetensors"), {}
+    for layer, pair in sides.items():
+        for side, factor, p in zip(("in", "out"), "AB", pair, strict=True):
+            cov, values = sums[f"{layer}.{factor}"], stored[f"{layer}.{side}.values"].double()
+            expected = torch.diag(values.sort(descending=True).values) * cov.trace() / values.sum().clamp_min(1e-300)
+            rise = values.diff().clamp_min(0).sum() / values.amax().clamp_min(1e-300)
+            rows = (p.double() @ p.double().T - torch.eye(len(p))).abs().amax().item() if orthonormal else 0
+            errors[f"{layer}.{side}"] = max(relative_error(cov, expected), rise.item(), rows)
+    return errors
+
+
+def stored_errors(stored: dict[str, Tensor], grads: dict[str, Tensor], store_dtype: str) -> dict[str, float]:
+    """Return how far stored values are from the rounding rule of docs/method.md, "Few bits".
+
+    For whole numbers, in steps beyond half a step, and for a scale, as a relative error. A float is compared with the
+    rounded gradient.
+
+    Args:
+        stored: The tensors of a shard.
+        grads: The same examples' gradients [n, k] before they were rounded.
+        store_dtype: The store type.
+    """
+    errors = {}
+    for layer, g in grads.items():
+        if store_dtype not in (*CODES, "none"):
+            errors[layer] = relative_error(stored[layer], g.to(getattr(torch, store_dtype)))
+            continue
+        g, scale = g.double(), stored[f"{layer}.scale"].double()
+        bits, step = CODES.get(store_dtype, (0, 0))
+        rule = step * g.square().mean(dim=1).sqrt() if step else g.abs().mean(dim=1)
+        errors[layer] = relative_error(scale, rule)
+        if bits:
+            level, largest = levels(stored[layer], bits), max(1, 2 ** (bits - 1) - 1)
+            padding, level = level[:, g.shape[1] :], level[:, : g.shape[1]]
+            exact = (g / rule.clamp_min(1e-300)[:, None]).clamp(-largest, largest)
+            beyond = (level - exact).abs() - 0.5 if bits > 1 else -level * exact
+            wrong_padding = (padding != (-(2 ** (bits - 1)) if bits > 1 else -1)).any()  # the code 0
+            errors[layer] = max(errors[layer], beyond.amax().item(), float(wrong_padding))
+    return errors
+
+
+def levels(packed: Tensor, bits: int) -> Tensor:
+    """Return the levels of packed rows [n, bytes], [n, bytes * 8 / bits] float64, padding included."""
+    stream = np.unpackbits(packed.numpy(), axis=1, bitorder="little").reshape(len(packed), -1, bits)
+    codes = torch.from_numpy((stream * 2 ** np.arange(bits)).sum(axis=2)).double()
+    return codes - 2 ** (bits - 1) if bits > 1 else 2 * codes - 1
+
+
+def restored(stored: dict[str, Tensor], layer: str, k: int, store_dtype: str) -> Tensor:
+    """Return the gradients [n, k] float64 that a shard's tensors stand for."""
+    if store_dtype not in CODES:
+        return stored[layer].double()
+    return levels(stored[layer], CODES[store_dtype][0])[:, :k] * stored[f"{layer}.scale"].double()[:, None]
+
+
+def hessian(kind: str, z: Tensor, sums: dict[str, Tensor], layer: str, rotated: bool) -> Tensor | None:
+    """Return C [k, k] of a layer by its definition; None for the Hessian none.
+
+    Args:
+        kind: raw, kfac, ekfac or none.
+        z: Gradients [n, k].
+        sums: <layer>.A, <layer>.B, <layer>.square and tokens, as in projected_sums.
+        layer: Its name.
+        rotated: The gradients are stored in the eigenbasis.
+    """
+    if kind == "none":
+        return None
+    if kind == "raw":
+        return z.T @ z / len(z)
+    if kind == "ekfac" and rotated:
+        return torch.diag(sums[f"{layer}.square"].double() / len(z))
+    a, b = sums[f"{layer}.A"].double(), sums[f"{layer}.B"].double()
+    if kind == "kfac":
+        tokens = max(int(sums["tokens"]), 1)
+        return tokens / len(z) * torch.kron(b / tokens, a / tokens)
+    u = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])  # columns are eigenvectors
+    return (u * (z @ u).square().mean(dim=0)) @ u.T
+
+
+def preconditioned(kind: str, z: Tensor, c: Tensor | None, store_dtype: str) -> Tensor:
+    """Return (C + lambda I)^-1 z of each row of z [n, k], with the default damping; 0 where C is 0."""
+    if c is None:
+        return z
+    damping = SIGN_DAMPING if store_dtype == "int1" and kind != "raw" else DAMPING[kind]
+    lam = damping * c.trace().item() / len(c)
+    return torch.linalg.solve(c + lam * torch.eye(len(c)).double(), z.T).T if lam > 0 else torch.zeros_like(z)
+
+
+def scores(queries: dict[str, Tensor], train: dict[str, Tensor], solved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores [Q, n] of each mode, and the self-influence [n].
+
+    Args:
+        queries: Layer -> gradients [Q, k].
+        train: Layer -> gradients z [n, k].
+        solved: Layer -> (C + lambda I)^-1 z.
+    """
+    dot = sum(queries[layer].double() @ solved[layer].T for layer in solved)
+    own = sum((train[layer] * solved[layer]).sum(dim=1) for layer in solved)
+    cosine = torch.where(own > 0, dot / own.clamp_min(1e-300).sqrt(), 0)
+    return {"dot": dot, "cosine": cosine, "l2": dot - own / 2, "self-influence": own}
+
+
+@torch.no_grad()
+def fall(lm: nn.Module, direction: dict[str, Tensor], text: Text) -> float:
+    """Return how fast a text's loss falls along a step W <- W - t * direction, at t = 0, by a central difference.
+
+    Args:
+        lm: The model, in float64 (or float32, where memory is short).
+        direction: Layer -> [d_out, d_in].
+        text: The text.
+    """
+    weights = {name: lm.get_submodule(name).weight for name in direction}
+    length = sum(step.square().sum() for step in direction.values()).sqrt()
+    norm = sum(weight.double().square().sum() for weight in weights.values()).sqrt()
+    double = next(iter(weights.values())).dtype == torch.float64
+    t = ((1e-4 if double else 3e-3) * norm / length).item()
+    losses = []
+    for move in (-t, 2 * t, -t):  # back, forth, and to the start
+        for name, weight in weights.items():
+            step = direction[name].T if isinstance(lm.get_submodule(name), Conv1D) else direction[name]
+            weight.sub_(move * step.to(weight))
+        losses.append(loss(lm, text).item())
+    return (losses[0] - losses[1]) / (2 * t)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return |actual - expected| / |expected|; 0 if both are 0."""
+    actual, expected = (tensor.double().cpu() for tensor in (actual, expected))
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
