@@ -134,7 +134,7 @@ def add_clocks(seconds: Counter) -> None:
     steps = {
         PHASES[0]: [(calibrate, "make_projections")],
         PHASES[1]: [(extract, "write_shards"), (extract, "write_hessian")],
-        PHASES[2]: [(compute_influence, "Scorer"), (compute_influence, "score")],
+        PHASES[2]: [(compute_influence, "Scorer"), (compute_influence, "write_scores")],
         LEFT_OUT: [
             (processes, "start"), (open_run, "new_settings"), (open_run, "load_model"), (extract, "write_train"),
             (compute_influence, "load_queries"),
