@@ -54,11 +54,10 @@ def main(args: argparse.Namespace) -> None:
     processes.start()
     folder = open_run.find_folder(run_flags, must_exist=args.extend)
     if args.verify or args.dry_run or args.trial:
-        settings = open_run.new_settings(run_flags, execution)
+        settings, kind = open_run.new_settings(run_flags, execution), args.hessian or "raw"
         if args.verify:
-            verify.verify(settings, args.hessian or "raw", execution, args.verify, args.cache_dir)
+            verify.verify(settings, kind, execution, args.verify, args.cache_dir)
         else:
-            kind = args.hessian or "raw"
             estimated = estimate.estimate(settings, folder, kind, execution, args.cache_dir)
             if args.trial:
                 time_trial(*estimated, kind, execution, args.trial)
@@ -107,9 +106,10 @@ def set_up(
     if run:
         run.check_model(described)
     if processes.state().is_main_process and (further or not run):
-        model_files = model.source_contents(settings.model_name)
-        new_or_extended = run or RunDir(folder, RunRecord(settings, vars(args), **described, model_files=model_files))
-        extract.write_train(new_or_extended, tokenizer, further, args.cache_dir, args.num_proc)
+        if not run:
+            model_files = model.source_contents(settings.model_name)
+            run = RunDir(folder, RunRecord(settings, vars(args), **described, model_files=model_files))
+        extract.write_train(run, tokenizer, further, args.cache_dir, args.num_proc)
     run = open_run.reload(folder)
     run.check_model(described)  # each rank has loaded a model of its own
     if run.record.projections is None:

@@ -177,14 +177,14 @@ def check_folder(folder: Path) -> None:
                 )
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the content of JSON text.
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """Return the content of JSON text; `hooks` are those of json.loads.
 
     Raises:
         ValueError: The text is not JSON, or is nested too deeply for Python.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, **hooks)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
 
@@ -217,10 +217,7 @@ def parse_rows(text: str) -> Any:
     Raises:
         ValueError: The text is not JSON, is nested too deeply for Python, or has a key twice.
     """
-    try:
-        return json.loads(text, parse_float=Number, object_pairs_hook=_object)
-    except RecursionError:
-        raise ValueError("JSON that is nested too deeply") from None
+    return parse_json(text, parse_float=Number, object_pairs_hook=_object)
 
 
 def read_row(line: str) -> Any:

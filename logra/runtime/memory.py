@@ -1,5 +1,6 @@
 """Memory: how much is free, the peak, and which errors mean that it ran out."""
 
+import gc
 import resource
 import sys
 
@@ -23,6 +24,12 @@ def available_memory() -> int:
 def free_memory(device: torch.device) -> int:
     """Return the bytes of free memory of a device; of main memory for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def release_memory() -> None:
+    """Free what a failed attempt leaves: objects in cycles, and the GPU memory that torch keeps for later."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def peak_memory() -> int:

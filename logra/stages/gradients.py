@@ -4,7 +4,6 @@ Notation: n examples, B examples of a batch, k = r_in * r_out of a layer. `count
 example's loss.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from logra.loss import example_losses, input_device
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.fsdp import Lockstep
-from logra.runtime.memory import TooLittleMemoryError
+from logra.runtime.memory import TooLittleMemoryError, release_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import Execution
 
@@ -200,8 +199,7 @@ class Extractor:
             self.capture.commit()
         else:
             self.capture.rollback()
-            gc.collect()
-            torch.cuda.empty_cache()  # does nothing without a GPU
+            release_memory()
         return bool(done)
 
     def _shrink_batches(self, tokens: int, examples: int) -> None:

@@ -4,7 +4,6 @@ Notation: Q queries, N train examples, S dampings, rows = S * Q (by damping, the
 layer, R rank of a query (--query_rank).
 """
 
-import gc
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from logra.inputs.queries import Query
 from logra.projection import Projection, identity
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
-from logra.runtime.memory import available_memory, free_memory, is_out_of_memory
+from logra.runtime.memory import available_memory, free_memory, is_out_of_memory, release_memory
 from logra.runtime.settings import Execution
 from logra.stages.gradients import make_extractor
 from logra.stages.score_files import ScoreFile, SelfInfluence
@@ -132,8 +131,7 @@ class Scorer:
         progress.say(f"out of memory with {queries} queries in a pass; going on with {queries // 2}")
         if self.self_influence and not self.self_influence.complete:
             self.self_influence.values.zero_()
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing without a GPU
+        release_memory()
 
     @property
     def _self_influence_is_streamed(self) -> bool:
@@ -157,8 +155,9 @@ class Scorer:
                 q, shape, projection = step_queries.pop(layer), run.projected[layer], self.projections[layer]
                 if task.query_rank:
                     left, right = low_rank(q, shape, task.query_rank)  # before it is unrotated, as `cut` does
-                    unrotated_factors = times(left, projection.p_out), times(right, projection.p_in)
-                    step_queries[layer] = unrotated_factors if full_width else (left, right)
+                    if full_width:
+                        left, right = times(left, projection.p_out), times(right, projection.p_in)
+                    step_queries[layer] = left, right
                 else:
                     step_queries[layer] = unrotated(q, projection, shape) if full_width else q
             queries = self._join(queries, step_queries) if queries else step_queries
