@@ -7,12 +7,14 @@ coordinates. The parameters are frozen, so the autograd graph starts at the firs
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from logra.experts import DOWN, Pairs, WideLayer, WideSide, track
 from logra.projection import Projection
 
 
@@ -35,12 +37,12 @@ class _Tap(torch.autograd.Function):
 
 
 class _SideProjection:
-    """Projects one side of a layer; returns float32 or wider."""
+    """Projects one side of a layer, or the narrow side of a wide layer; returns float32 or wider."""
 
     def __init__(self, p: Tensor | None):
         self.p = p
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, pairs: Pairs | None = None) -> Tensor:
         if self.p is not None:
             self.p = self.p.to(x)  # copies at the first call only
             x = x @ self.p.T
@@ -58,7 +60,7 @@ class GradientCapture:
     A layer that runs several times in one forward pass gets the sum over its calls.
 
     Args:
-        model: Module that holds the layers (nn.Linear, or GPT-2's Conv1D).
+        model: Module that holds the layers (nn.Linear, GPT-2's Conv1D, or wide layers of experts; see experts).
         projections: Layer name -> Projection. Only these layers are tracked.
         grads: Compute G~.
         factors: Sum A = sum x~ x~^T, B = sum d~ d~^T and, with grads, the squares of G~ (see take_factors).
@@ -83,15 +85,19 @@ class GradientCapture:
         self._training = {m: m.training for m in self.model.modules()}
         self._trainable = {p: p.requires_grad for p in self.model.parameters()}
         self.model.eval().requires_grad_(False)
-        self._handles = []
-        for name, projection in self.projections.items():
-            hook = partial(self._hook, name, _SideProjection(projection.p_in), _SideProjection(projection.p_out))
-            self._handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+        self._exit, modules, wide = ExitStack(), dict(self.model.named_modules()), {}
+        for name, (p_in, p_out, *_) in self.projections.items():
+            if name in modules:
+                hook = partial(self._hook, name, _SideProjection(p_in), _SideProjection(p_out))
+                self._exit.callback(modules[name].register_forward_hook(hook).remove)
+            else:  # a wide layer, which bears the name of a parameter
+                kinds = (WideSide, _SideProjection) if name.endswith(DOWN) else (_SideProjection, WideSide)
+                wide[name] = WideLayer(kinds[0](p_in), kinds[1](p_out), partial(self._tap, name))
+        self._exit.enter_context(track(self.model, wide))
         return self
 
     def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._exit.close()
         for module, training in self._training.items():
             module.training = training
         for parameter, trainable in self._trainable.items():
@@ -99,8 +105,11 @@ class GradientCapture:
         self._grads, self._factor_sums, self._batch_sums = {}, {}, {}
 
     def _hook(self, name: str, p_in: _SideProjection, p_out: _SideProjection, layer, inputs, output: Tensor) -> Tensor:
+        return self._tap(name, output, p_in(inputs[0].detach()), p_out)
+
+    def _tap(self, name: str, output: Tensor, x: Tensor, project_out: Callable[[Tensor], Tensor]) -> Tensor:
         anchor = torch.empty(0, device=output.device, requires_grad=True)
-        return _Tap.apply(output, p_in(inputs[0].detach()), anchor, lambda x, d: self._collect(name, x, p_out(d)))
+        return _Tap.apply(output, x, anchor, lambda x, d: self._collect(name, x, project_out(d)))
 
     def _collect(self, name: str, x: Tensor, d: Tensor) -> None:
         """Add one call of one layer: x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...]."""

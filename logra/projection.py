@@ -61,30 +61,38 @@ def rank_for_bytes(shapes: Shapes, limit: int, packed_bytes: Callable[[int], int
     return rank
 
 
-def random_side(seed: int, layer: str, side: str, rank: int, width: int) -> Tensor | None:
+def random_side(seed: int, layer: str, side: str, rank: int, width: int, experts: int = 0) -> Tensor | None:
     """Return P ~ N(0, 1/rank), [rank, width] float32, or None where rank >= width (arXiv 2405.13954, sec. 3).
 
     The CPU draws P from a hash of (seed, layer, side), so P is the same on every device and for every choice of layers.
+    The wide side of a layer of experts is drawn expert by expert: an expert's part does not depend on their number.
     """
     if rank >= width:
         return None
-    key = xxhash.xxh3_64_intdigest(f"{seed}/{layer}/{side}".encode())
-    generator = torch.Generator().manual_seed(key & (2**63 - 1))
-    return torch.randn(rank, width, generator=generator) / rank**0.5
+
+    def normal(key: str, columns: int) -> Tensor:
+        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key.encode()) & (2**63 - 1))
+        return torch.randn(rank, columns, generator=generator)
+
+    key = f"{seed}/{layer}/{side}"
+    parts = [normal(f"{key}/{e}", width // experts) for e in range(experts)]
+    return (torch.cat(parts, dim=1) if experts else normal(key, width)) / rank**0.5
 
 
-def draw(shapes: Shapes, projected: Shapes, seed: int) -> dict[str, Projection]:
+def draw(shapes: Shapes, projected: Shapes, seed: int, experts: dict[str, int] | None = None) -> dict[str, Projection]:
     """Draw the random projections of all layers.
 
     Args:
         shapes: Layer -> (d_out, d_in).
         projected: Layer -> (r_out, r_in).
         seed: See random_side.
+        experts: <layer>.in or <layer>.out -> number of experts, of wide sides (experts.wide_sides).
     """
+    counts = experts or {}
     return {
         name: Projection(
-            random_side(seed, name, "in", projected[name][1], d_in),
-            random_side(seed, name, "out", projected[name][0], d_out),
+            random_side(seed, name, "in", projected[name][1], d_in, counts.get(f"{name}.in", 0)),
+            random_side(seed, name, "out", projected[name][0], d_out, counts.get(f"{name}.out", 0)),
         )
         for name, (d_out, d_in) in shapes.items()
     }

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file, logging
 
+from logra import experts
 from logra.inputs.weights import check_keys, merge_adapter
 from logra.loss import check_head
 from logra.projection import Shapes, projected_shapes, rank_for_bytes
@@ -292,6 +293,8 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
             shapes[name] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+        elif wide := experts.matrices(name, module):
+            shapes |= wide
         else:
             weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
             untracked += [f"{name}.{key} {list(weight.shape)}" for key, weight in weights]

@@ -190,10 +190,15 @@ def _connect_to_rank_0() -> None:
 
 
 def finish() -> None:
-    """Tell the other ranks that this one ends without an error."""
+    """Tell the other ranks that this one ends without an error, and end the connection.
+
+    gloo's threads must end before Python does: one that frees a tensor later aborts the process.
+    """
     for connection in _connections:
         with suppress(OSError):  # the other rank has ended already
             connection.sendall(GOODBYE)
+    if _connections:
+        state().destroy_process_group()
 
 
 def name_network_interface() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logra import projection
+from logra import experts, projection
 from logra.hooks import GradientCapture
 from logra.inputs.examples import token_counts
 from logra.projection import Projection, Shapes
@@ -22,7 +22,8 @@ MAX_DEFAULT_SAMPLE = 2048  # examples; LDS at 250, 500, 1000, 2000 examples: .50
 def make_projections(lm: nn.Module, run: RunDir, execution: Execution) -> None:
     """Draw the run's projections, rotate them if its settings say so, and save them."""
     if run.settings.lora == "random":
-        projections, sizes = projection.draw(run.shapes, run.projected, run.settings.seed), run.projected
+        drawn = projection.draw(run.shapes, run.projected, run.settings.seed, experts.wide_sides(lm))
+        projections, sizes = drawn, run.projected
     else:
         projections, sizes = projection.identity(run.shapes), run.shapes
     if run.rotated:

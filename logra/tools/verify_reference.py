@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 DAMPING = {"raw": 0.1, "kfac": 0.01, "ekfac": 0.01}  # docs/method.md, "Damping"
@@ -29,10 +30,69 @@ class Text(NamedTuple):
     counted: list[bool]
 
 
+def experts_modules(lm: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of experts, by name."""
+    return {name: m for name, m in lm.named_modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")}
+
+
 def linear_layers(lm: nn.Module) -> list[str]:
-    """Return the names of all linear layers but the head."""
-    head = lm.get_output_embeddings()
-    return [name for name, m in lm.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    """Return the names of all linear layers but the head. Experts together are one up and one down layer."""
+    head, names = lm.get_output_embeddings(), []
+    for name, module in lm.named_modules():
+        if name in (experts := experts_modules(lm)):
+            up = "gate_up_proj" if module.has_gate else "up_proj"
+            names += [f"{name}.{key}" for key in ((up,) if module.has_post_expert_norm else (up, "down_proj"))]
+        elif isinstance(module, nn.Linear | Conv1D) and module is not head:
+            names.append(name)
+    return names
+
+
+def weight_of(lm: nn.Module, layer: str) -> nn.Parameter:
+    """Return a layer's weight."""
+    parent, _, key = layer.rpartition(".")
+    return getattr(lm.get_submodule(parent), key) if parent in experts_modules(lm) else lm.get_submodule(layer).weight
+
+
+def as_matrix(lm: nn.Module, layer: str, weight: Tensor) -> Tensor:
+    """Return a layer's weight, or its gradient, in a view that reshapes to [d_out, d_in].
+
+    That of experts is [E, d_up, d], or [d, E, d_ff] for the down layer.
+    """
+    parent, _, key = layer.rpartition(".")
+    experts = experts_modules(lm).get(parent)
+    if experts is None:
+        return weight.T if isinstance(lm.get_submodule(layer), Conv1D) else weight
+    weight = weight.mT if experts.is_transposed else weight
+    return weight.transpose(0, 1) if key == "down_proj" else weight
+
+
+def run_experts(lm: nn.Module, implementation: str) -> None:
+    """Let the modules of experts run `all_experts` ("reference"), or the model's own code ("eager")."""
+    ALL_EXPERTS_FUNCTIONS.register("reference", all_experts)
+    for module in experts_modules(lm).values():
+        module.config._experts_implementation = implementation
+
+
+def all_experts(module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Return an experts module's output [T, d]: the sum over all experts, whose weights are 0 where they are not chosen.
+
+    Keeps inputs and outputs of the two wide layers in `module.calls`.
+    """
+    w = hidden.new_zeros(len(hidden), module.num_experts).scatter_add(1, chosen, weights.to(hidden))
+
+    def linear(key: str, product: str, x: Tensor) -> Tensor:
+        weight = getattr(module, key)
+        y = torch.einsum(product, x, weight.mT if module.is_transposed else weight)
+        return y + getattr(module, f"{key}_bias") if module.has_bias else y
+
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    outputs = linear(up, "td,eod->teo", hidden)
+    a = module._apply_gate(outputs) if module.has_gate else module.act_fn(outputs)
+    y = linear("down_proj", "tei,eoi->teo", a)
+    y = module.post_expert_norm(y) if module.has_post_expert_norm else y
+    output = (y * w[..., None]).sum(dim=1)
+    module.calls = {up: (hidden, outputs), "down_proj": ((a * w[..., None]).flatten(1), output)}
+    return output
 
 
 def loss(lm: nn.Module, text: Text) -> Tensor:
@@ -45,21 +105,26 @@ def loss(lm: nn.Module, text: Text) -> Tensor:
 
 def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
     """Yield each layer with its (G [d_out, d_in], x [T, d_in], d [T, d_out]) for one text, by autograd."""
-    inputs, outputs, handles = {}, {}, []
+    calls, handles, experts = {}, [], experts_modules(lm)
     for name in layers:
 
         def hook(module, arguments, output, name=name):
-            inputs[name], outputs[name] = arguments[0].detach(), output
+            calls[name] = arguments[0], output
 
-        handles.append(lm.get_submodule(name).register_forward_hook(hook))
-    modules = [lm.get_submodule(name) for name in layers]
+        if name.rpartition(".")[0] not in experts:
+            handles.append(lm.get_submodule(name).register_forward_hook(hook))
+    run_experts(lm, "reference")
     total = loss(lm, text)
-    grads = torch.autograd.grad(total, [*(module.weight for module in modules), *(outputs[name] for name in layers)])
+    run_experts(lm, "eager")
     for handle in handles:
         handle.remove()
-    for name, module, grad, d in zip(layers, modules, grads, grads[len(layers) :], strict=False):
-        grad = grad.T if isinstance(module, Conv1D) else grad
-        yield name, (grad, inputs[name].flatten(0, -2), d.flatten(0, -2))
+    for name, module in experts.items():
+        calls |= {f"{name}.{key}": call for key, call in module.calls.items() if f"{name}.{key}" in layers}
+    weights = [weight_of(lm, name) for name in layers]
+    grads = torch.autograd.grad(total, [*weights, *(calls[name][1] for name in layers)])
+    for name, grad, d in zip(layers, grads, grads[len(layers) :], strict=False):
+        x = calls[name][0].detach().flatten(0, -2)
+        yield name, (as_matrix(lm, name, grad).reshape(-1, x.shape[1]), x, d.reshape(len(x), -1))
 
 
 def projections(folder: Path, layers: list[str]) -> Sides:
@@ -244,7 +309,7 @@ def fall(lm: nn.Module, direction: dict[str, Tensor], text: Text) -> float:
         direction: Layer -> [d_out, d_in].
         text: The text.
     """
-    weights = {name: lm.get_submodule(name).weight for name in direction}
+    weights = {name: as_matrix(lm, name, weight_of(lm, name)) for name in direction}
     length = sum(step.square().sum() for step in direction.values()).sqrt()
     norm = sum(weight.double().square().sum() for weight in weights.values()).sqrt()
     double = next(iter(weights.values())).dtype == torch.float64
@@ -252,8 +317,7 @@ def fall(lm: nn.Module, direction: dict[str, Tensor], text: Text) -> float:
     losses = []
     for move in (-t, 2 * t, -t):  # back, forth, and to the start
         for name, weight in weights.items():
-            step = direction[name].T if isinstance(lm.get_submodule(name), Conv1D) else direction[name]
-            weight.sub_(move * step.to(weight))
+            weight.sub_(move * direction[name].to(weight).reshape(weight.shape))
         losses.append(loss(lm, text).item())
     return (losses[0] - losses[1]) / (2 * t)
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from helpers import SCRIPTS
 
 ROOMS = ("inputs", "runtime", "stages", "tools")
-MATHEMATICS = {f"logra.{name}" for name in ("projection", "hooks", "loss", "hessian", "influence", "quantise")}
+MATHEMATICS = {f"logra.{name}" for name in "projection experts hooks loss hessian influence quantise".split()}
 LATE_IMPORTS = {  # of a function: (module, what it imports) -> why not at the head of the file
     ("analysis", "logra.tools.tokens"): "it needs transformers' models, which take three seconds to import",
     ("logra.inputs.weights", "peft"): "only adapters need it, and it need not be installed",
