@@ -37,9 +37,9 @@ def experts_modules(lm: nn.Module) -> dict[str, nn.Module]:
 
 def linear_layers(lm: nn.Module) -> list[str]:
     """Return the names of all linear layers but the head. Experts together are one up and one down layer."""
-    head, names = lm.get_output_embeddings(), []
+    head, experts, names = lm.get_output_embeddings(), experts_modules(lm), []
     for name, module in lm.named_modules():
-        if name in (experts := experts_modules(lm)):
+        if name in experts:
             up = "gate_up_proj" if module.has_gate else "up_proj"
             names += [f"{name}.{key}" for key in ((up,) if module.has_post_expert_norm else (up, "down_proj"))]
         elif isinstance(module, nn.Linear | Conv1D) and module is not head:
@@ -74,7 +74,7 @@ def run_experts(lm: nn.Module, implementation: str) -> None:
 
 
 def all_experts(module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return an experts module's output [T, d]: the sum over all experts, whose weights are 0 where they are not chosen.
+    """Return an experts module's output [T, d]: the sum over all experts, with weights of 0 where they are not chosen.
 
     Keeps inputs and outputs of the two wide layers in `module.calls`.
     """
