@@ -61,6 +61,35 @@ def test_a_gradient_does_not_depend_on_the_padding_side(model):
         assert relative(sums_left[key], total) < 1e-5, key
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("ranks", [(5, 4), (8, 8), (1000, 1000)])
+def test_experts_are_one_wide_layer(name, ranks):
+    """Gate, biases, transposed weights, none of them; a wide side of rank 4 or 5, or all of it; batched and alone."""
+    model = make_model(name)
+    shapes, projections = draw_projections(model, *ranks, "expert")
+    before, ids = model.config._experts_implementation, random_ids([9, 2, 17, 5])
+    with GradientCapture(model, projections) as capture:
+        grads = compute_gradients(model, capture, ids, 10**6, None)
+        alone = compute_gradients(model, capture, ids, 1, None)
+    assert model.config._experts_implementation == before and len(shapes) == 4
+    for row, example in enumerate(ids):
+        for layer, g in reference.full_gradient(model, shapes, example).items():
+            expected = reference.project(g, *projections[layer][:2])
+            assert g.shape == shapes[layer] and relative(grads[layer][row], expected) < 1e-5, layer
+            assert relative(alone[layer][row], expected) < 1e-5, layer
+
+
+def test_experts_that_are_not_tracked():
+    """The model's logits are those of its own code, to rounding, and it runs its own code again afterwards."""
+    model, ids = make_model("mixtral"), torch.tensor(random_ids([12]))
+    expected = model(input_ids=ids).logits
+    _, projections = draw_projections(model, pattern="self_attn")
+    with GradientCapture(model, projections):
+        assert relative(model(input_ids=ids).logits, expected) < 1e-6
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert not any(hasattr(module, "wide_layers") for module in model.modules())
+
+
 def test_response_only(model):
     """With a start, only the tokens from there on count."""
     shapes, projections = draw_projections(model)

@@ -24,7 +24,7 @@ from logra.hooks import GradientCapture
 from logra.inputs import model
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_memory, token_counts
-from logra.projection import Projection
+from logra.projection import Projection, Shapes
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
 from logra.runtime import processes
@@ -66,7 +66,7 @@ def estimate(
         say_ranks(described, settings)
         run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
         weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
-        batch_bytes = graph_bytes(lm, run, batch_tokens, settings.block_size)
+        batch_bytes = graph_bytes(lm, run.shapes, run.projected, batch_tokens, settings.block_size)
     documents = load_documents(
         settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
     )
@@ -79,12 +79,13 @@ def estimate(
     return run, size, sample
 
 
-def graph_bytes(lm: torch.nn.Module, run: RunDir, tokens: int, length: int) -> int:
+def graph_bytes(lm: torch.nn.Module, shapes: Shapes, projected: Shapes, tokens: int, length: int) -> int:
     """Return the bytes that the graph of a batch keeps for the backward pass. Call it in FakeTensorMode.
 
     Args:
         lm: The model.
-        run: Its tracked layers.
+        shapes: Layer -> (d_out, d_in).
+        projected: Layer -> (r_out, r_in).
         tokens: Tokens in the batch.
         length: Tokens in an example.
     """
@@ -97,8 +98,8 @@ def graph_bytes(lm: torch.nn.Module, run: RunDir, tokens: int, length: int) -> i
             saved[storage._cdata] = storage  # kept alive, so that its address is not used again
         return tensor
 
-    ranks = {name: zip(run.projected[name], run.shapes[name], strict=True) for name in run.layers}
-    sides = {name: [torch.empty(r, d) if r < d else None for r, d in pairs] for name, pairs in ranks.items()}
+    pairs = {name: zip(projected[name], shapes[name], strict=True) for name in shapes}
+    sides = {name: [torch.empty(r, d) if r < d else None for r, d in sizes] for name, sizes in pairs.items()}
     capture = GradientCapture(lm, {name: Projection(p_in, p_out) for name, (p_out, p_in) in sides.items()})
     ids = torch.zeros(max(1, tokens // length), min(tokens, length), dtype=torch.long)
     with capture, saved_tensors_hooks(save, lambda tensor: tensor):
