@@ -61,20 +61,28 @@ class Pairs:
 
 
 class WideSide:
-    """Projects the wide side of an experts layer: P [r, E * i], expert by expert. Returns float32 or wider."""
+    """Projects the wide side of a layer of experts, expert by expert. Returns float32 or wider.
 
-    def __init__(self, p: Tensor | None):
-        self.p, self.blocks = p, None
+    Args:
+        p: P [r, E * i], or None: not projected.
+        shard: Keeps a tensor, and returns a function that returns it again (runtime.fsdp.shard_rows).
+    """
+
+    def __init__(self, p: Tensor | None, shard: Callable[[Tensor], Callable[[], Tensor]] | None = None):
+        self.p, self.shard = p, shard
+        self.kind: tuple[torch.dtype, torch.device] | None = None
 
     def __call__(self, x: Tensor, pairs: Pairs) -> Tensor:
         """Return the sum over each token's experts of P[:, e] x, [T, r], of x [S, i]; without P the wide rows."""
         wider = torch.promote_types(x.dtype, torch.float32)
         if self.p is None:
             return pairs.spread(x.to(wider))
-        if self.blocks is None or self.blocks.dtype != x.dtype or self.blocks.device != x.device:
+        if self.kind != (x.dtype, x.device):
             columns = self.p.to(x).T.view(len(pairs.ends), x.shape[1], -1)
-            self.blocks = F.pad(columns, (0, -columns.shape[2] % 8)).contiguous()
-        return pairs.sum(pairs.multiply(x, self.blocks)[:, : len(self.p)].to(wider))
+            blocks = F.pad(columns, (0, -columns.shape[2] % 8)).contiguous()  # for Pairs.multiply
+            self.blocks = self.shard(blocks) if self.shard else lambda: blocks
+            self.kind = x.dtype, x.device
+        return pairs.sum(pairs.multiply(x, self.blocks())[:, : len(self.p)].to(wider))
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -91,7 +91,8 @@ class GradientCapture:
                 hook = partial(self._hook, name, _SideProjection(p_in), _SideProjection(p_out))
                 self._exit.callback(modules[name].register_forward_hook(hook).remove)
             else:  # a wide layer, which bears the name of a parameter
-                kinds = (WideSide, _SideProjection) if name.endswith(DOWN) else (_SideProjection, WideSide)
+                wide_side = partial(WideSide, shard=getattr(self.model, "shard_rows", None))
+                kinds = (wide_side, _SideProjection) if name.endswith(DOWN) else (_SideProjection, wide_side)
                 wide[name] = WideLayer(kinds[0](p_in), kinds[1](p_out), partial(self._tap, name))
         self._exit.enter_context(track(self.model, wide))
         return self

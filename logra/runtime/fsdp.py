@@ -6,6 +6,7 @@ the same all-gathers in the same order, even when one of them runs out of memory
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,7 @@ def shard(
         fully_shard(block, mesh=mesh)
     fully_shard(meta_model.base_model, mesh=mesh, ignored_params=unsharded)
     meta_model.recorded_all_gather = _RecordedAllGather()  # one a model, which all its Locksteps share
+    meta_model.shard_rows = partial(shard_rows, meta_model.recorded_all_gather, mesh.get_group())
     for module in (meta_model.base_model, *blocks):
         module.set_custom_all_gather(meta_model.recorded_all_gather)
     meta_model.to_empty(device=device)
@@ -64,6 +66,20 @@ class _RecordedAllGather(AllGather):
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
         self.calls.append((output_tensor.numel(), output_tensor.dtype, output_tensor.device, group))
         return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+def shard_rows(gather: _RecordedAllGather, group: dist.ProcessGroup, tensor: Tensor) -> Callable[[], Tensor]:
+    """Keep this rank's share of the rows of a tensor that all ranks have; return a function that gathers all rows."""
+    rows, share = len(tensor), -(-len(tensor) // group.size())
+    own = tensor[share * group.rank() :][:share]
+    own = torch.cat([own, own.new_zeros(share - len(own), *own.shape[1:])])
+
+    def whole() -> Tensor:
+        gathered = own.new_empty(share * group.size(), *own.shape[1:])
+        gather(gathered, own, group)
+        return gathered[:rows]
+
+    return whole
 
 
 class Lockstep:
