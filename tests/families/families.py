@@ -231,16 +231,16 @@ def all_outcomes(names: Iterable[str]) -> dict[str, tuple[Outcome, Outcome]]:
 
 def render(results: dict[str, tuple[Outcome, Outcome]]) -> str:
     """Return the content of docs/models.md. Families with one model class and the same outcomes share a row."""
-    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}  # model class and cells -> families, first that of the class itself
     for family, (mlp, every) in results.items():
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[families()[family]].__name__
-        reasons = dict.fromkeys(shown(result.reason) for result in (mlp, every) if result.reason)
-        rows.setdefault((model_class, mlp.verdict, every.verdict, "; ".join(reasons)), []).append(family)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[families()[family]]
+        reasons = "; ".join(dict.fromkeys(shown(result.reason) for result in (mlp, every) if result.reason))
+        names = rows.setdefault((model_class.__name__, mlp.verdict, every.verdict, reasons), [])
+        names.insert(0 if model_class.config_class is families()[family] else len(names), family)
+    lines = sorted((", ".join(names), *cells) for (_, *cells), names in rows.items())
     counts = [sum(pair[i].verdict == "passes" for pair in results.values()) for i in (0, 1)]
     head = HEAD.format(version=transformers.__version__, families=len(results), mlp=counts[0], every=counts[1])
-    return head + "".join(
-        f"| {', '.join(names)} | {' | '.join(cells)} |\n".replace("  ", " ") for (_, *cells), names in rows.items()
-    )
+    return head + "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
 
 
 def shown(reason: str) -> str:
