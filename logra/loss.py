@@ -155,8 +155,8 @@ def check_head(model: nn.Module) -> None:
     error = _difference(fused, logits)
     if not error < tolerance:
         raise ValueError(
-            f"expected {name}'s logits to be its head applied to its last hidden states, got a "
-            f"relative difference of {error:.1e}; this architecture is not supported yet"
+            f"expected {name}'s logits {list(logits.shape)} to be its head applied to its last hidden states, got "
+            f"{list(fused.shape)}, a relative difference of {error:.1e}; this architecture is not supported yet"
         )
     error = _difference(changed[0, :4], hidden[0, :4])
     if not error < tolerance:
