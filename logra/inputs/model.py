@@ -35,6 +35,7 @@ from logra.runtime.files import atomic, file_content, has_shape, parse_json
 from logra.runtime.settings import DEFAULT_MODEL, RunSettings
 
 MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
+POSITIONS_AFTER_PADDING = "roberta|camembert|data2vec-text|xmod"  # their first position is pad_token_id + 1
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 TOKENIZER_PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
 logging.disable_progress_bar()
@@ -140,7 +141,11 @@ def _base(name: str, revision: str | None = None, trust_remote_code: bool = Fals
 
 def context_length(config) -> int | None:
     """Return the model's context length in tokens, or None if its configuration has none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or 0
+    if re.search(POSITIONS_AFTER_PADDING, text.model_type):
+        length -= text.pad_token_id + 1
+    return length if length > 0 else None  # XLNet says -1
 
 
 def rope_boundaries(config) -> list[int]:

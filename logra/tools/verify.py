@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.modeling_utils import local_torch_dtype
 
 from logra.hooks import GradientCapture
 from logra.influence import MODES
@@ -100,7 +101,9 @@ def verify(settings: RunSettings, kind: str, execution: Execution, examples: int
 
         scored = ScoredRun(run, kind, lm, execution)
         if processes.state().is_main_process:
-            scored.check(load_reference(settings, execution))
+            plain = load_reference(settings, execution)
+            with local_torch_dtype(plain.dtype):  # some models make constants of the default dtype
+                scored.check(plain)
         processes.state().wait_for_everyone()
 
 

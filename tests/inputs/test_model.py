@@ -6,11 +6,21 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import OTHERS, make_model, make_texts, make_tokenizer
+from conftest import LLAMA, OTHERS, make_model, make_texts, make_tokenizer
 from helpers import influence, relative, stored_gradients
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from logra.hooks import GradientCapture
-from logra.inputs.model import blocks, checkpoint_blocks, choose_layers, fingerprint, load_model, load_tokenizer
+from logra.inputs.model import (
+    blocks,
+    checkpoint_blocks,
+    choose_layers,
+    context_length,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+)
+from logra.loss import hidden_states
 from logra.projection import identity
 from logra.run_dir import RunDir
 from logra.stages.gradients import Extractor
@@ -32,6 +42,17 @@ def test_layer_choice(model):
     assert choose_layers(model, False, r"\.1\.") == {n: s for n, s in every.items() if ".1." in n}
     with pytest.raises(ValueError, match="none"):
         choose_layers(model, False, "nothing_like_it")
+
+
+@pytest.mark.parametrize("name", ["roberta", "camembert", "data2vec-text", "xlm-roberta-xl", "xmod", "bert"])
+def test_the_context_can_be_used(name):
+    """A text as long as the context runs; a longer one has no positions. RoBERTa's begin after padding's."""
+    config = CONFIG_MAPPING[name](**LLAMA | {"pad_token_id": 3, "is_decoder": True, "default_language": "en_XX"})
+    model, length = AutoModelForCausalLM.from_config(config).eval(), context_length(config)
+    assert hidden_states(model, torch.full((1, length), 9)).shape[1] == length
+    with pytest.raises((IndexError, RuntimeError)):
+        hidden_states(model, torch.full((1, length + 1), 9))
+    assert context_length(CONFIG_MAPPING["xlnet"]()) is None
 
 
 def test_an_adapter(cli, tiny, workspace):
