@@ -289,10 +289,13 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
         ValueError: No layer matches; or, without a pattern, a matrix is not in a layer of a known type.
     """
     head, shapes, untracked = model.get_output_embeddings(), {}, []
+    parameters = {name for name, _ in model.named_parameters()}  # of a weight that several modules share, one name
     for name, module in model.named_modules():
         if module is head or isinstance(module, nn.Embedding):
             continue
         if mlp_only and not re.search(MLP_PATTERN, name, re.IGNORECASE):
+            continue
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" not in parameters:
             continue
         if isinstance(module, nn.Linear):
             shapes[name] = (module.out_features, module.in_features)

@@ -16,6 +16,7 @@ from logra.runtime import files, processes
 from logra.runtime.flags import RunFlags
 from logra.runtime.progress import say
 from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettings
+from logra.stages.gradients import check_layers
 
 
 def run_name(settings: RunSettings) -> str:
@@ -214,4 +215,6 @@ def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, 
         weights_hash = model.fingerprint(lm)
     if execution.gradient_checkpointing or execution.device_map:  # or the graph would keep all offloaded weights
         model.checkpoint_blocks(lm)
-    return lm, tokenizer, model.describe(lm, weights_hash, tokenizer, settings)
+    described = model.describe(lm, weights_hash, tokenizer, settings)
+    check_layers(lm, described["layers"])
+    return lm, tokenizer, described

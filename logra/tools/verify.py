@@ -282,6 +282,10 @@ class ScoredRun:
         A step along (C + lambda I)^-1 z, for the highest and the lowest dot, lowers the loss by the dot. A plain
         gradient step on an example lowers its own loss, so its dot with itself is positive, whatever the Hessian.
         """
+        own = [*reference.gradients(lm, list(sides), self.queries[0])]
+        if any(d is None for *_, runs in own for _, d in runs):
+            say("  skip  steps of the model: it runs layers without a gradient too, and a step changes these runs")
+            return {}
         dots, errors = self.scores["dot"].double(), {}
         norms = [
             sum(g.double().square().sum(dim=1) for g in part.values()).sqrt() for part in (self.query_grads, solved)
@@ -298,7 +302,7 @@ class ScoredRun:
             }
             fall = reference.fall(lm, step, self.queries[q])
             errors[f"the {what} dot"] = abs(fall / dots[q, example].item() - 1)
-        step = {layer: grad for layer, (grad, *_) in reference.gradients(lm, list(sides), self.queries[0])}
+        step = {layer: grad for layer, grad, _ in own}
         if any(grad.any() for grad in step.values()):
             fall = reference.fall(lm, step, self.queries[0])
             errors["a plain step"] = float(fall * dots[0, self.longest] <= 0)
