@@ -188,7 +188,7 @@ def new_settings(flags: RunFlags, execution: Execution) -> RunSettings:
     return completed
 
 
-def say_layers(lm: PreTrainedModel, described: dict[str, Any], settings: RunSettings) -> None:
+def say_tracked(lm: PreTrainedModel, described: dict[str, Any], settings: RunSettings) -> None:
     """Print which layers are tracked, the rank that --bytes_per_example chose, and how many sides are not projected."""
     layers.say_coverage(lm, described["layers"], settings.mlp_only, settings.layers)
     sizes = described["layers"].values()  # [d_out, d_in, r_out, r_in]

@@ -63,7 +63,7 @@ def estimate(
     with FakeTensorMode():
         lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
         described = layers.describe(lm, "", tokenizer, settings)
-        open_run.say_layers(lm, described, settings)
+        open_run.say_tracked(lm, described, settings)
         run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
         weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
         batch_bytes = graph_bytes(lm, run.shapes, run.projected, batch_tokens, settings.block_size)

@@ -87,7 +87,7 @@ def verify(settings: RunSettings, kind: str, execution: Execution, examples: int
     if processes.processes_here() < processes.state().num_processes:
         raise ValueError("expected --verify on one machine, got several; start it on one of them")
     lm, tokenizer, described = open_run.load_model(settings, execution)
-    open_run.say_layers(lm, described, settings)
+    open_run.say_tracked(lm, described, settings)
     settings = small_settings(settings, described["layers"], examples)
     execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
