@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import experts, projection, store
 from logra.hooks import GradientCapture
-from logra.inputs import model
+from logra.inputs import layers, model
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import DEFAULT_MODEL, positive_int
@@ -153,7 +153,7 @@ def make_model(name: str, random: str | None, device: str) -> PreTrainedModel:
 
 def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batch_size: int, rank: int) -> dict:
     """Time the passes at one combination of the sweep; print and return the medians."""
-    shapes = model.choose_layers(lm, not args.all_layers, None)
+    shapes = layers.choose_layers(lm, not args.all_layers, None)
     rows = torch.randint(0, lm.config.vocab_size, (args.batches * batch_size, block_size)).tolist()
     functions = passes(lm, shapes, rank, rows, batch_size)
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in functions}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logra import experts, projection, store
 from logra.hooks import GradientCapture
-from logra.inputs.model import choose_layers
+from logra.inputs.layers import choose_layers
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.stages.gradients import Extractor

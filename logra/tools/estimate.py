@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logra import hessian, loss
 from logra.hooks import GradientCapture
-from logra.inputs import model
+from logra.inputs import layers, model
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_memory, token_counts
 from logra.projection import Projection, Shapes
@@ -31,7 +31,7 @@ from logra.runtime import processes
 from logra.runtime.memory import available_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
-from logra.stages.open_run import say_ranks
+from logra.stages import open_run
 from logra.store import layout_bytes
 
 SAMPLE = 1000  # documents that are tokenised
@@ -62,8 +62,8 @@ def estimate(
     batch_tokens = execution.batch_tokens or CPU_BATCH_TOKENS
     with FakeTensorMode():
         lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
-        described = model.describe(lm, "", tokenizer, settings)
-        say_ranks(described, settings)
+        described = layers.describe(lm, "", tokenizer, settings)
+        open_run.say_tracked(lm, described, settings)
         run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
         weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
         batch_bytes = graph_bytes(lm, run.shapes, run.projected, batch_tokens, settings.block_size)

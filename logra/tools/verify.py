@@ -23,6 +23,7 @@ from transformers.modeling_utils import local_torch_dtype
 from logra.hooks import GradientCapture
 from logra.influence import MODES
 from logra.inputs import model
+from logra.inputs.layers import MLP_PATTERN
 from logra.inputs.queries import Query
 from logra.quantise import FLOAT_DTYPES
 from logra.run_dir import RunDir, RunRecord
@@ -87,6 +88,7 @@ def verify(settings: RunSettings, kind: str, execution: Execution, examples: int
     if processes.processes_here() < processes.state().num_processes:
         raise ValueError("expected --verify on one machine, got several; start it on one of them")
     lm, tokenizer, described = open_run.load_model(settings, execution)
+    open_run.say_tracked(lm, described, settings)
     settings = small_settings(settings, described["layers"], examples)
     execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
@@ -228,9 +230,10 @@ class ScoredRun:
     def check_projections(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
         """Check which layers are tracked, and the projections."""
         settings, tracked = self.settings, self.run.layers
-        mlp = model.MLP_PATTERN if settings.mlp_only else ""
+        mlp = MLP_PATTERN if settings.mlp_only else ""
         chosen = [name for name in reference.linear_layers(lm) if re.search(mlp, name, re.IGNORECASE)]
         chosen = [name for name in chosen if re.search(settings.layers or "", name)]
+        chosen = reference.with_gradient(lm, chosen, self.queries[0])
         yield Check("tracked layers", {x: float((x in chosen) != (x in tracked)) for x in [*chosen, *tracked]}, 0)
         moments, shared = reference.random_errors(sides, self.run.rotated) if settings.lora == "random" else ({}, {})
         if moments:

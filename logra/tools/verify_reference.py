@@ -107,6 +107,21 @@ def loss(lm: nn.Module, text: Text) -> Tensor:
     return cross_entropy(logits[[t - 1 for t in counted]], ids[0, counted], reduction="sum")
 
 
+def with_gradient(lm: nn.Module, layers: list[str], text: Text) -> list[str]:
+    """Return those of the layers whose module runs on a text, and that get a gradient from its loss."""
+    ran, weights = set[int](), {layer: weight_of(lm, layer) for layer in layers}
+    handles = [
+        module.register_forward_hook(lambda module, *_: ran.update(map(id, module.parameters(recurse=False))))
+        for module in lm.modules()
+    ]
+    total = loss(lm, text)
+    for handle in handles:
+        handle.remove()
+    grads = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
+    pairs = zip(weights.items(), grads, strict=True)
+    return [layer for (layer, weight), grad in pairs if id(weight) in ran and grad is not None]
+
+
 def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[str, Tensor, list[tuple]]]:
     """Yield for one text (layer, G [d_out, d_in], [(x [T, d_in], d [T, d_out]) of each run of the layer]), by autograd.
 

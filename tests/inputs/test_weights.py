@@ -18,7 +18,8 @@ from torch import nn
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from logra.inputs import model as models
-from logra.inputs.model import choose_layers, fingerprint, load_model, load_sharded_model
+from logra.inputs.layers import choose_layers
+from logra.inputs.model import fingerprint, load_model, load_sharded_model
 from logra.runtime.settings import DEFAULT_MODEL
 
 HUB = {"revision": None, "trust_remote_code": False}

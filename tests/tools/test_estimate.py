@@ -10,7 +10,7 @@ from helpers import DATA, extract
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from logra.inputs.model import choose_layers
+from logra.inputs.layers import choose_layers
 from logra.runtime import settings
 from logra.runtime.flags import read_run_flags
 from logra.stages import calibrate
