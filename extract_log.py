@@ -102,7 +102,7 @@ def set_up(
 ) -> tuple[nn.Module, RunDir]:  # fmt: skip
     """Load the model, and write what is missing of run.json, train/ (or an extension) and projections.safetensors."""
     lm, tokenizer, described = open_run.load_model(settings, execution)
-    open_run.say_ranks(described, settings)
+    open_run.say_tracked(lm, described, settings)
     if run:
         run.check_model(described)
     if processes.state().is_main_process and (further or not run):

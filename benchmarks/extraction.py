@@ -6,6 +6,7 @@ sums, which only kfac and ekfac need. Prints medians, the median of the pairwise
 several values make a sweep over all combinations.
 
     python benchmarks/extraction.py --block_size 128 256 512
+    python benchmarks/extraction.py --random experts dense   # 32 experts, 4 of a token, and a dense model as wide
 """
 
 import argparse
@@ -25,23 +26,39 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra import projection, store
+from logra import experts, projection, store
 from logra.hooks import GradientCapture
-from logra.inputs import model
+from logra.inputs import layers, model
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import DEFAULT_MODEL, positive_int
 from logra.stages.gradients import Extractor
+
+SIZES = {
+    "vocab_size": 32000,
+    "num_hidden_layers": 8,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+RANDOM_CONFIGS = {
+    "experts": Qwen3MoeConfig(**SIZES, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256),
+    "dense": Qwen3Config(**SIZES, intermediate_size=4 * 256),  # as many active parameters
+}
 
 
 def build_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(description=__doc__)
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="(%(default)s)")
+    parser.add_argument(
+        "--random", choices=list(RANDOM_CONFIGS), nargs="+", default=[None], help="random models of 8 layers instead"
+    )
     several: dict[str, Any] = {"type": positive_int, "nargs": "+"}
     parser.add_argument("--block_size", **several, default=[256], help="tokens in an example (256)")
     parser.add_argument("--batch_size", **several, default=[4], help="examples in a batch (4)")
@@ -99,7 +116,7 @@ def passes(
         batch_size: Examples in a batch.
     """
     projected = projection.projected_shapes(shapes, rank, rank)
-    projections = projection.draw(shapes, projected, seed=0)
+    projections = projection.draw(shapes, projected, 0, experts.wide_sides(lm))
     batches = torch.tensor(rows, device=lm.device).split(batch_size)
 
     def forward() -> None:
@@ -125,9 +142,18 @@ def passes(
     return without | {"ours": partial(ours, True), "ours, without factors": partial(ours, False)}
 
 
+def make_model(name: str, random: str | None, device: str) -> PreTrainedModel:
+    """Load a model, or make one of random weights."""
+    dtype = FLOAT_DTYPES[model.default_dtype(device)]
+    if random is None:
+        return model.load_model(name, dtype, device)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(RANDOM_CONFIGS[random], dtype=dtype).to(device).eval()
+
+
 def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batch_size: int, rank: int) -> dict:
     """Time the passes at one combination of the sweep; print and return the medians."""
-    shapes = model.choose_layers(lm, not args.all_layers, None)
+    shapes = layers.choose_layers(lm, not args.all_layers, None)
     rows = torch.randint(0, lm.config.vocab_size, (args.batches * batch_size, block_size)).tolist()
     functions = passes(lm, shapes, rank, rows, batch_size)
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in functions}
@@ -139,12 +165,13 @@ def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batc
     tokens = len(rows) * block_size
     speeds = {name: tokens / median(seconds for seconds, _ in values) for name, values in results.items()}
     ratios = [f / o for (f, _), (o, _) in zip(results["forward"], results["ours"], strict=True)]
-    print(f"blocks of {block_size} tokens, batches of {batch_size}, rank {rank}")
+    print(f"{type(lm).__name__}, blocks of {block_size} tokens, batches of {batch_size}, rank {rank}")
     for name, values in results.items():
         peak = max(memory for _, memory in values) / 1e9
         relative = speeds[name] / speeds["forward"]
         print(f"  {name:28s} {speeds[name]:9.0f} tokens/s  {relative:.2f} of forward  {peak:.2f} GB", flush=True)
-    about: dict[str, Any] = {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
+    about: dict[str, Any] = {"model": type(lm).__name__}
+    about |= {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
     about |= {"tokens_per_second": speeds, "ratio": median(ratios), "ratios": ratios}
     return about | {"peak_bytes": {name: max(m for _, m in values) for name, values in results.items()}}
 
@@ -152,9 +179,10 @@ def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batc
 def main(args: argparse.Namespace) -> None:
     """Time each combination of the sweep, print tables and a JSON line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = model.load_model(args.model_name, FLOAT_DTYPES[model.default_dtype(device)], device)
-    sweep = product(args.block_size, args.batch_size, args.rank)
-    measured = [measure(args, lm, *sizes) for sizes in sweep]
+    measured = []
+    for random in args.random:
+        lm = make_model(args.model_name, random, device)
+        measured += [measure(args, lm, *sizes) for sizes in product(args.block_size, args.batch_size, args.rank)]
     about = {"benchmark": "extraction", "model_name": args.model_name, "device": device, "torch": torch.__version__}
     about |= {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     print(json.dumps(about | {"repeats": args.repeats, "measured": measured}))

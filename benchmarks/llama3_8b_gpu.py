@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import influence, projection, store
 from logra.hooks import GradientCapture
-from logra.inputs import model
+from logra.inputs import layers
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int
 from logra.stages.gradients import Extractor
@@ -100,7 +100,7 @@ def extraction(args: argparse.Namespace, device: str) -> tuple[dict, projection.
     config = TINY if args.tiny else LLAMA3_8B
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    shapes = model.choose_layers(lm, True, None)
+    shapes = layers.choose_layers(lm, True, None)
     projected = projection.projected_shapes(shapes, args.rank, args.rank)
     capture = GradientCapture(lm, projection.draw(shapes, projected, seed=0), factors=True)
     with capture:

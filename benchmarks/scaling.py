@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import projection
 from logra.hooks import GradientCapture
-from logra.inputs import model
+from logra.inputs import layers, model
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import CPU_BATCH_TOKENS, DEFAULT_MODEL, positive_int
 from logra.stages.gradients import Extractor
@@ -91,7 +91,7 @@ def extraction_speed(args: argparse.Namespace, processes: int) -> float:
 def measure(name: str, n: int, t: int, rank: int) -> dict:
     """Return the seconds and the peak memory of the gradients of n examples of t tokens."""
     lm = model.load_model(name, torch.float32)
-    shapes = model.choose_layers(lm, True, None)
+    shapes = layers.choose_layers(lm, True, None)
     projections = projection.draw(shapes, projection.projected_shapes(shapes, rank, rank), seed=0)
     rows = torch.randint(0, lm.config.vocab_size, (n, t)).tolist()
     with GradientCapture(lm, projections, factors=True) as capture:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -37,15 +38,16 @@ class Pairs:
         self.tokens, self.per_token = experts.shape
         self.expert, self.order = experts.flatten().sort(stable=True)
         self.token = self.order // self.per_token
-        self.ends = self.expert.bincount(minlength=count).cumsum(0, dtype=torch.int32)
+        numbers = torch.arange(count, device=experts.device)
+        self.ends = torch.searchsorted(self.expert, numbers, right=True, out_int32=True)  # of each expert's pairs
 
     def multiply(self, x: Tensor, blocks: Tensor) -> Tensor:
         """Return the product of each row of x [S, i] with the block of its expert, of blocks [E, i, o]: [S, o]."""
-        aligned = all(size * x.element_size() % ALIGNED_BYTES == 0 for size in blocks.shape[1:])
-        if aligned and x.dtype != torch.float64:
+        if isinstance(x, FakeTensor):
+            return x @ blocks[0]  # only shapes count (tools.estimate), and torch's rule for them refuses float32
+        if x.dtype != torch.float64 and all(size * x.element_size() % ALIGNED_BYTES == 0 for size in blocks.shape[1:]):
             return F.grouped_mm(x, blocks, offs=self.ends)
-        sizes = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
-        return torch.cat([rows @ block for rows, block in zip(x.split(sizes), blocks, strict=True)])
+        return torch.ops.transformers.grouped_mm_fallback(x, blocks, self.ends)  # a loop over experts
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over the experts of each token, of values [S, r]: [T, r]."""
@@ -59,20 +61,33 @@ class Pairs:
 
 
 class WideSide:
-    """Projects the wide side of an experts layer: P [r, E * i], expert by expert. Returns float32 or wider."""
+    """Projects the wide side of a layer of experts, expert by expert. Returns float32 or wider.
 
-    def __init__(self, p: Tensor | None):
-        self.p, self.blocks = p, None
+    Args:
+        p: P [r, E * i], or None: not projected.
+        shard: Keeps a tensor, and returns a function that returns it again (runtime.fsdp.shard_rows).
+    """
+
+    def __init__(self, p: Tensor | None, shard: Callable[[Tensor], Callable[[], Tensor]] | None = None):
+        self.p, self.shard = p, shard
+        self.kind: tuple[torch.dtype, torch.device] | None = None
 
     def __call__(self, x: Tensor, pairs: Pairs) -> Tensor:
         """Return the sum over each token's experts of P[:, e] x, [T, r], of x [S, i]; without P the wide rows."""
         wider = torch.promote_types(x.dtype, torch.float32)
         if self.p is None:
             return pairs.spread(x.to(wider))
-        if self.blocks is None or self.blocks.dtype != x.dtype or self.blocks.device != x.device:
+        if self.kind != (x.dtype, x.device):
             columns = self.p.to(x).T.view(len(pairs.ends), x.shape[1], -1)
-            self.blocks = F.pad(columns, (0, -columns.shape[2] % 8)).contiguous()
-        return pairs.sum(pairs.multiply(x, self.blocks)[:, : len(self.p)].to(wider))
+            blocks = F.pad(columns, (0, -columns.shape[2] % 8)).contiguous()  # for Pairs.multiply
+            self.blocks = self.shard(blocks) if self.shard else lambda: blocks
+            self.kind = x.dtype, x.device
+        return pairs.sum(pairs.multiply(x, self.blocks())[:, : len(self.p)].to(wider))
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether this is a module of experts of transformers (transformers.integrations.moe)."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
 
 
 def matrices(name: str, module: nn.Module) -> Shapes:
@@ -81,7 +96,7 @@ def matrices(name: str, module: nn.Module) -> Shapes:
     A layer bears the name of its parameter. Down is none where a norm follows each expert: there a token's experts have
     different gradients.
     """
-    if not (hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")):
+    if not is_experts(module):
         return {}
     shapes = {}
     for key in (up_key(module), DOWN)[: 1 if module.has_post_expert_norm else 2]:
@@ -134,8 +149,7 @@ def forward(module: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor)
         output = pairs.multiply(x, blocks if module.is_transposed else blocks.mT)
         return output + getattr(module, f"{key}_bias")[pairs.expert] if module.has_bias else output
 
-    layers = getattr(module, "wide_layers", {})  # none where other modules of the model are tracked
-    up, down = layers.get(up_key(module)), layers.get(DOWN)
+    up, down = module.wide_layers.values()
     output = linear(up_key(module), inputs)
     if up:
         output = up.tap(output, up.project_in(hidden.detach(), pairs), lambda d: up.project_out(d, pairs))
@@ -152,17 +166,14 @@ def forward(module: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor)
 
 @contextmanager
 def track(model: nn.Module, layers: dict[str, WideLayer]) -> Iterator[None]:
-    """Let the model's experts modules run `forward` with these wide layers, by name, inside a `with` block."""
-    modules: dict[nn.Module, dict[str, WideLayer]] = {}
-    for name, layer in layers.items():
-        parent, _, key = name.rpartition(".")
-        modules.setdefault(model.get_submodule(parent), {})[key] = layer
+    """Let the model's experts modules run `forward`, with these wide layers by name, inside a `with` block."""
+    modules = {m: name for name, m in model.named_modules() if is_experts(m)}
     configs = {id(module.config): module.config for module in modules}.values()
     before = [config._experts_implementation for config in configs]
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
     try:
-        for module, wide_layers in modules.items():
-            module.wide_layers = wide_layers
+        for module, name in modules.items():
+            module.wide_layers = {key: layers.get(f"{name}.{key}") for key in (up_key(module), DOWN)}
         for config in configs:
             config._experts_implementation = IMPLEMENTATION
         yield

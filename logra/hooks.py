@@ -28,7 +28,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]):
         ctx.save_for_backward(x)
         ctx.sink = sink
-        return output.view_as(output)
+        return output.detach()  # shares memory, and is no view of autograd's: the model may modify it in place
 
     @staticmethod
     def backward(ctx, d: Tensor):
@@ -86,12 +86,17 @@ class GradientCapture:
         self._trainable = {p: p.requires_grad for p in self.model.parameters()}
         self.model.eval().requires_grad_(False)
         self._exit, modules, wide = ExitStack(), dict(self.model.named_modules()), {}
+        sharing: dict[int, list[nn.Module]] = {}  # a weight may belong to several modules; the layer is named by one
+        for module in modules.values():
+            sharing.setdefault(id(getattr(module, "weight", None)), []).append(module)
         for name, (p_in, p_out, *_) in self.projections.items():
             if name in modules:
                 hook = partial(self._hook, name, _SideProjection(p_in), _SideProjection(p_out))
-                self._exit.callback(modules[name].register_forward_hook(hook).remove)
+                for module in sharing[id(modules[name].weight)]:
+                    self._exit.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             else:  # a wide layer, which bears the name of a parameter
-                kinds = (WideSide, _SideProjection) if name.endswith(DOWN) else (_SideProjection, WideSide)
+                wide_side = partial(WideSide, shard=getattr(self.model, "shard_rows", None))
+                kinds = (wide_side, _SideProjection) if name.endswith(DOWN) else (_SideProjection, wide_side)
                 wide[name] = WideLayer(kinds[0](p_in), kinds[1](p_out), partial(self._tap, name))
         self._exit.enter_context(track(self.model, wide))
         return self
@@ -104,20 +109,32 @@ class GradientCapture:
             parameter.requires_grad_(trainable)
         self._grads, self._factor_sums, self._batch_sums = {}, {}, {}
 
-    def _hook(self, name: str, p_in: _SideProjection, p_out: _SideProjection, layer, inputs, output: Tensor) -> Tensor:
-        return self._tap(name, output, p_in(inputs[0].detach()), p_out)
+    def _hook(
+        self, name: str, p_in: _SideProjection, p_out: _SideProjection, layer, inputs, keywords, output: Tensor
+    ) -> Tensor:
+        if not torch.is_grad_enabled():  # some models run their first passes so
+            return output
+        tensors = (*inputs, *keywords.values(), output)
+        if len(tensors) != 2 or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise ValueError(
+                f"expected one tensor as input and one as output of layer {name}, got "
+                f"{', '.join(type(tensor).__name__ for tensor in tensors)}; leave it out with --layers"
+            )
+        return self._tap(name, output, p_in(tensors[0].detach()), p_out)
 
     def _tap(self, name: str, output: Tensor, x: Tensor, project_out: Callable[[Tensor], Tensor]) -> Tensor:
         anchor = torch.empty(0, device=output.device, requires_grad=True)
         return _Tap.apply(output, x, anchor, lambda x, d: self._collect(name, x, project_out(d)))
 
     def _collect(self, name: str, x: Tensor, d: Tensor) -> None:
-        """Add one call of one layer: x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...]."""
-        if x.shape[:-1] not in (self._positions.shape, (self._positions.numel(),)):
+        """Add one call of one layer: x~ [B, T, r_in] and d~ [B, T, r_out], or [B * T, ...] or [B, 1, T, ...]."""
+        examples, tokens = self._positions.shape
+        if x.shape[:-1] not in ((examples, tokens), (examples * tokens,), (examples, 1, tokens)):
             raise ValueError(
-                f"expected one input per token, {list(self._positions.shape)}, in layer {name}, got "
-                f"{list(x.shape[:-1])}, as in a mixture of experts; leave the layer out with --layers"
+                f"expected one input per token, {[examples, tokens]}, in layer {name}, got {list(x.shape[:-1])}: "
+                "its inputs are some of the tokens, or more; leave the layer out with --layers"
             )
+        self._calls[name] += 1
         x, d = (tensor.reshape(*self._positions.shape, -1) for tensor in (x, d))
         if self.want_grads:
             self._add(self._grads, {name: self._reduce(name, x, d)})
@@ -125,7 +142,6 @@ class GradientCapture:
             mask = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
             x, d = (x * mask).flatten(0, 1), d.flatten(0, 1)
             self._add(self._batch_sums, {f"{name}.A": x.T @ x, f"{name}.B": d.T @ d})
-            self._calls[name] += 1
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
         """Return the per-example gradients [B, r_out * r_in] of x~ [B, T, r_in] and d~ [B, T, r_out]."""
@@ -147,17 +163,19 @@ class GradientCapture:
         """
         self.commit()
         self._positions, self._grads, self._calls = positions, {}, Counter[str]()
-        losses.sum().backward()
+        if losses.requires_grad:
+            losses.sum().backward()
         grads, self._grads = self._grads, {}
-        missing = set(self.projections) - set(grads) if self.want_grads else set()
+        missing = [name for name in self.projections if name not in self._calls]
         if missing:
             raise ValueError(
-                f"expected every tracked layer to take part in the loss, got no gradient for {sorted(missing)[0]} "
-                f"({len(missing)} such layers); leave them out with --layers"
+                f"expected every tracked layer to take part in the loss of every batch, got no gradient for "
+                f"{missing[0]} ({len(missing)} such layers): the model does not call it for these texts, or cuts its "
+                "gradient; leave such layers out with --layers"
             )
-        for name, calls in self._calls.items():
-            for factor in "AB" if calls > 1 else ():
-                self._batch_sums[f"{name}.{factor}"] /= calls**0.5
+        for key, total in self._batch_sums.items():  # <layer>.A and <layer>.B
+            if self._calls[key[:-2]] > 1:
+                total /= self._calls[key[:-2]] ** 0.5
         if self.want_factors:
             counts = {"examples": torch.tensor(len(losses)), "tokens": positions.sum()}
             self._batch_sums |= {f"{name}.square": grad.square().sum(dim=0) for name, grad in grads.items()} | counts
@@ -231,3 +249,10 @@ class TokenCapture(GradientCapture):
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
         return torch.einsum("bto,poi,bti->bpt", d, self.matrices[name].to(d), x)
+
+
+class GradientPositions(GradientCapture):
+    """Shows which positions have a gradient: backward returns {layer: [B, T]}, the largest |d~_t| of each."""
+
+    def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
+        return d.abs().amax(dim=2)

@@ -4,13 +4,27 @@ Notation: B batch, T tokens, d hidden size, V vocabulary size. The loss of an ex
 negative log-likelihoods of its counted tokens. So it does not depend on the other examples in the batch.
 """
 
+import logging
+import math
+
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Padding on the right needs no attention_mask: check_head sees that no token attends to later ones.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "recommend passing in an `attention_mask`" not in record.getMessage()
+)
 CHUNK_LOGITS = 2**25  # logits in memory at one time
 IGNORE = -100  # target of a token that does not count
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+SCALES = {  # where it is not logit_scale (Cohere) / logits_scaling (Granite)
+    "falcon_h1": lambda config: config.lm_head_multiplier,
+    "hyperclovax": lambda config: config.logits_scaling,
+    "minicpm3": lambda config: 1,  # scales the head's input
+    "mpt": lambda config: 1,  # does not use its logit_scale
+}
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -18,7 +32,8 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, counted, scale, softcap):
-        flat, grad = hidden.reshape(-1, hidden.shape[-1]), torch.zeros_like(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        grad = flat.new_zeros(flat.shape)
         losses = hidden.new_zeros(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for rows in counted.split(max(16, CHUNK_LOGITS // len(weight))):
             target = targets.flatten()[rows, None]
@@ -33,8 +48,8 @@ class _FusedLoss(torch.autograd.Function):
             d_logits = exp.div_(normalizer).scatter_add_(1, target, -torch.ones_like(normalizer))
             if softcap:
                 d_logits.mul_(slope)
-            grad.view_as(flat)[rows] = d_logits.mul_(scale).to(weight.dtype) @ weight
-        ctx.save_for_backward(grad)
+            grad[rows] = d_logits.mul_(scale).to(weight.dtype) @ weight
+        ctx.save_for_backward(grad.view(hidden.shape))
         return losses
 
     @staticmethod
@@ -46,9 +61,17 @@ class _FusedLoss(torch.autograd.Function):
 def logit_transform(model: nn.Module) -> tuple[float, float | None]:
     """Return (scale, softcap) of the model's logits = softcap * tanh(scale * head(h) / softcap)."""
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return float(scale), getattr(config, "final_logit_softcapping", None)  # Gemma
+    if config.model_type in SCALES:
+        scale = SCALES[config.model_type](config)
+    else:
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return float(scale), next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
+
+
+def _head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return the head's weight [V, d] and bias [V], without the rows that pad the vocabulary (Inkling)."""
+    head, size = model.get_output_embeddings(), getattr(model.config.get_text_config(), "unpadded_vocab_size", None)
+    return head.weight[:size], None if head.bias is None else head.bias[:size]
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -56,9 +79,27 @@ def input_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
+class _HeadReached(Exception):
+    """Ends a forward pass at the model's head."""
+
+
 def hidden_states(model: nn.Module, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-    """Return the last hidden states [B, T, d], the input of the model's head."""
-    return model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
+    """Return the input [B, T, d] of the model's head. The forward pass ends there, before the logits."""
+
+    def stop(head: nn.Module, arguments: tuple[Tensor]) -> None:
+        raise _HeadReached(arguments[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        model(input_ids=input_ids, use_cache=False, **inputs)
+    except _HeadReached as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise ValueError(
+        f"expected {type(model).__name__} to call its head, got a forward pass without; this architecture is not "
+        "supported yet"
+    )
 
 
 def example_losses(
@@ -79,32 +120,63 @@ def example_losses(
     hidden = hidden_states(model, input_ids, **inputs)
     with align_module_device(head):  # loads offloaded weights
         hidden, targets, rows = (t.to(head.weight.device) for t in (hidden, targets, rows))
-        return _FusedLoss.apply(hidden, head.weight, head.bias, targets, rows, *logit_transform(model))
+        return _FusedLoss.apply(hidden, *_head_weights(model), targets, rows, *logit_transform(model))
 
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Compare the logits of the fused loss with the model's own on a few tokens.
+    """Compare the logits of the fused loss with the model's own on a few tokens, and check that the model is causal.
 
     Raises:
-        ValueError: The model has no linear head, its logits are NaN or infinite, or it transforms them in a way that
-            logit_transform does not know.
+        ValueError: The model has no linear head, needs more inputs than token ids, or is not causal; or its logits are
+            NaN or infinite, or it transforms them in a way that logit_transform does not know.
     """
-    head = model.get_output_embeddings()
+    name, head = type(model).__name__, model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"expected a linear language-model head, got {type(head).__name__}; use a causal LM")
-    ids = torch.arange(8, device=input_device(model))[None] % len(model.get_input_embeddings().weight)
-    scale, softcap = logit_transform(model)
-    fused = head(hidden_states(model, ids)).float() * scale
-    fused = softcap * torch.tanh(fused / softcap) if softcap else fused
-    logits = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        logits, hidden, changed = _probe(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the code of the model raises
+        raise ValueError(
+            f"expected a model that runs on token ids alone, got {name}, which fails: {type(error).__name__}, "
+            f"{str(error).strip().partition(chr(10))[0]}; use a causal LM of text, or another --dtype"
+        ) from error
     if not logits.isfinite().all():
         raise ValueError(
             "expected finite logits, got NaN or infinity; use --dtype float32, or a model whose weights are finite"
         )
-    error = (fused - logits).norm() / logits.norm().clamp_min(1e-30)
-    if not error < (1e-4 if head.weight.dtype == torch.float32 else 5e-2):
+    tolerance = 1e-4 if all(weight.dtype == torch.float32 for weight in model.parameters()) else 5e-2
+    scale, softcap = logit_transform(model)
+    with align_module_device(head):  # loads offloaded weights
+        fused = F.linear(hidden.to(head.weight.device), *_head_weights(model)).float() * scale
+    fused = softcap * torch.tanh(fused / softcap) if softcap else fused
+    error = _difference(fused, logits)
+    if not error < tolerance:
         raise ValueError(
-            f"expected {type(model).__name__}'s logits to be its head applied to its last hidden states, got a "
-            f"relative difference of {error:.1e}; this architecture is not supported yet"
+            f"expected {name}'s logits {list(logits.shape)} to be its head applied to its last hidden states, got "
+            f"{list(fused.shape)}, a relative difference of {error:.1e}; this architecture is not supported yet"
         )
+    error = _difference(changed[0, :4], hidden[0, :4])
+    if not error < tolerance:
+        raise ValueError(
+            f"expected a causal model, got {name}, where other later tokens change an earlier token's hidden state by "
+            f"{error:.1e}; use a causal LM (of BERT-like models, one with is_decoder in its config.json)"
+        )
+
+
+def _probe(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits and hidden states of two short texts, and the latter with all but the first 4 tokens changed."""
+    vocabulary = len(model.get_input_embeddings().weight)  # special tokens are at its ends
+    ids = (torch.arange(32, device=input_device(model)) + vocabulary // 2) % vocabulary
+    texts, changed = ids[:16].view(2, 8), torch.cat([ids[:4], ids[20:]]).view(2, 8)
+    logits = model(input_ids=texts, use_cache=False).logits.float()
+    return logits, hidden_states(model, texts), hidden_states(model, changed)
+
+
+def _difference(tensor: Tensor, expected: Tensor) -> float:
+    """Return |tensor - expected| / |expected|; infinity if the shapes differ."""
+    if tensor.shape != expected.shape:
+        return math.inf
+    return ((tensor.to(expected.device) - expected).float().norm() / expected.float().norm().clamp_min(1e-30)).item()

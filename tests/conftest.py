@@ -18,16 +18,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
+    BertConfig,
     Cohere2Config,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
+    NemotronHConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
+    XGLMConfig,
 )
 
 from logra.runtime import files
@@ -78,7 +83,16 @@ OTHERS = {
             "original_max_position_embeddings": 12,
         },
     ),
-    "mixtral": MixtralConfig(**LLAMA, num_local_experts=2),
+    "mixtral": MixtralConfig(**LLAMA, num_local_experts=5),
+    "gpt_oss": GptOssConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=3, sliding_window=8),
+    "nemotron_h": NemotronHConfig(
+        **LLAMA,
+        layers_block_type=["attention", "moe"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=18,
+        moe_shared_expert_intermediate_size=16,
+    ),
     "opt": OPTConfig(
         vocab_size=VOCAB,
         hidden_size=24,
@@ -88,6 +102,17 @@ OTHERS = {
         max_position_embeddings=64,
         word_embed_proj_dim=24,
     ),
+    "llama4": Llama4TextConfig(**LLAMA, moe_layers=[], intermediate_size_mlp=40),  # its base_model is the model itself
+    "xglm": XGLMConfig(
+        vocab_size=VOCAB,
+        d_model=24,
+        ffn_dim=40,
+        num_layers=2,
+        attention_heads=2,
+        max_position_embeddings=64,
+        init_std=0.3,
+    ),
+    "bert": BertConfig(**LLAMA, is_decoder=True),  # further layers between its base_model and the head
 }
 
 

@@ -14,9 +14,9 @@ from conftest import ROOT, VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logra import projection, store
+from logra import experts, projection, store
 from logra.hooks import GradientCapture
-from logra.inputs.model import choose_layers
+from logra.inputs.layers import choose_layers
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.stages.gradients import Extractor
@@ -102,11 +102,13 @@ def random_ids(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,)).tolist() for n in lengths]
 
 
-def draw_projections(model, rank_in: int = 5, rank_out: int = 4) -> tuple[projection.Shapes, dict]:
-    """Return the shapes of all layers, and random projections."""
-    shapes = choose_layers(model, False, None)
+def draw_projections(
+    model, rank_in: int = 5, rank_out: int = 4, pattern: str | None = None
+) -> tuple[projection.Shapes, dict]:
+    """Return the shapes of all layers (or of those that match), and random projections."""
+    shapes = choose_layers(model, False, pattern)
     sizes = projection.projected_shapes(shapes, rank_in, rank_out)
-    return shapes, projection.draw(shapes, sizes, seed=torch.randint(1000, ()).item())
+    return shapes, projection.draw(shapes, sizes, torch.randint(1000, ()).item(), experts.wide_sides(model))
 
 
 def compute_gradients(model, capture: GradientCapture, ids: list[list[int]], *limits) -> dict[str, Tensor]:

@@ -9,15 +9,24 @@ from transformers.pytorch_utils import Conv1D
 
 
 def full_gradient(model, layers: dict, token_ids: list[int], start: int = 1) -> dict[str, Tensor]:
-    """Return G [d_out, d_in] of each layer for one example's summed next-token loss, in float64."""
+    """Return G [d_out, d_in] of each layer for one example's summed next-token loss, in float64.
+
+    A layer of experts has the name of its parameter [E, ., .]. Side by side, its experts are one wide layer.
+    """
     model = copy.deepcopy(model).double().eval()
-    weights = {name: model.get_submodule(name).weight for name in layers}
+    parameters = dict(model.named_parameters())
+    if experts := [name for name in layers if name in parameters]:
+        model.set_experts_implementation("eager")
+    weights = {name: parameters[name if name in experts else f"{name}.weight"] for name in layers}
     ids = torch.tensor([token_ids])
     logits = model(input_ids=ids, use_cache=False).logits[0]
     loss = F.cross_entropy(logits[start - 1 : -1].double(), ids[0, start:], reduction="sum")
-    grads = torch.autograd.grad(loss, list(weights.values()))
-    transposed = {name: isinstance(model.get_submodule(name), Conv1D) for name in layers}
-    return {name: grad.T if transposed[name] else grad for name, grad in zip(weights, grads, strict=True)}
+    grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    for name in experts:
+        of_experts = [g.T if model.get_submodule(name.rpartition(".")[0]).is_transposed else g for g in grads[name]]
+        grads[name] = torch.cat(of_experts, dim=1 if name.endswith("down_proj") else 0)
+    transposed = {name for name in layers if name not in experts and isinstance(model.get_submodule(name), Conv1D)}
+    return {name: grad.T if name in transposed else grad for name, grad in grads.items()}
 
 
 def example_loss(model, token_ids: list[int], start: int = 1) -> float:

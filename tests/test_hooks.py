@@ -1,6 +1,7 @@
 """Projected per-example gradients against the slow reference, and what must not happen to the model."""
 
 import copy
+import re
 
 import pytest
 import reference
@@ -12,8 +13,9 @@ from torch import nn
 from logra import loss, projection
 from logra.hooks import GradientCapture
 from logra.inputs.batches import make_batch
-from logra.inputs.model import blocks, checkpoint_blocks
-from logra.stages.gradients import Extractor, run_batch
+from logra.inputs.model import blocks, checkpoint_blocks, choose_layers
+from logra.stages.gradients import Extractor, check_layers, run_batch
+from logra.tools import verify_reference
 
 
 @pytest.mark.parametrize("lengths", [[7], [9, 2, 17, 5, 17]])
@@ -59,6 +61,35 @@ def test_a_gradient_does_not_depend_on_the_padding_side(model):
         assert relative(got[layer], expected[layer]) < 1e-5
     for key, total in sums.items():
         assert relative(sums_left[key], total) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("ranks", [(5, 4), (8, 8), (1000, 1000)])
+def test_experts_are_one_wide_layer(name, ranks):
+    """Gate, biases, transposed weights, none of them; a wide side of rank 4 or 5, or all of it; batched and alone."""
+    model = make_model(name)
+    shapes, projections = draw_projections(model, *ranks, "expert")
+    before, ids = model.config._experts_implementation, random_ids([9, 2, 17, 5])
+    with GradientCapture(model, projections) as capture:
+        grads = compute_gradients(model, capture, ids, 10**6, None)
+        alone = compute_gradients(model, capture, ids, 1, None)
+    assert model.config._experts_implementation == before and len(shapes) == 4
+    for row, example in enumerate(ids):
+        for layer, g in reference.full_gradient(model, shapes, example).items():
+            expected = reference.project(g, *projections[layer][:2])
+            assert g.shape == shapes[layer] and relative(grads[layer][row], expected) < 1e-5, layer
+            assert relative(alone[layer][row], expected) < 1e-5, layer
+
+
+def test_experts_that_are_not_tracked():
+    """The model's logits are those of its own code, to rounding, and it runs its own code again afterwards."""
+    model, ids = make_model("mixtral"), torch.tensor(random_ids([12]))
+    expected = model(input_ids=ids).logits
+    _, projections = draw_projections(model, pattern="self_attn")
+    with GradientCapture(model, projections):
+        assert relative(model(input_ids=ids).logits, expected) < 1e-6
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert not any(hasattr(module, "wide_layers") for module in model.modules())
 
 
 def test_response_only(model):
@@ -189,3 +220,122 @@ def test_kfac_of_a_layer_that_runs_several_times():
     expected = torch.kron(b / 60, a / 60) * (60 / 4)
     found = torch.kron(sums["layer.B"].double() / 20, sums["layer.A"].double() / 20) * (20 / 4)
     assert len(seen) == 3 and sums["tokens"] == 20 and relative(found, expected) < 1e-5
+
+
+class Wrapped(nn.Module):
+    """A module that another function calls: forward(module, x)."""
+
+    def __init__(self, module: nn.Module, forward):
+        super().__init__()
+        self.module, self.call = module, forward
+
+    def forward(self, *inputs, **keywords):
+        return self.call(self.module, *inputs, **keywords)
+
+
+def wrapped_llama(forward, layer: str = "mlp.up_proj"):
+    """Return a model with one layer called by forward(layer, x), and its tracked layers."""
+    model = make_model("llama")
+    parent, _, name = f"model.layers.1.{layer}".rpartition(".")
+    parent = model.get_submodule(parent)
+    setattr(parent, name, Wrapped(getattr(parent, name), forward))
+    return model, choose_layers(model, False, None)
+
+
+def add_in_place(layer, x):
+    y = layer(x)
+    y += 0.5  # as Falcon adds its residual
+    return y.mul_(2)
+
+
+EQUAL_TO_AUTOGRAD = {
+    "changes the output in place": add_in_place,
+    "keyword input": lambda layer, x: layer(input=x),
+    "flat input": lambda layer, x: layer(x.flatten(0, 1)).view(*x.shape[:2], -1),
+    "an axis of size 1": lambda layer, x: layer(x[:, None])[:, 0],
+    "runs twice": lambda layer, x: layer(x) + layer(2 * x).tanh(),
+    "runs without gradient too": lambda layer, x: layer(x) + torch.no_grad()(layer)(3 * x),
+    "a run that is detached": lambda layer, x: layer(x) + layer(3 * x).detach(),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_TO_AUTOGRAD)
+def test_ways_to_call_a_layer(name):
+    """Gradients and factor sums are autograd's, by the reference of --verify."""
+    model, shapes = wrapped_llama(EQUAL_TO_AUTOGRAD[name])
+    check_layers(model, shapes)
+    ids = random_ids([9, 9, 5])
+    projections = projection.draw(shapes, projection.projected_shapes(shapes, 5, 4), seed=0)
+    with GradientCapture(model, projections, factors=True) as capture:
+        grads, sums = Extractor(model, capture, 30).gradients(ids).wait()
+    for row, example in enumerate(ids):
+        for layer, g in reference.full_gradient(model, shapes, example).items():
+            assert relative(grads[layer][row], reference.project(g, *projections[layer][:2])) < 1e-5, layer
+    texts = [verify_reference.Text(example, [True] * len(example)) for example in ids]
+    sides = {layer: pair[:2] for layer, pair in projections.items()}
+    expected = verify_reference.projected_sums(copy.deepcopy(model).double(), sides, texts)
+    assert max(relative(total, expected[key]) for key, total in sums.items()) < 1e-5
+
+
+def test_modules_that_share_a_weight_are_one_layer():
+    """As in Zamba. Its gradient is that of all its uses."""
+    model = make_model("llama")
+    first, second = (block.mlp for block in blocks(model))
+    second.up_proj.weight = first.up_proj.weight
+    shapes = choose_layers(model, False, None)
+    assert "model.layers.0.mlp.up_proj" in shapes and "model.layers.1.mlp.up_proj" not in shapes
+    assert list(shapes) == verify_reference.linear_layers(model)
+    ids = random_ids([9])
+    with GradientCapture(model, projection.identity(shapes)) as capture:
+        grads = run_batch(model, capture, ids)
+    for layer, g in reference.full_gradient(model, shapes, ids[0]).items():
+        assert relative(grads[layer][0], g.flatten()) < 1e-5, layer
+
+
+def experts(layer, x):
+    """Give each expert some of the tokens."""
+    chosen = x[..., :1] > x[..., :1].mean()
+    y = x.new_zeros(*x.shape[:2], layer.out_features)
+    y[chosen[..., 0]] = layer(x[chosen[..., 0]])
+    return y
+
+
+REFUSED = {
+    "[T, B, d]": (lambda layer, x: layer(x.mT.mT.transpose(0, 1)).transpose(0, 1), "one input per token, [2, 8]"),
+    "[T * B, d]": (
+        lambda layer, x: layer(x.transpose(0, 1).flatten(0, 1)).view(x.shape[1], x.shape[0], -1).transpose(0, 1),
+        "got others in layer model.layers.1.mlp.up_proj.module",
+    ),
+    "mixes texts": (lambda layer, x: layer(x) + layer(x).mean(dim=0), "got others in layer"),
+    "not causal": (lambda layer, x: layer(x) + layer(x).mean(dim=1, keepdim=True), "got others in layer"),
+    "some of the tokens": (experts, "one input per token, [2, 8]"),
+    "never called": (lambda layer, x: x.repeat(1, 1, 2)[..., : layer.out_features], "no gradient for"),
+    "detached": (lambda layer, x: layer(x).detach(), "no gradient for model.layers.1.mlp.up_proj.module (1 such"),
+    "weight only": (lambda layer, x: x @ layer.weight.T, "no gradient for model.layers.1.mlp.up_proj.module (1 such"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_layers_that_would_give_wrong_gradients_are_refused(name):
+    """Before the long step, whatever the number of texts and tokens in its batches."""
+    forward, message = REFUSED[name]
+    model, shapes = wrapped_llama(forward)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_layers(model, shapes)
+
+
+def test_a_loss_without_any_tracked_layer_is_refused():
+    """The graph has no start then."""
+    model = make_model("llama")
+    model.base_model.register_forward_hook(lambda module, inputs, output: (output[0].detach(),))
+    with pytest.raises(ValueError, match=r"no gradient for model\.layers\.0.* \(14 such"):
+        check_layers(model, choose_layers(model, False, None))
+
+
+def test_an_output_of_several_tensors_is_refused():
+    """As of a router."""
+    model = make_model("llama")
+    layer = blocks(model)[1].mlp.up_proj
+    layer.forward = lambda x: (x, nn.Linear.forward(layer, x))
+    with pytest.raises(ValueError, match="got Tensor, tuple; leave it out"):
+        check_layers(model, ["model.layers.1.mlp.up_proj"])

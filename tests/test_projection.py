@@ -1,5 +1,6 @@
 """Random projections are stable; rotation merges the eigenvectors."""
 
+import pytest
 import torch
 
 from logra import projection
@@ -34,3 +35,11 @@ def test_rotate_merges_the_eigenvectors():
     assert torch.equal(
         new.p_in, projection.rotate(projection.Projection(p, None), cov * 1.0, torch.eye(4), (4, 5)).p_in
     )
+
+
+def test_an_experts_part_does_not_depend_on_their_number():
+    """P of four experts begins with the P of two; experts have different parts, with entries of N(0, 1/r)."""
+    four, two = (projection.random_side(0, "experts.down_proj", "in", 8, 30 * n, n) for n in (4, 2))
+    assert torch.equal(four[:, :60], two)
+    assert not torch.equal(four[:, :30], four[:, 30:60])
+    assert four.square().mean().item() == pytest.approx(1 / 8, rel=0.15)

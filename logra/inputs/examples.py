@@ -20,8 +20,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.data_files import values_of
-from logra.inputs.decode import INCOMPLETE, MAX_TOKENS_PER_CHARACTER, decode, split_text
-from logra.inputs.rows import encode_rows, row_form, row_problem
+from logra.inputs.rows import (
+    INCOMPLETE,
+    MAX_TOKENS_PER_CHARACTER,
+    decode,
+    encode_rows,
+    row_form,
+    row_problem,
+    split_text,
+)  # fmt: skip
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
 

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer, choose the layers to track, and hash the weights."""
+"""Load a causal language model and its tokenizer, and hash the weights."""
 
 import importlib.util
 import json
@@ -22,19 +22,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
+from transformers.initialization import no_init_weights
 from transformers.utils import find_adapter_config_file, logging
 
-from logra import experts
 from logra.inputs.weights import check_keys, merge_adapter
 from logra.loss import check_head
-from logra.projection import Shapes, projected_shapes, rank_for_bytes
-from logra.quantise import stored_bytes
 from logra.runtime import fsdp
 from logra.runtime.files import atomic, file_content, has_shape, parse_json
-from logra.runtime.settings import DEFAULT_MODEL, RunSettings
+from logra.runtime.settings import DEFAULT_MODEL
 
-MLP_PATTERN = r"mlp|ffn|feed_?forward|expert|moe|(^|\.)fc(\d|_in|_out)"
+POSITIONS_AFTER_PADDING = "roberta|camembert|data2vec-text|xmod"  # their first position is pad_token_id + 1
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 TOKENIZER_PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
 logging.disable_progress_bar()
@@ -140,7 +137,11 @@ def _base(name: str, revision: str | None = None, trust_remote_code: bool = Fals
 
 def context_length(config) -> int | None:
     """Return the model's context length in tokens, or None if its configuration has none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or 0
+    if re.search(POSITIONS_AFTER_PADDING, text.model_type):
+        length -= text.pad_token_id + 1
+    return length if length > 0 else None  # XLNet says -1
 
 
 def rope_boundaries(config) -> list[int]:
@@ -235,7 +236,10 @@ def load_sharded_model(name: str, dtype: torch.dtype, device: torch.device, **hu
 
 def empty_model(config, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """Return a model of this configuration without loaded weights; call it on the meta device or in FakeTensorMode."""
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    with no_init_weights():  # some of its functions read values
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -269,78 +273,6 @@ def source_contents(name: str) -> dict[str, str] | None:
     contents = {} if base == name else source_contents(base) or {}
     return {f"base/{file}": content for file, content in contents.items()} | {
         path.name: file_content(path) for path in found
-    }
-
-
-def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -> Shapes:
-    """Return layer name -> (d_out, d_in) of the tracked layers, in the model's order.
-
-    Args:
-        model: Attention and MLP matrices are tracked; the embedding and the head are not.
-        mlp_only: Track MLP matrices only.
-        pattern: Track only layers in whose name this regular expression is found.
-
-    Raises:
-        ValueError: No layer matches; or, without a pattern, a matrix is not in a layer of a known type.
-    """
-    head, shapes, untracked = model.get_output_embeddings(), {}, []
-    for name, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding):
-            continue
-        if mlp_only and not re.search(MLP_PATTERN, name, re.IGNORECASE):
-            continue
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
-        elif wide := experts.matrices(name, module):
-            shapes |= wide
-        else:
-            weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() > 1]
-            untracked += [f"{name}.{key} {list(weight.shape)}" for key, weight in weights]
-    if untracked and not pattern:
-        raise ValueError(
-            f"expected every matrix in an nn.Linear or Conv1D, got {len(untracked)} that can't be tracked, "
-            f"e.g. {', '.join(untracked[:3])}; choose the layers to track with --layers PATTERN"
-        )
-    matching = {name: shape for name, shape in shapes.items() if not pattern or re.search(pattern, name)}
-    if not matching:
-        known = ", ".join(list(shapes or linear_layers(model))[:8])
-        raise ValueError(
-            f"expected layers that match {pattern or '--mlp_only'!r}, got none; choose among {known} ... with --layers"
-        )
-    return matching
-
-
-def linear_layers(model: nn.Module) -> list[str]:
-    """Return the names of all nn.Linear and Conv1D modules."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-
-
-def describe(
-    model: PreTrainedModel, weights_hash: str, tokenizer: PreTrainedTokenizerBase, settings: RunSettings
-) -> dict[str, Any]:
-    """Return the entries of run.json that identify a model.
-
-    Args:
-        model: The model.
-        weights_hash: Fingerprint of its weights.
-        tokenizer: Its tokenizer.
-        settings: Of the run; they choose layers and ranks.
-
-    Returns:
-        `model` (class, fingerprint), `tokenizer` (fingerprint), `layers` (name -> [d_out, d_in, r_out, r_in]).
-    """
-    shapes = choose_layers(model, settings.mlp_only, settings.layers)
-    rank_in, rank_out = settings.rank_in, settings.rank_out
-    if settings.bytes_per_example:
-        layer_bytes = partial(stored_bytes, store_dtype=settings.store_dtype)
-        rank_in = rank_out = rank_for_bytes(shapes, settings.bytes_per_example, layer_bytes)
-    projected = projected_shapes(shapes, rank_in, rank_out)
-    return {
-        "model": {"class": type(model).__name__, "fingerprint": weights_hash},
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "layers": {layer: [*shapes[layer], *projected[layer]] for layer in shapes},
     }
 
 

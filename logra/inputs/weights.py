@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from logra.runtime.progress import say
+
 # Masks, rotary frequencies and version numbers that older libraries saved. Models now compute or ignore them.
 OLD_BUFFERS = r"\.(attn|attention)\.(masked_bias|bias|causal_mask)$|\.inv_freq$|\bdecoder\.version$"
+# Of a multimodal model of which the class for text is loaded: Llama 4, Llama 3.2 Vision. No text reaches them.
+TOWERS = r"^(model\.)?(vision|visual|audio|image|speech|multi_modal|mm_)"
 PROBE_TOKENS = 32
 logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
@@ -31,7 +35,11 @@ def check_keys(name: str, info: dict[str, Any]) -> None:
         IncompleteError: A weight is missing, left over or has another shape.
     """
     missing = sorted(info["missing_keys"])
-    left_over = sorted(key for key in info["unexpected_keys"] if not re.search(OLD_BUFFERS, key))
+    left_over = sorted(key for key in info["unexpected_keys"] if not re.search(f"{OLD_BUFFERS}|{TOWERS}", key))
+    towers = [key.removeprefix("model.") for key in info["unexpected_keys"] if re.search(TOWERS, key)]
+    if towers:
+        parts = ", ".join(sorted({key.split(".")[0] for key in towers}))
+        say(f"left out: {len(towers)} weights of {parts}, for other inputs than text")
     shapes = [f"{key} {[*saved]} for {[*expected]}" for key, saved, expected in sorted(info["mismatched_keys"])]
     kinds = (("missing", missing), ("left over", left_over), ("of another shape", shapes))
     found = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in kinds if keys]

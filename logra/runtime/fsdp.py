@@ -6,6 +6,7 @@ the same all-gathers in the same order, even when one of them runs out of memory
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -37,9 +38,12 @@ def shard(
     unsharded = set(meta_model.parameters()) - set(blocks.parameters())
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(meta_model.base_model, mesh=mesh, ignored_params=unsharded)
+    holders = (child for child in meta_model.children() if any(module is blocks for module in child.modules()))
+    root = meta_model.base_model if meta_model.base_model is not meta_model else next(holders)  # without the head
+    fully_shard(root, mesh=mesh, ignored_params=unsharded)
     meta_model.recorded_all_gather = _RecordedAllGather()  # one a model, which all its Locksteps share
-    for module in (meta_model.base_model, *blocks):
+    meta_model.shard_rows = partial(shard_rows, meta_model.recorded_all_gather, mesh.get_group())
+    for module in (root, *blocks):
         module.set_custom_all_gather(meta_model.recorded_all_gather)
     meta_model.to_empty(device=device)
     meta_model.tie_weights()
@@ -66,6 +70,20 @@ class _RecordedAllGather(AllGather):
         return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
+def shard_rows(gather: _RecordedAllGather, group: dist.ProcessGroup, tensor: Tensor) -> Callable[[], Tensor]:
+    """Keep this rank's share of the rows of a tensor that all ranks have; return a function that gathers all rows."""
+    rows, share = len(tensor), -(-len(tensor) // group.size())
+    own = tensor[share * group.rank() :][:share]
+    own = torch.cat([own, own.new_zeros(share - len(own), *own.shape[1:])])
+
+    def whole() -> Tensor:
+        gathered = own.new_empty(share * group.size(), *own.shape[1:])
+        gather(gathered, own, group)
+        return gathered[:rows]
+
+    return whole
+
+
 class Lockstep:
     """Steps that all ranks take together, so that none waits for a rank without memory or without examples.
 
@@ -77,7 +95,8 @@ class Lockstep:
     """
 
     def __init__(self, lm: nn.Module, run_empty_batch: Callable[[], object]):
-        self.lm, self.sharded = lm, isinstance(lm.base_model, FSDPModule)
+        self.lm, self.root = lm, next((module for module in lm.modules() if isinstance(module, FSDPModule)), None)
+        self.sharded = self.root is not None
         self.gather = lm.recorded_all_gather if self.sharded else _RecordedAllGather()
         self.gather.calls = []
         if self.sharded:
@@ -97,7 +116,7 @@ class Lockstep:
             if not is_out_of_memory(error):
                 raise
         if result is None and self.sharded:
-            self.lm.base_model.reset_iter_state()
+            self.root.reset_iter_state()
             for size, dtype, device, group in self.calls_of_a_step[len(self.gather.calls) :]:
                 output = torch.zeros(size, dtype=dtype, device=device)
                 dist.all_gather_single(output, output.chunk(group.size())[0].clone(), group=group)

@@ -111,7 +111,7 @@ class RunSettings(DataSettings):
         "and --store_dtype int8, int4, int1, none; else projected)", choices=["projected", "eigen"])
     calibration_examples: int | None = setting(None, "examples that the eigenbasis is computed from (a quarter of "
         "all, 64 to 2048)", positive_int)
-    mlp_only: bool = setting(False, "track only the MLP layers")
+    mlp_only: bool = setting(False, "track only the MLP layers, experts included")
     layers: str | None = setting(None, "track only layers whose name matches this regular expression (all but "
         "embedding and head)", pattern, metavar="PATTERN")
     shard_examples: int | None = setting(None, "examples per shard (file of gradients); a crash loses at most "

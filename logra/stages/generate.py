@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from logra.inputs.decode import split_text
 from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, rope_boundaries
+from logra.inputs.rows import split_text
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.files import atomic, has_shape, read_lines, read_row, row_id, short_name
 from logra.runtime.progress import bar, say

@@ -5,17 +5,18 @@ example's loss.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logra.hooks import GradientCapture
+from logra.hooks import GradientCapture, GradientPositions
 from logra.inputs.batches import length_batches, make_batch
 from logra.inputs.model import rope_boundaries
-from logra.loss import example_losses, input_device
+from logra.loss import IGNORE, example_losses, input_device
+from logra.projection import Projection
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.fsdp import Lockstep
@@ -35,6 +36,29 @@ def run_batch(
     """Return the gradients of some examples' losses, {layer: [B, k]}."""
     batch = make_batch(token_ids, counted, input_device(model))
     return capture.backward(example_losses(model, batch.input_ids, batch.targets, batch.rows), batch.positions)
+
+
+def check_layers(model: nn.Module, layers: Collection[str]) -> None:
+    """Run two short texts before the long step, and refuse layers that would give wrong gradients.
+
+    Only the start of the first text counts in the loss. So no other position may have a gradient.
+
+    Raises:
+        ValueError: Another position has one; or as GradientCapture.backward.
+    """
+    ids = torch.arange(16, device=input_device(model)).view(2, 8) % len(model.get_input_embeddings().weight)
+    counts = torch.zeros_like(ids, dtype=torch.bool)
+    counts[0, :4] = True
+    targets = ids.roll(-1, 1).masked_fill(~counts, IGNORE)
+    with GradientPositions(model, {layer: Projection(None, None) for layer in layers}) as capture:
+        sizes = capture.backward(example_losses(model, ids, targets), counts)
+    for layer, size in sizes.items():
+        if (size > 1e-3 * size.amax())[~counts.to(size.device)].any():
+            raise ValueError(
+                f"expected gradients in the text that counts, before its last token that counts, got others in layer "
+                f"{layer}: it looks at later tokens, mixes texts, or takes [tokens, texts, width]; leave it out with "
+                "--layers, or use another model"
+            )
 
 
 class HostGradients:

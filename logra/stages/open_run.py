@@ -6,9 +6,9 @@ from typing import Any
 
 import xxhash
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logra.inputs import model
+from logra.inputs import layers, model
 from logra.inputs.documents import source_contents
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 from logra.run_dir import RunDir
@@ -16,6 +16,7 @@ from logra.runtime import files, processes
 from logra.runtime.flags import RunFlags
 from logra.runtime.progress import say
 from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettings
+from logra.stages.gradients import check_layers
 
 
 def run_name(settings: RunSettings) -> str:
@@ -188,18 +189,19 @@ def new_settings(flags: RunFlags, execution: Execution) -> RunSettings:
     return completed
 
 
-def say_ranks(described: dict[str, Any], settings: RunSettings) -> None:
-    """Print the rank that --bytes_per_example chose, and how many sides of layers are not projected."""
-    layers = described["layers"].values()  # [d_out, d_in, r_out, r_in]
+def say_tracked(lm: PreTrainedModel, described: dict[str, Any], settings: RunSettings) -> None:
+    """Print which layers are tracked, the rank that --bytes_per_example chose, and how many sides are not projected."""
+    layers.say_coverage(lm, described["layers"], settings.mlp_only, settings.layers)
+    sizes = described["layers"].values()  # [d_out, d_in, r_out, r_in]
     if settings.bytes_per_example:
-        say(f"--bytes_per_example {settings.bytes_per_example}: rank {max(max(sizes[2:]) for sizes in layers)}")
-    unprojected = sum((d_out == r_out) + (d_in == r_in) for d_out, d_in, r_out, r_in in layers)
+        say(f"--bytes_per_example {settings.bytes_per_example}: rank {max(max(ranks) for _, _, *ranks in sizes)}")
+    unprojected = sum((d_out == r_out) + (d_in == r_in) for d_out, d_in, r_out, r_in in sizes)
     if unprojected and settings.lora != "none":
-        say(f"{unprojected} of {2 * len(layers)} sides of layers are not projected: they are no wider than the rank")
+        say(f"{unprojected} of {2 * len(sizes)} sides of layers are not projected: they are no wider than the rank")
 
 
 def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, PreTrainedTokenizerBase, dict]:
-    """Return a run's model, its tokenizer, and their entries in run.json (see inputs.model.describe)."""
+    """Return a run's model, its tokenizer, and their entries in run.json (see inputs.layers.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
         raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
     name, dtype = settings.model_name, FLOAT_DTYPES[settings.dtype]
@@ -214,4 +216,6 @@ def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, 
         weights_hash = model.fingerprint(lm)
     if execution.gradient_checkpointing or execution.device_map:  # or the graph would keep all offloaded weights
         model.checkpoint_blocks(lm)
-    return lm, tokenizer, model.describe(lm, weights_hash, tokenizer, settings)
+    described = layers.describe(lm, weights_hash, tokenizer, settings)
+    check_layers(lm, described["layers"])
+    return lm, tokenizer, described

@@ -19,18 +19,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedTokenizerBase
 
-from logra import hessian, loss, projection
+from logra import hessian, loss
 from logra.hooks import GradientCapture
-from logra.inputs import model
+from logra.inputs import layers, model
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_memory, token_counts
+from logra.projection import Projection, Shapes
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
 from logra.runtime import processes
 from logra.runtime.memory import available_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
-from logra.stages.open_run import say_ranks
+from logra.stages import open_run
 from logra.store import layout_bytes
 
 SAMPLE = 1000  # documents that are tokenised
@@ -61,11 +62,11 @@ def estimate(
     batch_tokens = execution.batch_tokens or CPU_BATCH_TOKENS
     with FakeTensorMode():
         lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
-        described = model.describe(lm, "", tokenizer, settings)
-        say_ranks(described, settings)
+        described = layers.describe(lm, "", tokenizer, settings)
+        open_run.say_tracked(lm, described, settings)
         run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
         weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
-        batch_bytes = graph_bytes(lm, run.projected, batch_tokens, settings.block_size)
+        batch_bytes = graph_bytes(lm, run.shapes, run.projected, batch_tokens, settings.block_size)
     documents = load_documents(
         settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
     )
@@ -78,12 +79,13 @@ def estimate(
     return run, size, sample
 
 
-def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, length: int) -> int:
+def graph_bytes(lm: torch.nn.Module, shapes: Shapes, projected: Shapes, tokens: int, length: int) -> int:
     """Return the bytes that the graph of a batch keeps for the backward pass. Call it in FakeTensorMode.
 
     Args:
         lm: The model.
-        projected: The tracked layers.
+        shapes: Layer -> (d_out, d_in).
+        projected: Layer -> (r_out, r_in).
         tokens: Tokens in the batch.
         length: Tokens in an example.
     """
@@ -96,7 +98,9 @@ def graph_bytes(lm: torch.nn.Module, projected: projection.Shapes, tokens: int, 
             saved[storage._cdata] = storage  # kept alive, so that its address is not used again
         return tensor
 
-    capture = GradientCapture(lm, projection.identity(projected))
+    pairs = {name: zip(projected[name], shapes[name], strict=True) for name in shapes}
+    sides = {name: [torch.empty(r, d) if r < d else None for r, d in sizes] for name, sizes in pairs.items()}
+    capture = GradientCapture(lm, {name: Projection(p_in, p_out) for name, (p_out, p_in) in sides.items()})
     ids = torch.zeros(max(1, tokens // length), min(tokens, length), dtype=torch.long)
     with capture, saved_tensors_hooks(save, lambda tensor: tensor):
         loss.hidden_states(lm, ids)
@@ -172,9 +176,12 @@ def say_memory(run: RunDir, weight_bytes: int, batch_bytes: int, batch_tokens: i
     for kind in ("raw", "kfac", "ekfac"):
         size = hessian.memory_bytes(kind, run.projected, run.examples)
         say(f"memory for the Hessian {kind:6s} {gigabytes(size)}")
-    peak = weight_bytes + batch_bytes + 8 * loss.CHUNK_LOGITS  # two float32 chunks of logits
+    sizes = (r * d for name in run.layers for r, d in zip(run.projected[name], run.shapes[name], strict=True) if r < d)
+    projection_bytes = sum(sizes) * FLOAT_DTYPES[run.settings.dtype].itemsize
+    peak = weight_bytes + projection_bytes + batch_bytes + 8 * loss.CHUNK_LOGITS  # two float32 chunks of logits
+    parts = f"{gigabytes(weight_bytes)} of weights, {gigabytes(projection_bytes)} of projections"
     graph = f"{gigabytes(batch_bytes)} of graph with {batch_tokens} tokens in a batch"
-    say(f"memory for the model: {gigabytes(weight_bytes)} of weights, {graph}; at least {gigabytes(peak)} a process")
+    say(f"memory for the model: {parts}, {graph}; at least {gigabytes(peak)} a process")
     free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
     if peak > free:
         remedy = "use --gradient_checkpointing, --fsdp or a smaller --batch_tokens"

@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from logra.hooks import TokenCapture
-from logra.inputs.decode import split_text
 from logra.inputs.queries import Query, group_queries, load_queries, query_hash
+from logra.inputs.rows import split_text
 from logra.run_dir import RunDir
 from logra.runtime.progress import bar
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, QuerySettings

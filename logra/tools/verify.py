@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.modeling_utils import local_torch_dtype
 
 from logra.hooks import GradientCapture
 from logra.influence import MODES
 from logra.inputs import model
+from logra.inputs.layers import MLP_PATTERN
 from logra.inputs.queries import Query
 from logra.quantise import FLOAT_DTYPES
 from logra.run_dir import RunDir, RunRecord
@@ -86,6 +88,7 @@ def verify(settings: RunSettings, kind: str, execution: Execution, examples: int
     if processes.processes_here() < processes.state().num_processes:
         raise ValueError("expected --verify on one machine, got several; start it on one of them")
     lm, tokenizer, described = open_run.load_model(settings, execution)
+    open_run.say_tracked(lm, described, settings)
     settings = small_settings(settings, described["layers"], examples)
     execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
@@ -100,7 +103,9 @@ def verify(settings: RunSettings, kind: str, execution: Execution, examples: int
 
         scored = ScoredRun(run, kind, lm, execution)
         if processes.state().is_main_process:
-            scored.check(load_reference(settings, execution))
+            plain = load_reference(settings, execution)
+            with local_torch_dtype(plain.dtype):  # some models make constants of the default dtype
+                scored.check(plain)
         processes.state().wait_for_everyone()
 
 
@@ -225,9 +230,10 @@ class ScoredRun:
     def check_projections(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
         """Check which layers are tracked, and the projections."""
         settings, tracked = self.settings, self.run.layers
-        mlp = model.MLP_PATTERN if settings.mlp_only else ""
+        mlp = MLP_PATTERN if settings.mlp_only else ""
         chosen = [name for name in reference.linear_layers(lm) if re.search(mlp, name, re.IGNORECASE)]
         chosen = [name for name in chosen if re.search(settings.layers or "", name)]
+        chosen = reference.with_gradient(lm, chosen, self.queries[0])
         yield Check("tracked layers", {x: float((x in chosen) != (x in tracked)) for x in [*chosen, *tracked]}, 0)
         moments, shared = reference.random_errors(sides, self.run.rotated) if settings.lora == "random" else ({}, {})
         if moments:
@@ -279,6 +285,10 @@ class ScoredRun:
         A step along (C + lambda I)^-1 z, for the highest and the lowest dot, lowers the loss by the dot. A plain
         gradient step on an example lowers its own loss, so its dot with itself is positive, whatever the Hessian.
         """
+        own = [*reference.gradients(lm, list(sides), self.queries[0])]
+        if any(d is None for *_, runs in own for _, d in runs):
+            say("  skip  steps of the model: it runs layers without a gradient too, and a step changes these runs")
+            return {}
         dots, errors = self.scores["dot"].double(), {}
         norms = [
             sum(g.double().square().sum(dim=1) for g in part.values()).sqrt() for part in (self.query_grads, solved)
@@ -295,7 +305,7 @@ class ScoredRun:
             }
             fall = reference.fall(lm, step, self.queries[q])
             errors[f"the {what} dot"] = abs(fall / dots[q, example].item() - 1)
-        step = {layer: grad for layer, (grad, *_) in reference.gradients(lm, list(sides), self.queries[0])}
+        step = {layer: grad for layer, grad, _ in own}
         if any(grad.any() for grad in step.values()):
             fall = reference.fall(lm, step, self.queries[0])
             errors["a plain step"] = float(fall * dots[0, self.longest] <= 0)

@@ -36,13 +36,17 @@ def experts_modules(lm: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_layers(lm: nn.Module) -> list[str]:
-    """Return the names of all linear layers but the head. Experts together are one up and one down layer."""
-    head, names = lm.get_output_embeddings(), []
+    """Return the names of all linear layers but the head. Experts together are one up and one down layer.
+
+    Of layers that share a weight, the first one counts.
+    """
+    head, experts, names = lm.get_output_embeddings(), experts_modules(lm), []
+    parameters = {name for name, _ in lm.named_parameters()}
     for name, module in lm.named_modules():
-        if name in (experts := experts_modules(lm)):
+        if name in experts:
             up = "gate_up_proj" if module.has_gate else "up_proj"
             names += [f"{name}.{key}" for key in ((up,) if module.has_post_expert_norm else (up, "down_proj"))]
-        elif isinstance(module, nn.Linear | Conv1D) and module is not head:
+        elif isinstance(module, nn.Linear | Conv1D) and module is not head and f"{name}.weight" in parameters:
             names.append(name)
     return names
 
@@ -74,9 +78,9 @@ def run_experts(lm: nn.Module, implementation: str) -> None:
 
 
 def all_experts(module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return an experts module's output [T, d]: the sum over all experts, whose weights are 0 where they are not chosen.
+    """Return an experts module's output [T, d]: the sum over all experts, with weights of 0 where they are not chosen.
 
-    Keeps inputs and outputs of the two wide layers in `module.calls`.
+    Adds inputs and outputs of the two wide layers to `module.runs`.
     """
     w = hidden.new_zeros(len(hidden), module.num_experts).scatter_add(1, chosen, weights.to(hidden))
 
@@ -91,8 +95,8 @@ def all_experts(module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tens
     y = linear("down_proj", "tei,eoi->teo", a)
     y = module.post_expert_norm(y) if module.has_post_expert_norm else y
     output = (y * w[..., None]).sum(dim=1)
-    module.calls = {up: (hidden, outputs), "down_proj": ((a * w[..., None]).flatten(1), output)}
-    return output
+    module.runs += [(up, hidden, outputs), ("down_proj", (a * w[..., None]).flatten(1), output)]
+    return output.clone()  # the model may change it in place
 
 
 def loss(lm: nn.Module, text: Text) -> Tensor:
@@ -103,28 +107,54 @@ def loss(lm: nn.Module, text: Text) -> Tensor:
     return cross_entropy(logits[[t - 1 for t in counted]], ids[0, counted], reduction="sum")
 
 
-def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
-    """Yield each layer with its (G [d_out, d_in], x [T, d_in], d [T, d_out]) for one text, by autograd."""
-    calls, handles, experts = {}, [], experts_modules(lm)
-    for name in layers:
+def with_gradient(lm: nn.Module, layers: list[str], text: Text) -> list[str]:
+    """Return those of the layers whose module runs on a text, and that get a gradient from its loss."""
+    ran, weights = set[int](), {layer: weight_of(lm, layer) for layer in layers}
+    handles = [
+        module.register_forward_hook(lambda module, *_: ran.update(map(id, module.parameters(recurse=False))))
+        for module in lm.modules()
+    ]
+    total = loss(lm, text)
+    for handle in handles:
+        handle.remove()
+    grads = torch.autograd.grad(total, [*weights.values()], allow_unused=True)
+    pairs = zip(weights.items(), grads, strict=True)
+    return [layer for (layer, weight), grad in pairs if id(weight) in ran and grad is not None]
 
-        def hook(module, arguments, output, name=name):
-            calls[name] = arguments[0], output
 
-        if name.rpartition(".")[0] not in experts:
-            handles.append(lm.get_submodule(name).register_forward_hook(hook))
+def gradients(lm: nn.Module, layers: list[str], text: Text) -> Iterator[tuple[str, Tensor, list[tuple]]]:
+    """Yield for one text (layer, G [d_out, d_in], [(x [T, d_in], d [T, d_out]) of each run of the layer]), by autograd.
+
+    d is None where a run has no part in the gradient: in torch.no_grad, or before a detach.
+    """
+    weights, runs, handles = {weight_of(lm, name): name for name in layers}, [], []
+
+    def hook(module, arguments, keywords, output):
+        runs.append((weights[module.weight], [*arguments, *keywords.values()][0], output))
+        return output.clone()  # the model may change it in place
+
+    for module in lm.modules():
+        if getattr(module, "weight", None) in weights:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    for module in experts_modules(lm).values():
+        module.runs = []
     run_experts(lm, "reference")
     total = loss(lm, text)
     run_experts(lm, "eager")
     for handle in handles:
         handle.remove()
-    for name, module in experts.items():
-        calls |= {f"{name}.{key}": call for key, call in module.calls.items() if f"{name}.{key}" in layers}
-    weights = [weight_of(lm, name) for name in layers]
-    grads = torch.autograd.grad(total, [*weights, *(calls[name][1] for name in layers)])
-    for name, grad, d in zip(layers, grads, grads[len(layers) :], strict=False):
-        x = calls[name][0].detach().flatten(0, -2)
-        yield name, (as_matrix(lm, name, grad).reshape(-1, x.shape[1]), x, d.reshape(len(x), -1))
+    for name, module in experts_modules(lm).items():
+        runs += [(f"{name}.{key}", *run) for key, *run in module.runs if f"{name}.{key}" in layers]
+    outputs = [output for *_, output in runs if output.requires_grad]
+    grads = torch.autograd.grad(total, [*weights, *outputs], allow_unused=True)
+    of_output = dict(zip(map(id, outputs), grads[len(layers) :], strict=True))
+    of_layer = {name: [] for name in layers}
+    for name, x, output in runs:
+        d, x = of_output.get(id(output)), x.detach().flatten(0, -2)
+        of_layer[name].append((x, None if d is None else d.reshape(len(x), -1)))
+    for name, grad in zip(layers, grads, strict=False):
+        x, _ = of_layer[name][0]
+        yield name, as_matrix(lm, name, grad).reshape(-1, x.shape[1]), of_layer[name]
 
 
 def projections(folder: Path, layers: list[str]) -> Sides:
@@ -153,11 +183,12 @@ def projected_sums(lm: nn.Module, sides: Sides, texts: list[Text]) -> dict[str, 
     for text in texts:
         last = max((t for t, counts in enumerate(text.counted) if counts), default=0)
         sums = {"tokens": torch.tensor(last), "examples": torch.tensor(1)}
-        for layer, (grad, x, d) in gradients(lm, list(sides), text):
+        for layer, grad, runs in gradients(lm, list(sides), text):
             p_in, p_out = sides[layer]
             sums[layer] = g = project(project(grad, p_in).T, p_out).T.flatten()
-            x, d = project(x[:last], p_in), project(d[:last], p_out)
-            sums |= {f"{layer}.A": x.T @ x, f"{layer}.B": d.T @ d, f"{layer}.square": g.square()}
+            runs = [(project(x[:last], p_in), project(d[:last], p_out)) for x, d in runs if d is not None]
+            a, b = (sum(y.T @ y for y in side) / len(runs) ** 0.5 for side in zip(*runs, strict=True))
+            sums |= {f"{layer}.A": a, f"{layer}.B": b, f"{layer}.square": g.square()}
         for key, value in sums.items():
             results.setdefault(key, []).append(value.double())
     return {key: torch.stack(values) if key in sides else sum(values) for key, values in results.items()}

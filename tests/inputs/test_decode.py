@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from logra.inputs import examples
-from logra.inputs.decode import decode, split_text
+from logra.inputs.rows import decode, split_text
 from logra.runtime.settings import RunSettings
 from logra.tools.tokens import pieces
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, make_texts, write_jsonl
+from conftest import CONFIGS, ROOT, make_texts, save_model, write_jsonl
 from helpers import launch, same_run, start
 
 from benchmarks.kills import begin, kill, workers
@@ -36,10 +36,11 @@ def test_a_model_sharded_over_two_processes(undisturbed, workspace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "neox", "llama_tied"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama_tied", "llama4", "bert"])
 def test_other_models_sharded_over_two_processes(cli, tiny, workspace, name):
     """The same for the other architectures; scores by two processes with a sharded model are those of one."""
-    flags = f"--model_name {tiny}/{name} {FLAGS}"
+    folder = tiny / name if name in CONFIGS else save_model(workspace / "model", name)
+    flags = f"--model_name {folder} {FLAGS}"
     assert cli("extract_log", *flags.split(), "--log_dir", "ref")[0] == 0
     done = launch(2, workspace, f"{flags} --log_dir log --fsdp")
     assert done.returncode == 0, done.stderr

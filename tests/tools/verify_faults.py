@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import make_texts, run_cli, save_model, write_jsonl  # noqa: E402
 
 from logra import hessian, hooks, influence, projection, quantise  # noqa: E402
-from logra.inputs import model  # noqa: E402
+from logra.inputs import layers  # noqa: E402
 from logra.runtime import settings  # noqa: E402
 from logra.stages import gradients, score, score_files  # noqa: E402
 
@@ -89,7 +89,7 @@ fault("texts on both sides of a length where the model changes, in one batch", "
 )
 
 # ---- layers and projections
-fault("the last layer is dropped")(changed(model, "choose_layers", lambda f, *a: dict([*f(*a).items()][:-1])))
+fault("the last layer is dropped")(changed(layers, "choose_layers", lambda f, *a: dict([*f(*a).items()][:-1])))
 fault("the same P for all layers", "--rank 4")(
     changed(projection, "random_side", lambda f, seed, layer, *a: f(seed, "", *a))
 )
