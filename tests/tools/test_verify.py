@@ -44,7 +44,7 @@ def test_the_page_has_all_faults():
     assert named == [*verify_faults.FAULTS] and len(named) >= 27
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied", "longrope", "xglm"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied", "longrope", "xglm", "mixtral"])
 def test_verify_passes_without_a_fault(cli, workspace, name):
     """With the presets on every architecture, and with all kinds of flags on one. Nothing is left behind."""
     save_model(workspace / "m", name)
