@@ -33,7 +33,7 @@ _NOT_MLP = r"router|(^|\.)(shared_expert_)?gate(\.|$)"
 MLP_PATTERN = rf"^(?!.*({ATTENTION}|{_NOT_MLP})).*({_MLP})"
 EXPERT = r"experts?\.\d+\."  # in a module of its own
 PROBE_TOKENS = 8
-TRACKED, EMBEDDING, NO_GRADIENT = "tracked", "embedding and head", "(no gradient)"  # kinds of parameters
+TRACKED, EMBEDDING, NO_GRADIENT = "tracked", "embedding and head", "(no gradient per token)"  # kinds of parameters
 SHOWN_KINDS = 6
 FEW = 0.25  # of the parameters besides embedding and head
 
@@ -76,8 +76,9 @@ def _matrices(model: PreTrainedModel) -> Iterator[Matrix]:
 def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -> Shapes:
     """Return layer name -> (d_out, d_in) of the tracked layers, in the model's order.
 
-    Layers that get no gradient from text are left out: vision and audio towers, cross attention without an encoder,
-    further heads. A pass over a few tokens finds them. With FSDP all ranks must call this together.
+    Layers that don't get one gradient per token of a text are left out: vision and audio towers, cross attention
+    without an encoder, further heads, layers that run on parts of a token's vector. A pass over a few tokens
+    finds them. With FSDP all ranks must call this together.
 
     Args:
         model: It may be sharded, offloaded or in FakeTensorMode.
@@ -107,7 +108,7 @@ def choose_layers(model: PreTrainedModel, mlp_only: bool, pattern: str | None) -
             )
     if not shapes:
         raise ValueError(
-            f"expected layers that get a gradient from text, got none in {_kinds(selected)}; choose others"
+            f"expected layers that get one gradient per token of a text, got none in {_kinds(selected)}; choose others"
         )
     return shapes
 
@@ -146,18 +147,20 @@ def _kinds(layers: Iterable[str]) -> str:
 
 
 class _Probe(GradientCapture):
-    """Finds the layers that a loss depends on."""
+    """Finds the layers that a loss depends on, but those that run on several parts of each token's vector."""
 
     def __init__(self, model: nn.Module, shapes: Shapes):
         super().__init__(model, identity(shapes), grads=False)
         self.reached = set[str]()
 
     def _collect(self, name: str, x: Tensor, d: Tensor) -> None:
-        self.reached.add(name)
+        parts, rest = divmod(x.shape[:-1].numel(), PROBE_TOKENS)
+        if parts == 1 or rest:  # check_layers refuses the rest
+            self.reached.add(name)
 
 
 def _reached(model: PreTrainedModel, shapes: Shapes) -> set[str]:
-    """Return the layers that get a gradient from a few tokens."""
+    """Return the layers that get a gradient from a few tokens; see _Probe."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(PROBE_TOKENS, device=input_device(model))[None] % vocabulary
     with _Probe(model, shapes) as probe:

@@ -238,6 +238,7 @@ class ScoredRun:
         moments, shared = reference.random_errors(sides, self.run.rotated) if settings.lora == "random" else ({}, {})
         if moments:
             yield Check("random projections, moments in standard errors", moments, STANDARD_ERRORS)
+        if shared:
             yield Check("random projections, correlation with one another", shared, CORRELATION)
         if self.run.rotated:
             errors = reference.eigenbasis_errors(self.run.folder, sides, self.expected, settings.lora != "random")

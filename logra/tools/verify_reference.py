@@ -20,6 +20,7 @@ DAMPING = {"raw": 0.1, "kfac": 0.01, "ekfac": 0.01}  # docs/method.md, "Damping"
 SIGN_DAMPING = 0.2  # with int1, for kfac and ekfac
 CODES = {"int8": (8, 0.05), "int4": (4, 0.3), "int1": (1, 0.0)}  # bits, scale / root mean square; int1: mean |g|
 SAME_MATRIX = 32  # columns of P^T P that are compared
+FEWEST_COLUMNS = 12  # of fewer columns P^T P is alike by chance: two in a million pairs correlate above 0.9 at 8
 Sides = dict[str, tuple[Tensor | None, Tensor | None]]  # layer -> (P_in, P_out); None: not projected
 
 
@@ -108,12 +109,19 @@ def loss(lm: nn.Module, text: Text) -> Tensor:
 
 
 def with_gradient(lm: nn.Module, layers: list[str], text: Text) -> list[str]:
-    """Return those of the layers whose module runs on a text, and that get a gradient from its loss."""
+    """Return those of the layers whose module runs on a text, and that get a gradient from its loss.
+
+    But not those that run on several parts of each token's vector.
+    """
     ran, weights = set[int](), {layer: weight_of(lm, layer) for layer in layers}
-    handles = [
-        module.register_forward_hook(lambda module, *_: ran.update(map(id, module.parameters(recurse=False))))
-        for module in lm.modules()
-    ]
+
+    def hook(module, arguments, output):
+        inputs, tokens = arguments[0].shape[:-1].numel() if arguments else 0, max(1, len(text.token_ids))
+        if inputs <= tokens or inputs % tokens:
+            ran.update(map(id, module.parameters(recurse=False)))
+
+    modules = [module for module in lm.modules() if list(module.parameters(recurse=False))]
+    handles = [module.register_forward_hook(hook) for module in modules]
     total = loss(lm, text)
     for handle in handles:
         handle.remove()
@@ -211,8 +219,9 @@ def random_errors(sides: Sides, rotated: bool) -> tuple[dict[str, float], dict[s
                 expected[4] = (3, 96)
             deviations = [abs((z**n).mean() - m) / (v / z.numel()) ** 0.5 for n, (m, v) in expected.items()]
             moments[name], columns = max(deviations).item(), z[:, :SAME_MATRIX]
-            above = torch.triu_indices(columns.shape[1], columns.shape[1], 1)
-            grams.setdefault(tuple(p.shape), {})[name] = (columns.T @ columns)[above.unbind()]
+            if columns.shape[1] >= FEWEST_COLUMNS:
+                above = torch.triu_indices(columns.shape[1], columns.shape[1], 1)
+                grams.setdefault(tuple(p.shape), {})[name] = (columns.T @ columns)[above.unbind()]
     shared: dict[str, float] = {}
     for same_size in grams.values():
         others = torch.corrcoef(torch.stack([*same_size.values()])).view(len(same_size), -1).abs().fill_diagonal_(0)

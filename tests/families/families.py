@@ -48,6 +48,7 @@ SIZES = {
     VOCAB: "vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size",
     64: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions mamba_d_ssm",
     32: "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size input_embedding_size mm_embed_dim "
+        "index_n_heads "  # of few, an indexer's scores are often 0: such ties break differently in another batch
         "output_embedding_size hidden_size_global out_hidden_size vision_output_dim projector_input_dim "
         "projector_output_dim adapter_in_dim adapter_out_dim adapter_input_size output_proj_dims audio_embed_dim "
         "backbone_hidden_size ext_pw_out_channel depthwise_separable_out_channel base_channels",
@@ -66,7 +67,7 @@ SIZES = {
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
        "num_decoder_attention_heads num_encoder_attention_heads attention_heads swa_num_attention_heads num_experts "
        "n_routed_experts num_local_experts moe_num_experts mamba_n_heads n_mamba_heads linear_num_value_heads "
-       "linear_num_heads index_n_heads qk_rope_head_dim qk_nope_head_dim rotary_dim patch_size mamba_num_heads "
+       "linear_num_heads qk_rope_head_dim qk_nope_head_dim rotary_dim patch_size mamba_num_heads "
        "num_buckets local_attn_chunk_length lsh_attn_chunk_length",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
        "num_encoder_layers num_key_value_heads swa_num_key_value_heads num_experts_per_tok moe_topk moe_k depth "

@@ -157,7 +157,8 @@ def test_no_mlp(capsys):
     (example,) = re.findall(r"e\.g\. (\S+),", str(error.value))
     assert kinds(choose_layers(model, False, example)) == {"mixer.in_proj"}
     out = said(capsys, model, False, None)
-    assert "mixer.A_log" in out and "mixer.dt_proj (no gradient)" in out  # the model reads dt_proj.weight itself
+    assert "mixer.A_log" in out
+    assert "mixer.dt_proj (no gradient per token)" in out  # the model reads dt_proj.weight itself
 
 
 def test_towers(capsys):
@@ -170,8 +171,8 @@ def test_towers(capsys):
     model = build(config)
     found = choose_layers(model, False, None)
     assert len(found) == 2 * 7 and all("language_model" in name for name in found)
-    assert "vision_tower (no gradient)" in said(capsys, model, False, None)
-    with pytest.raises(ValueError, match="expected layers that get a gradient from text"):
+    assert "vision_tower (no gradient per token)" in said(capsys, model, False, None)
+    with pytest.raises(ValueError, match="expected layers that get one gradient per token"):
         choose_layers(model, False, "vision_tower")
     with FakeTensorMode():
         assert choose_layers(empty_model(config, torch.float32, False), False, None) == found
@@ -181,7 +182,7 @@ def test_layers_without_gradient(capsys):
     """Cross attention without an encoder does not run, an indexer only chooses positions: left out, and said."""
     model = build(BartConfig(**BART_SIZES, is_decoder=True, is_encoder_decoder=False))
     assert not [name for name in choose_layers(model, False, None) if "encoder_attn" in name]
-    assert "encoder_attn (no gradient)" in said(capsys, model, False, None)
+    assert "encoder_attn (no gradient per token)" in said(capsys, model, False, None)
     model = build(
         DeepseekV32Config(
             **BERT_SIZES | LLAMA | EXPERTS | {"num_key_value_heads": 4}, kv_lora_rank=8, q_lora_rank=12,
@@ -190,7 +191,24 @@ def test_layers_without_gradient(capsys):
         )
     )  # fmt: skip
     assert not [name for name in choose_layers(model, False, None) if "indexer" in name]
-    assert "self_attn.indexer (no gradient)" in said(capsys, model, False, None)
+    assert "self_attn.indexer (no gradient per token)" in said(capsys, model, False, None)
+
+
+def test_layers_that_run_on_parts_of_a_vector(capsys):
+    """As DeepSeek-V4's grouped output projection. It has several inputs per token: left out, and said."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Linear(12, 20)
+
+        def forward(self, x):
+            return self.part(x.unflatten(-1, (2, 12))).flatten(-2)
+
+    model = build(LlamaConfig(**LLAMA))
+    model.model.layers[1].mlp.up_proj = Halves()
+    assert len(choose_layers(model, False, None)) == 13
+    assert "mlp.up_proj (no gradient per token)" in said(capsys, model, False, None)
 
 
 def test_experts_in_modules_of_their_own():

@@ -18,11 +18,12 @@ FLAGS = "--data_name docs.jsonl --rank 4 --shard_examples 10 --batch_tokens 400 
 
 
 @pytest.fixture
-def undisturbed(cli, tiny, workspace):
-    """A finished run in ref/ of 60 documents of like length, and the flags that made it."""
+def undisturbed(cli, workspace, request):
+    """A finished run in ref/ of 60 documents of like length, and the flags that made it. By default of a Llama."""
+    folder = save_model(workspace / "model", getattr(request, "param", "llama"))
     write_jsonl(workspace / "docs.jsonl", [{"id": f"d{i}", "text": t[:40]} for i, t in enumerate(make_texts(60))])
     # of all 60 examples two eigenvalues nearly agree, and rounding turns their eigenvectors by more than 1e-5
-    flags = f"--model_name {tiny}/llama {FLAGS} --calibration_examples 32"
+    flags = f"--model_name {folder} {FLAGS} --calibration_examples 32"
     status, _, err = cli("extract_log", *flags.split(), "--log_dir", "ref")
     assert status == 0, err
     return flags
@@ -70,6 +71,7 @@ def test_memory_that_runs_out(undisturbed, workspace):
     assert sums == expected
 
 
+@pytest.mark.parametrize("undisturbed", ["mixtral"], indirect=True)  # the ranks share its projections, too
 def test_memory_that_runs_out_on_one_rank_of_a_sharded_model(undisturbed, workspace):
     """The ranks decide together to take smaller batches, wherever one of them failed; none waits for ever."""
     done = start(

@@ -11,6 +11,8 @@ import verify_faults
 from conftest import ROOT, save_model
 from helpers import DATA
 
+from logra.tools.verify_reference import random_errors
+
 FLAGS = [
     "", "--preset best", "--preset paper", "--hessian kfac", "--hessian none", "--hessian ekfac --basis projected",
     "--store_dtype bfloat16", "--store_dtype float16", "--store_dtype int8 --hessian ekfac",
@@ -44,7 +46,7 @@ def test_the_page_has_all_faults():
     assert named == [*verify_faults.FAULTS] and len(named) >= 27
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied", "longrope", "xglm"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied", "longrope", "xglm", "mixtral"])
 def test_verify_passes_without_a_fault(cli, workspace, name):
     """With the presets on every architecture, and with all kinds of flags on one. Nothing is left behind."""
     save_model(workspace / "m", name)
@@ -56,6 +58,17 @@ def test_verify_passes_without_a_fault(cli, workspace, name):
         lines = ["tracked layers", "train gradients", "query gradients", "factor sums", "stored values", "scores"]
         assert all(f"  pass  {line}: " in out for line in lines), out
     assert {path.name for path in workspace.iterdir()} == {"m", "docs.jsonl", "pairs.jsonl", "queries.jsonl"}
+
+
+@pytest.mark.parametrize("width", [4, 12, 40])
+def test_equal_projections_are_told_from_independent_ones(width):
+    """Also where there are many. Of few columns P^T P is alike by chance, so nothing is said."""
+    torch.manual_seed(0)
+    sides = {str(i): (torch.randn(2, width) / 2**0.5, None) for i in range(100)}
+    shared = random_errors(sides, False)[1]
+    assert len(shared) == (0 if width < 12 else 100) and all(error < 0.9 for error in shared.values())
+    shared = random_errors(sides | {"same": sides["7"]}, False)[1]
+    assert [name for name, error in shared.items() if error > 0.9] == ([] if width < 12 else ["7.in", "same.in"])
 
 
 def test_both_solvers_of_raw_run(cli, tiny, workspace, monkeypatch):
