@@ -81,7 +81,7 @@ def _load(loader, name: str, what: str, trust_remote_code: bool = False, **optio
         reason, *more = str(error).strip().split("\n")
         remedy = "check the name, the network and your access to it"
         if isinstance(error, ImportError):
-            reason, remedy = " ".join([reason, *more[:1]]), "install it"
+            reason, remedy = " ".join([reason, *more[:1]]), "install what is missing"
         raise ValueError(
             f"expected {what} in a local folder or on the Hub, got {name!r}, which can't be loaded ({reason}); {remedy}"
         ) from error

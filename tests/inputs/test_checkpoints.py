@@ -305,7 +305,7 @@ def test_a_missing_package_is_named(monkeypatch, tiny):
         raise ImportError("\nA model needs the timm library. You can install it with pip:\n`pip install timm`.\nMore")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(ValueError, match=r"\(A model needs .* with pip: `pip install timm`\.\); install it$"):
+    with pytest.raises(ValueError, match=r"\(A model needs .* with pip: `pip install timm`\.\); install what is missing$"):
         load_model(str(tiny / "llama"), torch.float32)
 
 
