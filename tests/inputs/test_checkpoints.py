@@ -22,7 +22,6 @@ from transformers import (
     MusicgenConfig,
 )
 
-from logra.inputs import model as models
 from logra.inputs.model import fingerprint, load_config, load_model, load_tokenizer, source_contents
 from logra.run_dir import RunDir
 
@@ -229,25 +228,26 @@ VISION = {
 }  # fmt: skip
 
 
-def test_a_vision_tower_is_left_out(tmp_path, capsys):
-    """Mllama's text model: the tower and the projector are left out, once; a weight of the language model is not."""
+def test_a_vision_tower_is_left_out(cli, workspace):
+    """Llama 3.2 Vision's text model: tower and projector are left out, once; a weight of the language model is not."""
     text = LLAMA | {"hidden_size": 32, "head_dim": 8, "cross_attention_layers": [1]}
     config = MllamaConfig(vision_config=VISION, text_config=text)
-    whole = build(config, tmp_path, AutoModelForImageTextToText)
-    for _ in range(2):
-        loaded = models._load_whole(str(tmp_path), dtype=torch.float32)
-    assert relative(loaded(IDS).logits, whole(IDS).logits) < 1e-6
-    said = f"left out of {tmp_path}: multi_modal_projector, vision_model; text does not reach them"
-    assert capsys.readouterr().out.splitlines() == [said]
-    weights = load_file(tmp_path / "model.safetensors")
+    whole = build(config, workspace / "m", AutoModelForImageTextToText)
+    make_tokenizer().save_pretrained("m")
+    flags = ("--model_name", "m", *DATA, "--rank", 4, "--layers", r"\.0\.mlp")
+    status, out, err = cli("extract_log", *flags, "--verify", 2)
+    assert status == 0 and "FAIL" not in out, err
+    assert out.count("left out of m: multi_modal_projector, vision_model; text does not reach them") == 1
+    assert relative(load_model("m", torch.float32)(IDS).logits, whole(IDS).logits) < 1e-6
+    weights = load_file("m/model.safetensors")
     first = next(key for key in weights if "up_proj" in key)
     for changed, message in (
         (weights | {first.replace("up_proj", "extra_proj"): torch.ones(2)}, r"got 1 left over \(.*extra_proj"),
         ({key: weight for key, weight in weights.items() if key != first}, r"got 1 missing \(.*up_proj"),
     ):
-        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        save_file(changed, "m/model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=message):
-            models._load_whole(str(tmp_path), dtype=torch.float32)
+            load_model("m", torch.float32)
 
 
 def test_a_plain_model_with_a_tower_is_refused(tiny, tmp_path):
@@ -305,7 +305,9 @@ def test_a_missing_package_is_named(monkeypatch, tiny):
         raise ImportError("\nA model needs the timm library. You can install it with pip:\n`pip install timm`.\nMore")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(ValueError, match=r"\(A model needs .* with pip: `pip install timm`\.\); install what is missing$"):
+    with pytest.raises(
+        ValueError, match=r"\(A model needs .* with pip: `pip install timm`\.\); install what is missing$"
+    ):
         load_model(str(tiny / "llama"), torch.float32)
 
 
