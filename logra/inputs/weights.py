@@ -4,7 +4,6 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Sequence
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,8 @@ def check_keys(name: str, info: dict[str, Any], modules: Collection[str] | None 
     if modules is not None and not missing:
         others = {key.split(".")[0] for key in left_over} - {*modules, *LANGUAGE_MODEL}
         left_over = [key for key in left_over if key.split(".")[0] not in others]
-        _say_left_out(name, ", ".join(sorted(others)))
+        if others:
+            say(f"left out of {name}: {', '.join(sorted(others))}; text does not reach them")
     kinds = (("missing", missing), ("left over", left_over), ("of another shape", shapes))
     found = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in kinds if keys]
     if not found:
@@ -150,12 +150,6 @@ def check_keys(name: str, info: dict[str, Any], modules: Collection[str] | None 
         f"expected all weights of the model in the files of {name!r}, and no others, got {', '.join(found)}; "
         f"{remedy} its files"
     )
-
-
-@cache  # --verify loads a model twice
-def _say_left_out(name: str, modules: str) -> None:
-    if modules:
-        say(f"left out of {name}: {modules}; text does not reach them")
 
 
 def _common_prefix(left_over: list[str], missing: list[str]) -> str | None:

@@ -29,7 +29,7 @@ from logra.quantise import FLOAT_DTYPES
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import processes
 from logra.runtime.memory import available_memory
-from logra.runtime.progress import say
+from logra.runtime.progress import say, silent
 from logra.runtime.settings import Execution, RunSettings, ScoreSettings
 from logra.stages import calibrate, extract, open_run
 from logra.stages.gradients import make_extractor
@@ -136,7 +136,9 @@ def small_settings(settings: RunSettings, sizes: dict[str, list[int]], examples:
 def load_reference(settings: RunSettings, execution: Execution) -> nn.Module:
     """Load the model again, on the CPU, in float64 if it fits and runs so: the device never holds it twice."""
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
+    with silent():  # what there is to say of the model was said
+        plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
+    reference.run_experts(plain, "eager")
     double = COPY_BYTES * sum(p.numel() for p in plain.parameters()) < available_memory()
     if double:
         try:

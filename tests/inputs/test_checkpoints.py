@@ -22,6 +22,7 @@ from transformers import (
     MusicgenConfig,
 )
 
+from logra.inputs.layers import choose_layers
 from logra.inputs.model import fingerprint, load_config, load_model, load_tokenizer, source_contents
 from logra.run_dir import RunDir
 
@@ -200,6 +201,18 @@ def test_quantised_mixtures_of_experts(cli, workspace, method):
     for check in (("--dry_run",), ("--verify", 2)):
         status, out, err = cli("extract_log", *flags, *check)
         assert status == 0 and "FAIL" not in out, err
+
+
+def test_fp8_on_a_gpu_is_dequantised_too(tmp_path, monkeypatch):
+    """There transformers would keep the weights in FP8, and a layer would be none that can be tracked."""
+    build(QUANTISED["fp8"], tmp_path / "source")
+    quantise(tmp_path / "source", tmp_path / "model", "fp8")
+    expected = load_model(str(tmp_path / "model"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    found = load_model(str(tmp_path / "model"), torch.float32)
+    monkeypatch.undo()
+    assert fingerprint(found) == fingerprint(expected) and choose_layers(found, True, None)
 
 
 def test_fp8_in_parts_of_blocks(tmp_path):
