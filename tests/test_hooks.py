@@ -235,7 +235,7 @@ class Wrapped(nn.Module):
 
 
 def wrapped_llama(forward, layer: str = "mlp.up_proj"):
-    """Return a model with one layer called by forward(layer, x), and its tracked layers."""
+    """Return a model with one layer called by forward(layer, x), and all its linear layers but the head."""
     model = make_model("llama")
     parent, _, name = f"model.layers.1.{layer}".rpartition(".")
     parent = model.get_submodule(parent)
