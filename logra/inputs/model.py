@@ -26,7 +26,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import find_adapter_config_file, logging
 
-from logra.inputs.weights import check_config, check_loaded, gguf_file, merge_adapter
+from logra.inputs.weights import check_blocks, check_config, check_loaded, gguf_file, merge_adapter, quantization
 from logra.loss import check_head
 from logra.runtime import fsdp
 from logra.runtime.files import atomic, file_content, has_shape, parse_json
@@ -94,6 +94,9 @@ def _load_whole(name: str, revision=None, trust_remote_code=False, **options) ->
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_keys refuses other shapes
     if gguf_file(name):
         options.setdefault("quantization_config", GgufConfig(dequantize=True))
+    if quantization(config).get("weight_block_size"):
+        with torch.device("meta"):
+            check_blocks(name, config, empty_model(config, torch.float32, trust_remote_code))
     model, info = _load(AutoModelForCausalLM, name, "a causal language model", config=config, **options, **hub)
     check_loaded(name, config, model, info)
     return model

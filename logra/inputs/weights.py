@@ -1,9 +1,8 @@
 """A model's weights are loaded whole, or refused: kinds of files, the keys in them, and adapters (peft)."""
 
-import math
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -90,31 +89,44 @@ def check_loaded(name: str, config: Any, model: PreTrainedModel, info: dict[str,
     """
     is_part = config.get_text_config() is not config
     check_keys(name, info, [module for module, _ in model.named_children()] if is_part else None)
-    quantized = quantization(config)
-    if quantized.get("dequantize"):
-        _finish_dequantizing(model, quantized.get("weight_block_size"))
+    if quantization(config).get("dequantize"):
+        _finish_dequantizing(model)
 
 
-def _finish_dequantizing(model: PreTrainedModel, block: Sequence[int] | None) -> None:
-    """Cast the weights that were not quantised: transformers leaves them in the dtype of their files.
+def check_blocks(name: str, config: Any, model: PreTrainedModel) -> None:
+    """Compare the sizes of FP8 weights with those of the blocks that share a scale.
 
     Args:
-        model: The model. It is changed.
-        block: Rows and columns that share a scale. transformers divides a matrix evenly by the number of its scales,
-            so a matrix that ends with a part of a block would get other blocks.
+        name: Of the model.
+        config: Of the model.
+        model: It, on the meta device.
+
+    Raises:
+        ValueError: A matrix ends with a part of a block. transformers divides a matrix evenly by the number of its
+            scales, so it would fail, or give rows the scales of others.
     """
+    quantized = quantization(config)
+    kept = quantized.get("modules_to_not_convert") or ()
+    for key, parameter in model.named_parameters():
+        module = model.get_submodule(key.rpartition(".")[0])
+        is_linear = isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        if not (is_linear or parameter.dim() == 3) or any(f".{part}." in f".{key}" for part in kept):
+            continue
+        sizes = list(parameter.shape[-2:])
+        sizes[0] //= 2 if parameter.dim() == 3 and "gate_up" in key else 1  # the files have gate and up apart
+        if any(n > b and n % b for n, b in zip(sizes, quantized["weight_block_size"], strict=False)):  # a bias: rows
+            raise ValueError(
+                f"expected FP8 weights in whole blocks of {quantized['weight_block_size']}, got {key} "
+                f"{list(parameter.shape)} in {name!r}; give a dequantised copy"
+            )
+
+
+def _finish_dequantizing(model: PreTrainedModel) -> None:
+    """Cast the weights that were not quantised: transformers leaves them in the dtype of their files."""
     kept = model._keep_in_fp32_modules_strict or ()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"expected memory for all quantised weights, got none for {name}; give a dequantised copy")
-        is_linear = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
-        parts = {3: (1, 2), 2: (1,) if is_linear else ()}.get(parameter.dim(), ())  # of experts, gate and up are apart
-        sizes = [(n // part, b) for n, b in zip(parameter.shape[-2:], block or (), strict=False) for part in parts]
-        if any(n > b and n % b and n % math.ceil(n / b) == 0 for n, b in sizes):
-            raise ValueError(
-                f"expected quantised weights in whole blocks of {block}, got {name} {list(parameter.shape)}; "
-                "give a dequantised copy"
-            )
         wanted = torch.float32 if any(key in name for key in kept) else model.config.dtype
         parameter.data = parameter.data.to(wanted)
 

@@ -216,13 +216,17 @@ def test_fp8_on_a_gpu_is_dequantised_too(tmp_path, monkeypatch):
 
 
 def test_fp8_in_parts_of_blocks(tmp_path):
-    """transformers divides the rows by the scales: wrong for 40 rows in blocks of 16, and so refused."""
+    """transformers would take rows of 20 for 40 in blocks of 28, and fail for blocks of 16: both are refused before."""
     make_model("llama").save_pretrained(tmp_path / "source")
-    for block, message in ((28, r"whole blocks of \[28, 28\], got model.layers.0.mlp.gate_proj.weight"), (16, "16")):
+    for block in (28, 16):
         quantise(tmp_path / "source", tmp_path / f"b{block}", "fp8", block)
-        with pytest.raises(ValueError, match=message) as refusal:
+        expected = rf"blocks of \[{block}, {block}\], got model.layers.0.self_attn.q_proj.weight \[24, 24\]"
+        expected = expected if block == 16 else expected.replace("self_attn.q", "mlp.gate").replace("24, 24", "40, 24")
+        with pytest.raises(ValueError, match=expected) as refusal:
             load_model(str(tmp_path / f"b{block}"), torch.float32)
         assert "\n" not in str(refusal.value)
+    quantise(tmp_path / "source", tmp_path / "b4", "fp8", 4)
+    assert_same(tmp_path / "b4", AutoModelForCausalLM.from_pretrained(tmp_path / "b4_plain"))
 
 
 def test_other_quantised_checkpoints(cli, tiny, workspace):
