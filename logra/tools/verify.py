@@ -138,7 +138,7 @@ def load_reference(settings: RunSettings, execution: Execution) -> nn.Module:
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     with silent():  # what there is to say of the model was said
         plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
-    reference.run_experts(plain, "eager")
+    reference.run_experts(plain, "eager")  # the grouped product has no float64
     double = COPY_BYTES * sum(p.numel() for p in plain.parameters()) < available_memory()
     if double:
         try:

@@ -57,7 +57,7 @@ def test_verify_passes_without_a_fault(cli, workspace, name):
         status, out, err = cli("extract_log", "--model_name", "m", *DATA, "--verify", *flags.split())
         assert status == 0 and "FAIL" not in out, (flags, out, err)
         lines = ["tracked layers", "train gradients", "query gradients", "factor sums", "stored values", "scores"]
-        assert all(f"  pass  {line}: " in out for line in lines), out
+        assert all(f"  pass  {line}: " in out for line in lines) and "reference in float64" in out, out
     assert {path.name for path in workspace.iterdir()} == {"m", "docs.jsonl", "pairs.jsonl", "queries.jsonl"}
 
 
