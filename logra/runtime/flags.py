@@ -125,7 +125,7 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
 def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: Path, sampling: Sampling) -> None:
     """Add the flags of the generation scripts, with these defaults."""
     group = parser.add_argument_group("model and files")
-    group.add_argument("--model_name", default=model, help="local folder or Hub id (%(default)s)")
+    group.add_argument("--model_name", default=model, help="local folder, GGUF file or Hub id (%(default)s)")
     add_settings(group, RunSettings(), skip={*RUN_FIELDS} - {"revision", "dtype"})
     group.add_argument(
         "--prompts", type=Path, default=prompts, help="a .txt with a prompt per line, or a .jsonl with id and prompt"

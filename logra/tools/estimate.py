@@ -60,13 +60,19 @@ def estimate(
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     config, tokenizer = (load(settings.model_name, **hub) for load in (model.load_config, model.load_tokenizer))
     batch_tokens = execution.batch_tokens or CPU_BATCH_TOKENS
-    with FakeTensorMode():
-        lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
-        described = layers.describe(lm, "", tokenizer, settings)
-        open_run.say_tracked(lm, described, settings)
-        run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
-        weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
-        batch_bytes = graph_bytes(lm, run.shapes, run.projected, batch_tokens, settings.block_size)
+    try:
+        with FakeTensorMode():
+            lm = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
+            described = layers.describe(lm, "", tokenizer, settings)
+            open_run.say_tracked(lm, described, settings)
+            run = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
+            weight_bytes = sum(p.numel() * p.element_size() for p in lm.parameters())
+            batch_bytes = graph_bytes(lm, run.shapes, run.projected, batch_tokens, settings.block_size)
+    except RuntimeError as error:  # of FakeTensorMode: the model's code computes with values
+        raise ValueError(
+            f"expected a model whose code runs without its weights, got type {config.model_type} ({error}); leave out "
+            "--dry_run and --trial"
+        ) from error
     documents = load_documents(
         settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
     )

@@ -29,7 +29,7 @@ from logra.quantise import FLOAT_DTYPES
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import processes
 from logra.runtime.memory import available_memory
-from logra.runtime.progress import say
+from logra.runtime.progress import say, silent
 from logra.runtime.settings import Execution, RunSettings, ScoreSettings
 from logra.stages import calibrate, extract, open_run
 from logra.stages.gradients import make_extractor
@@ -134,12 +134,20 @@ def small_settings(settings: RunSettings, sizes: dict[str, list[int]], examples:
 
 
 def load_reference(settings: RunSettings, execution: Execution) -> nn.Module:
-    """Load the model again, on the CPU and in float64 if that fits: the device never holds it twice."""
+    """Load the model again, on the CPU, in float64 if it fits and runs so: the device never holds it twice."""
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
-    fits = COPY_BYTES * sum(p.numel() for p in plain.parameters()) < available_memory()
-    say(f"model in {settings.dtype}, reference in {'float64' if fits else 'float32'}:")
-    return plain.to(torch.float64 if fits else torch.float32).requires_grad_()
+    with silent():  # what there is to say of the model was said
+        plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
+    reference.run_experts(plain, "eager")  # the grouped product has no float64
+    double = COPY_BYTES * sum(p.numel() for p in plain.parameters()) < available_memory()
+    if double:
+        try:
+            with torch.no_grad(), local_torch_dtype(torch.float64):
+                reference.loss(plain.double(), Text([0, 1], [True, True]))
+        except RuntimeError:  # some models compute a part in float32 (Inkling 2)
+            double = False
+    say(f"model in {settings.dtype}, reference in {'float64' if double else 'float32'}:")
+    return plain.to(torch.float64 if double else torch.float32).requires_grad_()
 
 
 class ScoredRun:

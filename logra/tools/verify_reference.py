@@ -111,13 +111,13 @@ def loss(lm: nn.Module, text: Text) -> Tensor:
 def with_gradient(lm: nn.Module, layers: list[str], text: Text) -> list[str]:
     """Return those of the layers whose module runs on a text, and that get a gradient from its loss.
 
-    But not those that run on several parts of each token's vector.
+    But not those that run on several parts of each token's vector, or that return several tensors, as some routers do.
     """
     ran, weights = set[int](), {layer: weight_of(lm, layer) for layer in layers}
 
     def hook(module, arguments, output):
         inputs, tokens = arguments[0].shape[:-1].numel() if arguments else 0, max(1, len(text.token_ids))
-        if inputs <= tokens or inputs % tokens:
+        if (inputs <= tokens or inputs % tokens) and isinstance(output, Tensor):
             ran.update(map(id, module.parameters(recurse=False)))
 
     modules = [module for module in lm.modules() if list(module.parameters(recurse=False))]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, VOCAB, make_model, make_texts, make_tokenizer, write_jsonl
-from helpers import DATA, extract
+from helpers import DATA, extract, refused
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, XLMConfig
 
 from logra.inputs.layers import choose_layers
 from logra.runtime import settings
@@ -130,6 +130,14 @@ def test_a_trial_is_near_the_time_of_the_run(cli, workspace, flags):
         assert cli("extract_log", *flags, "--overwrite")[0] == 0
         ratios.append(predicted / (time.perf_counter() - begin))
     assert any(0.6 < ratio < 1.6 for ratio in ratios), ratios
+
+
+def test_a_model_whose_code_reads_values(cli, workspace):
+    """XLM's forward pass compares lengths, which do not exist without weights: one line, and nothing is written."""
+    XLMConfig(vocab_size=VOCAB, emb_dim=24, n_layers=1, n_heads=2, causal=True, n_langs=1).save_pretrained("xlm")
+    make_tokenizer().save_pretrained("xlm")
+    refused(cli("extract_log", "--model_name", "xlm", *DATA, "--dry_run"), "runs without its weights, got type xlm")
+    assert not Path("log").exists()
 
 
 def test_the_graph_is_what_a_real_batch_keeps():

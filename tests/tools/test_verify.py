@@ -10,6 +10,7 @@ import torch
 import verify_faults
 from conftest import ROOT, save_model
 from helpers import DATA
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from logra.tools.verify_reference import random_errors
 
@@ -56,7 +57,7 @@ def test_verify_passes_without_a_fault(cli, workspace, name):
         status, out, err = cli("extract_log", "--model_name", "m", *DATA, "--verify", *flags.split())
         assert status == 0 and "FAIL" not in out, (flags, out, err)
         lines = ["tracked layers", "train gradients", "query gradients", "factor sums", "stored values", "scores"]
-        assert all(f"  pass  {line}: " in out for line in lines), out
+        assert all(f"  pass  {line}: " in out for line in lines) and "reference in float64" in out, out
     assert {path.name for path in workspace.iterdir()} == {"m", "docs.jsonl", "pairs.jsonl", "queries.jsonl"}
 
 
@@ -79,6 +80,14 @@ def test_both_solvers_of_raw_run(cli, tiny, workspace, monkeypatch):
         monkeypatch.setattr(verify_faults.hessian, name, lambda *a, f=original: (built.add(f.__name__), f(*a))[1])
     assert cli("extract_log", "--model_name", tiny / "gpt2", *DATA, "--verify")[0] == 0
     assert built == {"DensePreconditioner", "DualPreconditioner"}
+
+
+def test_a_model_that_computes_a_part_in_float32(cli, tiny, workspace, monkeypatch):
+    """It can't run in float64, so the reference is in float32."""
+    original = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: original(self, x.float()))
+    status, out, err = cli("extract_log", "--model_name", tiny / "llama", *DATA, "--verify", 2)
+    assert status == 0 and "reference in float32" in out and "FAIL" not in out, err
 
 
 def test_verify_copies_no_model(cli, tiny, workspace, monkeypatch):
