@@ -4,9 +4,10 @@
 # Takes:      about 80 minutes on 2 CPU cores, 55 of them to train on the halves of the texts; REDUCED=1: 3 minutes
 # Expect:     a table for each model: method, bytes per example, LDS with its interval, ratio to raw's LDS
 # Checked:    2026-11-24, 2 CPU cores, Python 3.11, in parts; raw at dampings 1 and 3 only for rank 64
+#             2026-11-27, olmoe with NUM_TEXTS=1000 METHODS=few, in parts; training 67 minutes beside other work
 #
 # Usage: bash evaluation/lds_table.sh [gpt2|llama|olmoe ...]      REDUCED=1: tiny testbeds, to check that it works
-#        olmoe is a mixture of experts; it is also evaluated after half of the training
+#        olmoe is a mixture of experts; it is also evaluated after half of the training. Settings: "edit here" below
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REQUIREMENTS=tests/requirements.txt
