@@ -2,6 +2,7 @@
 
     python evaluation/lds.py testbeds/gpt2 --architecture gpt2                 # trains; continues after a stop
     python evaluation/lds.py testbeds/gpt2 logs/lds/*/scores/queries-*         # LDS of these scores
+    python evaluation/lds.py testbeds/gpt2 logs/half/*/scores/queries-* --half # of scores of model_half/
 
 Notation: N train texts, Q queries, M subsets. A subset is a random half of the texts, and a model is trained on each.
 The LDS of a query is Spearman's correlation over the subsets between the sum of the scores of a subset's texts and
@@ -12,6 +13,7 @@ holds
     testbed.json                           its settings; later commands must agree with them
     model/, train.jsonl, queries.jsonl     the model trained on all N texts, and the texts, for the pipeline
     subsets.npy [M, N] bool, losses/00000.npy [Q] float32 in nats, one file for each subset
+    model_half/, losses_half/              the same after half of the epochs
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,6 +47,9 @@ def build_parser() -> Parser:
     parser.add_argument("testbed", type=Path, help="its folder")
     parser.add_argument("scores", nargs="*", type=Path, help="folders under logs/<run>/scores/, of its queries")
     parser.add_argument("--json", type=Path, help="also write the table's numbers to this file")
+    parser.add_argument(
+        "--half", action="store_true", help="take the losses after half of the epochs; for scores of model_half/"
+    )
     group = parser.add_argument_group("a new testbed")
     group.add_argument("--architecture", choices=testbed.ARCHITECTURES, default="gpt2", help="(gpt2)")
     group.add_argument("--texts", default="pydoc", help="pydoc, or a data set as for --data_name (pydoc)")
@@ -66,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     if path.exists():
         settings = scored.made_with(path, settings, build_parser())
     texts, queries = make_texts(args.testbed, settings)
-    subsets, losses = train_subsets(args.testbed, settings, texts, queries)
+    subsets, losses = train_subsets(args.testbed, settings, texts, queries, "_half" if args.half else "")
     rows: list[dict[str, Any]] = []
     samples: list[np.ndarray] = []
     for folder in dict.fromkeys(args.scores):
@@ -126,21 +132,25 @@ def train_one(
     folder: Path, settings: dict[str, Any], train: list[list[int]], queries: list[list[int]],
     job: tuple[int, np.ndarray | None],
 ) -> None:  # fmt: skip
-    """Train the model of a subset and write its losses; without a subset (None), write the model of all texts."""
+    """Train a subset's model, write its losses at half and at the end; of all texts (no subset): write the models."""
     number, chosen = job
+
+    def write(model: torch.nn.Module, part: str) -> None:
+        if chosen is None:
+            model.save_pretrained(folder / f"model{part}")
+            return
+        with files.atomic(folder / f"losses{part}" / f"{number:05d}.npy") as path, open(path, "wb") as file:
+            np.save(file, testbed.losses(model, queries))
+
     ids = train if chosen is None else [train[i] for i in np.flatnonzero(chosen)]
-    model = testbed.train_with_settings(settings, ids, order_seed=settings["seed"] + 1 + number)
-    if chosen is None:
-        model.save_pretrained(folder / "model")
-        return
-    with files.atomic(folder / "losses" / f"{number:05d}.npy") as path, open(path, "wb") as file:
-        np.save(file, testbed.losses(model, queries))
+    order_seed = settings["seed"] + 1 + number
+    write(testbed.train_with_settings(settings, ids, order_seed, partial(write, part="_half")), part="")
 
 
 def train_subsets(
-    folder: Path, settings: dict[str, Any], texts: list[str], queries: list[str]
+    folder: Path, settings: dict[str, Any], texts: list[str], queries: list[str], part: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Train the models that are missing; return (subsets [M, N] bool, losses [M, Q])."""
+    """Train the models that are missing; return (subsets [M, N] bool, losses [M, Q] of the part, "" or "_half")."""
     path = folder / "subsets.npy"
     if not path.exists():
         random = np.random.default_rng(settings["seed"])
@@ -148,13 +158,14 @@ def train_subsets(
         with files.atomic(path) as made, open(made, "wb") as file:
             np.save(file, np.array(halves))
     subsets = np.load(path)
-    loss_paths = [folder / "losses" / f"{number:05d}.npy" for number in range(len(subsets))]
+    loss_paths = [folder / f"losses{part}" / f"{number:05d}.npy" for number in range(len(subsets))]
     jobs: list[tuple] = [(number, subsets[number]) for number, file in enumerate(loss_paths) if not file.exists()]
-    if not (folder / "model" / "model.safetensors").exists():
+    if not (folder / f"model{part}" / "model.safetensors").exists():
         jobs.insert(0, (-1, None))
     if jobs:
         tokenizer = load_tokenizer(str(folder / "model"))
-        train_ids, query_ids = (tokenizer(part)["input_ids"] for part in (texts, queries))
+        tokenizer.save_pretrained(folder / "model_half")
+        train_ids, query_ids = (tokenizer(rows)["input_ids"] for rows in (texts, queries))
         testbed.train_in_parallel(partial(train_one, folder, settings, train_ids, query_ids), jobs)
     return subsets, np.stack([np.load(file) for file in loss_paths])
 

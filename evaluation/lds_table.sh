@@ -4,8 +4,10 @@
 # Takes:      about 80 minutes on 2 CPU cores, 55 of them to train on the halves of the texts; REDUCED=1: 3 minutes
 # Expect:     a table for each model: method, bytes per example, LDS with its interval, ratio to raw's LDS
 # Checked:    2026-11-24, 2 CPU cores, Python 3.11, in parts; raw at dampings 1 and 3 only for rank 64
+#             2026-11-27, olmoe with NUM_TEXTS=1000 METHODS=few, in parts; training 67 minutes beside other work
 #
-# Usage: bash evaluation/lds_table.sh [gpt2|llama ...]      REDUCED=1: two tiny testbeds, to check that it works
+# Usage: bash evaluation/lds_table.sh [gpt2|llama|olmoe ...]      REDUCED=1: tiny testbeds, to check that it works
+#        olmoe is a mixture of experts; it is also evaluated after half of the training. Settings: "edit here" below
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 REQUIREMENTS=tests/requirements.txt
@@ -16,9 +18,10 @@ TEXTS=${TEXTS:-pydoc}
 TESTBEDS=${TESTBEDS:-testbeds}
 RESULTS=${RESULTS:-$TESTBEDS/results}
 DAMPINGS=(0.001 0.01 0.1 0.2 0.3)
+NUM_TEXTS=${NUM_TEXTS:-2000}
 SUBSETS=${SUBSETS:-60}
-METHODS=${METHODS:-all} # few: raw, the preset, uncompressed; targets: also those with a target; all
-SIZE=(--num_texts 2000 --num_queries 100 --num_subsets "$SUBSETS")
+METHODS=${METHODS:-all} # few: raw, ekfac, the preset, uncompressed; targets: also those with a target; all
+SIZE=(--num_texts "$NUM_TEXTS" --num_queries 100 --num_subsets "$SUBSETS")
 if [ -n "${REDUCED:-}" ]; then
     METHODS=few
     SIZE=(--num_texts 60 --num_queries 10 --num_subsets 4 --epochs 2 --width 32 --num_layers 1)
@@ -33,9 +36,9 @@ run() {
 method() {
     local name=$1 mode=$2 hessians=$3 log
     shift 3
-    log=$BED/runs/$name
+    log=$RUNS/$name
     for hessian in $hessians; do
-        run python extract_log.py --log_dir "$log" --model_name "$BED/model" --data_name "$BED/train.jsonl" \
+        run python extract_log.py --log_dir "$log" --model_name "$MODEL" --data_name "$BED/train.jsonl" \
             --mlp_only --hessian "$hessian" "$@"
         local dampings=(--damping "${DAMPINGS[@]}")
         [ "$hessian" != none ] || dampings=()
@@ -49,9 +52,10 @@ targets() {
     for rank in 16 32 128; do
         method "raw$rank" dot raw --rank "$rank"
     done
-    for rank in 16 32 64 128; do
+    for rank in 16 32 128; do
         method "eigen$rank" dot "ekfac kfac" --rank "$rank"
     done
+    method eigen64 dot kfac --rank 64
     for bits in int8 int4 int1; do
         method "$bits-64" dot ekfac --rank 64 --store_dtype "$bits"
     done
@@ -69,17 +73,26 @@ others() {
     method full-kfac dot kfac --lora none --store_dtype none
 }
 
-[ $# -gt 0 ] || set -- gpt2 llama
-for architecture in "$@"; do
-    BED=$TESTBEDS/$architecture
-    run python evaluation/lds.py "$BED" --architecture "$architecture" --texts "$TEXTS" "${SIZE[@]}"
+# evaluate PART: the methods with a model of the testbed; PART is empty, or _half for that after half of the training
+evaluate() {
+    MODEL=$BED/model$1
+    RUNS=$BED/runs$1
     method raw64 dot "raw none" --rank 64
+    method eigen64 dot ekfac --rank 64
     method best dot ekfac --preset best
     method full dot ekfac --lora none --store_dtype none
     [ "$METHODS" = few ] || targets
     [ "$METHODS" != all ] || others
-    run python evaluation/baselines.py "$BED/runs/raw64" --split "$BED/queries.jsonl" --output "$BED/runs/baselines"
-    run python evaluation/lds.py "$BED" "$BED/runs/raw64/scores/"*dot-raw-0.1 "$BED"/runs/*/scores/queries-* \
-        "$BED"/runs/baselines/* --json "$RESULTS/$architecture.json"
+    run python evaluation/baselines.py "$RUNS/raw64" --split "$BED/queries.jsonl" --output "$RUNS/baselines"
+    run python evaluation/lds.py "$BED" "$RUNS/raw64/scores/"*dot-raw-0.1 "$RUNS"/*/scores/queries-* \
+        "$RUNS"/baselines/* --json "$RESULTS/$(basename "$BED")$1.json" ${1:+--half}
+}
+
+[ $# -gt 0 ] || set -- gpt2 llama
+for architecture in "$@"; do
+    BED=$TESTBEDS/$architecture
+    run python evaluation/lds.py "$BED" --architecture "$architecture" --texts "$TEXTS" "${SIZE[@]}"
+    evaluate ""
+    [ "$architecture" != olmoe ] || evaluate _half
 done
 run python evaluation/lds_plot.py "$RESULTS"

@@ -1,6 +1,6 @@
 """Small language models that can be trained many times: texts, tokenizer, configuration, training, losses.
 
-A model has the architecture of GPT-2 or Llama and starts from random weights.
+A model has the architecture of GPT-2, Llama or OLMoE (a mixture of experts) and starts from random weights.
 """
 
 import multiprocessing
@@ -16,12 +16,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from logra.inputs.data_files import values_of
 from logra.inputs.documents import load_documents
 
-ARCHITECTURES = ("gpt2", "llama")
+ARCHITECTURES = ("gpt2", "llama", "olmoe")
 MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 8, 32
 MAX_PASSAGE_TOKENS = 64
 BATCH_TEXTS = 32
@@ -93,17 +100,23 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def make_config(architecture: str, layers: int, width: int, vocabulary: int, context: int) -> PretrainedConfig:
-    """Return the configuration of a small model without dropout and with 4 attention heads (Llama: in 2 groups)."""
+    """Return the configuration of a small model without dropout and with 4 attention heads (but GPT-2: in 2 groups).
+
+    OLMoE has 8 experts in each layer, of which a token takes 2. An expert's width is 3/4 of the model's.
+    """
     if architecture == "gpt2":
         return GPT2Config(
             vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=context,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-    return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True,
+    shared: dict[str, Any] = dict(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+    if architecture == "llama":
+        return LlamaConfig(intermediate_size=8 * width // 3, **shared)
+    return OlmoeConfig(intermediate_size=3 * width // 4, num_experts=8, num_experts_per_tok=2, **shared)
 
 
 def _pad(token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,9 +126,12 @@ def _pad(token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(
-    config: PretrainedConfig, token_ids: list[list[int]], epochs: int, order_seed: int, init_seed: int = 0
-) -> torch.nn.Module:
+    config: PretrainedConfig, token_ids: list[list[int]], epochs: int, order_seed: int, init_seed: int = 0,
+    at_half: Callable[[torch.nn.Module], object] | None = None,
+) -> torch.nn.Module:  # fmt: skip
     """Return a model that is trained on texts: AdamW, batches of 32 texts, mean loss per token.
+
+    The loss of a mixture of experts includes the family's own loss for the balance of the experts.
 
     Args:
         config: See make_config.
@@ -123,6 +139,7 @@ def train(
         epochs: Passes over the texts.
         order_seed: Of the order of the texts.
         init_seed: Of the initial weights.
+        at_half: It is called with the model after half of the epochs (rounded down).
     """
     torch.manual_seed(init_seed)
     model = AutoModelForCausalLM.from_config(config).train()
@@ -131,11 +148,16 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / steps)
     )
-    for _ in range(epochs):
+    has_router = hasattr(config, "output_router_logits")
+    for epoch in range(epochs):
+        if at_half and epoch == epochs // 2:
+            at_half(model)
         shuffled = order.permutation(len(token_ids)).tolist()
         for first in range(0, len(shuffled), BATCH_TEXTS):
             inputs, labels = _pad([token_ids[i] for i in shuffled[first : first + BATCH_TEXTS]])
-            model(input_ids=inputs, labels=labels, use_cache=False).loss.backward()
+            # the balance of the experts is that over tokens, without the padding
+            balance = {"output_router_logits": True, "attention_mask": labels.ne(IGNORED_LABEL)} if has_router else {}
+            model(input_ids=inputs, labels=labels, use_cache=False, **balance).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -143,11 +165,14 @@ def train(
     return model.eval()
 
 
-def train_with_settings(settings: dict[str, Any], token_ids: list[list[int]], order_seed: int) -> torch.nn.Module:
-    """Return a model that is trained on texts with the settings of a testbed (testbed.json of lds.py)."""
+def train_with_settings(
+    settings: dict[str, Any], token_ids: list[list[int]], order_seed: int,
+    at_half: Callable[[torch.nn.Module], object] | None = None,
+) -> torch.nn.Module:  # fmt: skip
+    """Return a model that is trained on texts with the settings of a testbed (testbed.json of lds.py); see train."""
     sizes = settings["num_layers"], settings["width"], settings["vocabulary"]
     config = make_config(settings["architecture"], *sizes, context=2 * MAX_PASSAGE_TOKENS)
-    return train(config, token_ids, settings["epochs"], order_seed=order_seed, init_seed=settings["seed"])
+    return train(config, token_ids, settings["epochs"], order_seed, settings["seed"], at_half)
 
 
 def _use_one_thread() -> None:

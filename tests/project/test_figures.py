@@ -17,6 +17,7 @@ from conftest import ROOT
 RECORDS = {
     "lds": "evaluation/results/lds_epyc-2-cores_2026-11-24.md",
     "fortunes": "evaluation/results/lds_fortunes_epyc-2-cores_2026-11-24.md",
+    "moe": "evaluation/results/lds_moe_epyc-2-cores_2026-11-27.md",
     "agreement": "evaluation/results/agreement_smollm2_epyc-2-cores_2026-11-24.md",
     "planted": "evaluation/results/planted_epyc-2-cores_2026-11-24.md",
     "tail": "evaluation/results/tail_patch_brittleness_epyc-2-cores_2026-11-25.md",
@@ -87,6 +88,27 @@ def readme_lds(model: str, texts: str, testbed: str) -> tuple:
     words = f"| LDS, small {model}, {texts} | **#** | # (#) | uncompressed EK-FAC #, BM25 # |"
     rows = (f"{BEST} #", f"{RAW} # (~) | ~ | ~: #", "| ekfac | uncompressed | dot | none | #", "| | bm25 | | none | #")
     return README, words, [(testbed, row) for row in rows], None
+
+
+def moe_rows() -> list[tuple]:
+    """Return the figures of the table of LDS of a mixture of experts in docs/results.md."""
+    plain, sized = "# (# to #) | # (# to #) |", "# | # (# to #) | # (# to #) |"
+    rows = {
+        f"uncompressed wide layers | `ekfac` | none stored | {plain}": "| ekfac | uncompressed | dot | none",
+        "**rank 136, signs (`--preset best`)** | `ekfac` | # | **# (# to #)** | **# (# to #)** |": BEST[:-4],
+        f"rank 64, float32 | `ekfac` | {sized}": "| ekfac | rank 64, float32 | dot |",
+        f"BM25 on the words | | | {plain}": "| | bm25 | | none",
+        f"rank 64, float32 (`--preset paper`) | `raw` | {sized}": RAW[:-4],
+    }
+    found = []
+    for page, row in rows.items():
+        sources = [
+            (f"moe#{bed}", f"{row} {'| #' if row.endswith('none') else '# | #'} (# to #)")
+            for bed in ("olmoe_half", "olmoe")
+        ]
+        formula = None if row.endswith("none") else lambda *x: [*check_is(x[0], x[4], 0), *x[:4], *x[5:]]
+        found.append((RESULTS, f"| {page}", sources, formula))
+    return found
 
 
 RATIOS = everywhere(f"{BEST} # (~) | # (# to #)")  # LDS, ratio and its interval
@@ -178,6 +200,12 @@ FIGURES: list[tuple] = [
         lambda low, high, a, b, c, d, damping, lds: [*check(damping == high and lds == b), a, low, b, high, c, d],
     ),
     (RESULTS, "ten times its default costs #% to #% of the LDS", [("variants", f"| {row} | ~ / # / # |") for row in ("rank 64", "rank 128", "rank 153 ~", "rank 256", "all ~")], lambda *x: [100 * pick(1 - b / a for a, b in zip(x[::2], x[1::2], strict=True)) for pick in (min, max)]),
+    # docs/results.md: mixture of experts
+    *moe_rows(),
+    (RESULTS, "A small OLMoE: # layers, width #, # experts in a layer, of which a token takes #. # models were trained on random halves of # texts", [("moe", "from a config: # layers, width #, # experts of width 96 in each layer, of which a token takes #;"), ("moe", "queries. # models were trained on random halves"), ("moe", "on # passages")], None),
+    (RESULTS, "The preset has # (# to #) times raw's LDS at half of the training and # (# to #) times at the end, at # of its bytes", [("moe", "| `--preset best` against raw rank 64 float32: ~ | # (# to #), at 0.133 | # (# to #), at # |"), *((f"moe#{bed}", f"{BEST} ~ | # (# to #)") for bed in ("olmoe_half", "olmoe"))], lambda *x: check(x[:6] == x[7:]) + list(x[:7])),
+    (RESULTS, "(# instead of #, chosen by the same queries) it has # (# to #) and # (# to #) times its LDS", [("moe", "| `--preset best` against raw at damping #, the best one tried | # (# to #) | # (# to #) |"), ("moe", "default damping (raw #,")], lambda *x: [x[0], x[7], *x[1:7]]),
+    (RESULTS, "against the uncompressed wide layers # (# to #) and # (# to #) times.", [("moe", "| `--preset best` against uncompressed ekfac | # (# to #) | # (# to #) |")], None),
     # docs/results.md: agreement, brittleness, tail patch
     (RESULTS, "120 examples, 24 queries, default damping. A random order has a correlation of 0 and an overlap of #.", [("agreement", "a random order has 0 and #."), ("agreement", "120 blocks"), ("agreement", "24 questions")], None),
     (RESULTS, "| `--preset best` | # | # | # |", AGREEMENT[:1], None),
