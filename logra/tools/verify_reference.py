@@ -114,13 +114,14 @@ def with_gradient(lm: nn.Module, layers: list[str], text: Text) -> list[str]:
     But not those that run on several parts of each token's vector, or that return several tensors, as some routers do.
     """
     ran, weights = set[int](), {layer: weight_of(lm, layer) for layer in layers}
+    held = {id(weight) for weight in weights.values()}
 
     def hook(module, arguments, output):
         inputs, tokens = arguments[0].shape[:-1].numel() if arguments else 0, max(1, len(text.token_ids))
         if (inputs <= tokens or inputs % tokens) and isinstance(output, Tensor):
             ran.update(map(id, module.parameters(recurse=False)))
 
-    modules = [module for module in lm.modules() if list(module.parameters(recurse=False))]
+    modules = [m for m in lm.modules() if any(id(p) in held for p in m.parameters(recurse=False))]
     handles = [module.register_forward_hook(hook) for module in modules]
     total = loss(lm, text)
     for handle in handles:

@@ -41,7 +41,7 @@ from transformers import (  # noqa: E402
 )
 
 PAGE = ROOT / "docs/models.md"
-VERIFY = "--data_name docs.jsonl --log_dir log --verify 2 --rank 2 --block_size 32".split()
+FLAGS = "--model_name model --data_name docs.jsonl --log_dir log --rank 2 --block_size 32".split()
 UNUSED_TOKEN = 200  # a byte that no text holds; stands for images and sounds
 MAX_PARAMETERS = 350_000
 SIZES = {
@@ -180,7 +180,7 @@ def build(family: str) -> PreTrainedModel:
 
 
 class Outcome(NamedTuple):
-    """What --verify ended with.
+    """What extract_log.py ended with.
 
     Attributes:
         verdict: `passes`, `refused` (one line, before or without a failed check) or `fault`.
@@ -194,11 +194,11 @@ class Outcome(NamedTuple):
 
 
 def outcome(*flags: str) -> Outcome:
-    """Run --verify on the model in the working directory."""
+    """Run extract_log.py on the model in the working directory."""
     out, err, status = io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = run_cli("extract_log", "--model_name", "model", *VERIFY, *flags)
+            status = run_cli("extract_log", *FLAGS, *flags)
         except Exception:
             traceback.print_exc()
     errors = [line for line in err.getvalue().splitlines() if line.strip() and not re.search(r"\[\d\d:\d\d.*/s", line)]
@@ -212,7 +212,7 @@ def outcome(*flags: str) -> Outcome:
 
 
 def outcomes(family: str) -> tuple[Outcome, Outcome]:
-    """Return the outcomes with --mlp_only and with all layers."""
+    """Return the outcomes of --verify, with --mlp_only and with all layers. A fault of --dry_run is one of both."""
     with tempfile.TemporaryDirectory(prefix="family-") as temporary, contextlib.chdir(temporary):
         made = small_config(families()[family]) if family in NOT_BUILT else build(family)
         for part in (made, make_tokenizer()):
@@ -220,7 +220,10 @@ def outcomes(family: str) -> tuple[Outcome, Outcome]:
         if family in NOT_BUILT:
             save_file({}, "model/model.safetensors", {"format": "pt"})
         write_jsonl(Path("docs.jsonl"), [{"text": text} for text in make_texts(4, seed=1)])
-        return outcome("--mlp_only"), outcome()
+        estimated = outcome("--dry_run")
+        if estimated.verdict == "fault":
+            return estimated, estimated
+        return outcome("--verify", "2", "--mlp_only"), outcome("--verify", "2")
 
 
 def all_outcomes(names: Iterable[str]) -> dict[str, tuple[Outcome, Outcome]]:
