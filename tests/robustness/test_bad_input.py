@@ -7,8 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import edit_json, save_model, write_jsonl
+from conftest import VOCAB, edit_json, make_tokenizer, write_jsonl
 from helpers import poison_model, refused
+from transformers import AutoModelForCausalLM, JetMoeConfig
 
 from logra.runtime.settings import RUN_FIELDS
 from logra.stages import gradients
@@ -34,7 +35,7 @@ def base(tiny, workspace):
         (("--rank", -3), ("--rank",)),
         (("--rank_in", "many"), ("--rank_in", "many")),
         (("--lora", "none"), ("no rank",)),
-        (("--layers", "nothing"), ("nothing", "model.layers.0")),
+        (("--layers", "nothing"), ("nothing", r"model.layers.\d+.")),
         (("--layers", "("), ("regular expression",)),
         (("--block_size", 65), ("64", "65")),
         (("--block_size", 0), ("--block_size",)),
@@ -70,10 +71,21 @@ def test_bad_rows_are_named(cli, base):
     assert status == 0 and "dropped 2 rows" in out
 
 
-def test_untracked_weights_are_named(cli, base, tmp_path):
-    """A mixture of experts with fused weights."""
-    save_model(tmp_path / "moe", "mixtral")
-    refused(cli("extract_log", "--model_name", "moe", *base[2:]), "experts", "--layers")
+def test_experts_with_code_of_their_own(cli, base):
+    """JetMoE's do not use the common interface of transformers. The rest of the model is tracked if asked for."""
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "kv_channels": 6,
+        "num_local_experts": 4,
+    }
+    config = JetMoeConfig(vocab_size=VOCAB, intermediate_size=16, max_position_embeddings=64, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained("moe")
+    make_tokenizer().save_pretrained("moe")
+    flags = ("--model_name", "moe", *base[2:])
+    refused(cli("extract_log", *flags), "layers.0.mlp.input_linear (JetMoeParallelExperts)", "--layers")
+    assert cli("extract_log", *flags, "--layers", "kv_proj")[0] == 0
 
 
 def test_a_run_is_not_mixed_with_another(cli, base, tiny):
