@@ -249,7 +249,7 @@ def render(results: dict[str, tuple[Outcome, Outcome]]) -> str:
 
 def shown(reason: str) -> str:
     """Return a refusal without its advice, and without a number that differs between machines."""
-    reason = re.sub(r", got a relative difference of \S+", "", reason.rpartition("; ")[0] or reason)
+    reason = re.sub(r"(, got a relative difference of| by) \d\S*", "", reason.rpartition("; ")[0] or reason)
     return reason.replace("|", "\\|").replace("<", "\\<")
 
 
