@@ -87,7 +87,7 @@ class WideSide:
 
 def is_experts(module: nn.Module) -> bool:
     """Return whether this is a module of experts of transformers (transformers.integrations.moe)."""
-    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_post_expert_norm")
 
 
 def matrices(name: str, module: nn.Module) -> Shapes:

@@ -244,8 +244,13 @@ def load_sharded_model(name: str, dtype: torch.dtype, device: torch.device, **hu
 
 def empty_model(config, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """Return a model of this configuration without loaded weights; call it on the meta device or in FakeTensorMode."""
-    with no_init_weights():  # some of its functions read values
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with no_init_weights():  # some of its functions read values
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ValueError(
+            f"expected the packages that model type {config.model_type} needs, got none ({error}); install them"
+        ) from error
     model.tie_weights()
     return model
 

@@ -33,7 +33,9 @@ class Text(NamedTuple):
 
 def experts_modules(lm: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of experts, by name."""
-    return {name: m for name, m in lm.named_modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")}
+    return {
+        name: m for name, m in lm.named_modules() if hasattr(m, "_apply_gate") and hasattr(m, "has_post_expert_norm")
+    }
 
 
 def linear_layers(lm: nn.Module) -> list[str]:

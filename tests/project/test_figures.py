@@ -164,6 +164,7 @@ FIGURES: list[tuple] = [
     readme_lds("Llama", "Python's manual", "lds#llama"),
     readme_lds("GPT-2", "fortunes", "fortunes#gpt2"),
     readme_lds("Llama", "fortunes", "fortunes#llama"),
+    readme_lds("mixture of experts", "Python's manual", "moe#olmoe"),
     # README.md
     (README, "rank 136, one bit per stored number) over `--preset paper` (the paper's setting: raw Hessian, rank 64, float32)", [], None),
     (README, "It stores a seventh of the bytes", [AGREEMENT[1], AGREEMENT[0]], lambda *x: check_is(x[2] / x[5], 7, 0.1)),
