@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import make_texts, run_cli, save_model, write_jsonl  # noqa: E402
 
-from logra import hessian, hooks, influence, projection, quantise  # noqa: E402
+from logra import experts, hessian, hooks, influence, projection, quantise  # noqa: E402
 from logra.inputs import layers  # noqa: E402
 from logra.runtime import settings  # noqa: E402
 from logra.stages import gradients, score, score_files  # noqa: E402
@@ -108,6 +108,17 @@ fault("stored eigenvalues in reverse order", "--hessian ekfac")(
 )
 fault("PCA keeps the smallest directions", "--lora pca --rank 4")(
     changed(projection, "eigenbasis", lambda f, cov: tuple(tensor.flip(0) for tensor in f(cov)))
+)
+
+fault("each expert with the P of another one", "--model_name mixtral --layers experts --rank 4")(
+    changed(
+        experts.WideSide,
+        "__init__",
+        lambda f, self, p, shard: f(self, None if p is None else p.roll(p.shape[1] // 5, 1), shard),
+    )
+)
+fault("the mean over a token's experts for the sum", "--model_name mixtral --layers experts --rank 4")(
+    changed(experts.WideSide, "__call__", lambda f, self, x, pairs: f(self, x, pairs) / pairs.per_token)
 )
 
 # ---- factor sums
@@ -235,7 +246,7 @@ def found(name: str, folder: Path) -> tuple[int, str]:
 
 def prepare(folder: Path) -> None:
     """Write what `found` needs."""
-    for name in ("llama", "longrope"):
+    for name in ("llama", "longrope", "mixtral"):
         save_model(folder / name, name)
     rows = [{"id": f"doc{i}", "text": text} for i, text in enumerate(make_texts(20, seed=1))]
     write_jsonl(folder / "docs.jsonl", rows)
