@@ -37,7 +37,6 @@ class Pairs:
     def __init__(self, experts: Tensor, count: int):
         self.tokens, self.per_token = experts.shape
         self.expert, self.order = experts.flatten().sort(stable=True)
-        self.token = self.order // self.per_token
         numbers = torch.arange(count, device=experts.device)
         self.ends = torch.searchsorted(self.expert, numbers, right=True, out_int32=True)  # of each expert's pairs
 
@@ -57,7 +56,7 @@ class Pairs:
     def spread(self, values: Tensor) -> Tensor:
         """Return values [S, i] at the places of their experts in rows of the wide layer: [T, E * i]."""
         wide = values.new_zeros(self.tokens, len(self.ends), values.shape[1])
-        return wide.index_put((self.token, self.expert), values, accumulate=True).flatten(1)
+        return wide.index_put((self.order // self.per_token, self.expert), values, accumulate=True).flatten(1)
 
 
 class WideSide:

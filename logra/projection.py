@@ -5,7 +5,7 @@ The projected gradient is G~ = P_out G P_in^T, [r_out, r_in]. None stands for th
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -98,9 +98,9 @@ def draw(shapes: Shapes, projected: Shapes, seed: int, experts: dict[str, int] |
     }
 
 
-def identity(shapes: Shapes) -> dict[str, Projection]:
+def identity(layers: Iterable[str]) -> dict[str, Projection]:
     """Return the projections that leave every layer unprojected."""
-    return {name: Projection(None, None) for name in shapes}
+    return {name: Projection(None, None) for name in layers}
 
 
 def eigenbasis(cov: Tensor) -> tuple[Tensor, Tensor]:

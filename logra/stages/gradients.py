@@ -5,7 +5,7 @@ example's loss.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -16,7 +16,7 @@ from logra.hooks import GradientCapture, GradientPositions
 from logra.inputs.batches import length_batches, make_batch
 from logra.inputs.model import rope_boundaries
 from logra.loss import IGNORE, example_losses, input_device
-from logra.projection import Projection
+from logra.projection import identity
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.fsdp import Lockstep
@@ -38,7 +38,7 @@ def run_batch(
     return capture.backward(example_losses(model, batch.input_ids, batch.targets, batch.rows), batch.positions)
 
 
-def check_layers(model: nn.Module, layers: Collection[str]) -> None:
+def check_layers(model: nn.Module, layers: Iterable[str]) -> None:
     """Run two short texts before the long step, and refuse layers that would give wrong gradients.
 
     Only the start of the first text counts in the loss. So no other position may have a gradient.
@@ -50,7 +50,7 @@ def check_layers(model: nn.Module, layers: Collection[str]) -> None:
     counts = torch.zeros_like(ids, dtype=torch.bool)
     counts[0, :4] = True
     targets = ids.roll(-1, 1).masked_fill(~counts, IGNORE)
-    with GradientPositions(model, {layer: Projection(None, None) for layer in layers}) as capture:
+    with GradientPositions(model, identity(layers)) as capture:
         sizes = capture.backward(example_losses(model, ids, targets), counts)
     for layer, size in sizes.items():
         if (size > 1e-3 * size.amax())[~counts.to(size.device)].any():

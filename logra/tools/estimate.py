@@ -24,7 +24,7 @@ from logra.hooks import GradientCapture
 from logra.inputs import layers, model
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_memory, token_counts
-from logra.projection import Projection, Shapes
+from logra.projection import Shapes
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart
 from logra.runtime import processes
@@ -32,7 +32,7 @@ from logra.runtime.memory import available_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
 from logra.stages import open_run
-from logra.store import layout_bytes
+from logra.store import layout_bytes, projection_layout, projections_of_tensors
 
 SAMPLE = 1000  # documents that are tokenised
 
@@ -104,9 +104,9 @@ def graph_bytes(lm: torch.nn.Module, shapes: Shapes, projected: Shapes, tokens: 
             saved[storage._cdata] = storage  # kept alive, so that its address is not used again
         return tensor
 
-    pairs = {name: zip(projected[name], shapes[name], strict=True) for name in shapes}
-    sides = {name: [torch.empty(r, d) if r < d else None for r, d in sizes] for name, sizes in pairs.items()}
-    capture = GradientCapture(lm, {name: Projection(p_in, p_out) for name, (p_out, p_in) in sides.items()})
+    layout = projection_layout(shapes, projected, rotated=False)
+    sides = {key: torch.empty(size) for key, (_, size) in layout.items()}
+    capture = GradientCapture(lm, projections_of_tensors(sides, shapes))
     ids = torch.zeros(max(1, tokens // length), min(tokens, length), dtype=torch.long)
     with capture, saved_tensors_hooks(save, lambda tensor: tensor):
         loss.hidden_states(lm, ids)
@@ -182,8 +182,9 @@ def say_memory(run: RunDir, weight_bytes: int, batch_bytes: int, batch_tokens: i
     for kind in ("raw", "kfac", "ekfac"):
         size = hessian.memory_bytes(kind, run.projected, run.examples)
         say(f"memory for the Hessian {kind:6s} {gigabytes(size)}")
-    sizes = (r * d for name in run.layers for r, d in zip(run.projected[name], run.shapes[name], strict=True) if r < d)
-    projection_bytes = sum(sizes) * FLOAT_DTYPES[run.settings.dtype].itemsize
+    layout = projection_layout(run.shapes, run.projected, rotated=False)
+    dtype = FLOAT_DTYPES[run.settings.dtype]  # on the device
+    projection_bytes = layout_bytes({key: (dtype, size) for key, (_, size) in layout.items()})
     peak = weight_bytes + projection_bytes + batch_bytes + 8 * loss.CHUNK_LOGITS  # two float32 chunks of logits
     parts = f"{gigabytes(weight_bytes)} of weights, {gigabytes(projection_bytes)} of projections"
     graph = f"{gigabytes(batch_bytes)} of graph with {batch_tokens} tokens in a batch"
