@@ -15,7 +15,7 @@ import numpy as np
 from logra.run_dir import RunDir
 from logra.runtime import files, flags, processes, progress
 from logra.runtime.settings import positive_int
-from logra.stages import rank
+from logra.scoring import rank
 from logra.tools import report
 from logra.tools.diagnose import diagnose
 

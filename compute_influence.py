@@ -7,19 +7,25 @@ With several processes (accelerate launch) each one reads its share of the shard
 """
 
 import argparse
-import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
-import xxhash
+import torch
+from torch import nn
 
+from logra.hessian import Damping
 from logra.inputs import model
-from logra.inputs.queries import Query, group_queries, load_queries, merge_group, query_hash, query_rows
-from logra.run_dir import RunDir
+from logra.inputs.queries import Query, group_queries, load_queries, merge_group, query_rows
 from logra.runtime import flags, processes, progress
-from logra.runtime.settings import QuerySettings, ScoreSettings
-from logra.stages import open_run, self_check
-from logra.stages.score import Scorer, ScoreTask, block_name, write_pass
-from logra.stages.score_files import ScoreFile, ScoreRecord, SelfInfluence, score_files
-from logra.stages.self_check import CheckedPair
+from logra.runtime.memory import release_memory
+from logra.runtime.settings import Execution, QuerySettings, ScoreSettings
+from logra.scoring import self_check
+from logra.scoring.combine import KeptQueries, ScoredCheckpoint, combine
+from logra.scoring.score import Scorer, ScoreTask, block_name, describe_scores, write_pass
+from logra.scoring.score_files import ScoreFile, ScoreRecord, SelfInfluence, score_files
+from logra.scoring.self_check import CheckedPair
+from logra.stages import checkpoints, open_run
 
 
 def build_parser() -> flags.Parser:
@@ -33,48 +39,87 @@ def build_parser() -> flags.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Score every train example for every query."""
+    """Score every train example for every query; with checkpoints at each of them, and combine these scores."""
     run_flags, execution = flags.read_run_flags(args), flags.read_execution(args)
     query_settings, score_settings = flags.read_settings(QuerySettings, args), flags.read_settings(ScoreSettings, args)
     processes.start()
 
-    # Open the run, its model and the queries
-    run = open_run.find_run(open_run.find_folder(run_flags, must_exist=True), run_flags, must_exist=True)
-    open_run.check_model_files(run)
-    progress.keep_log(run.folder)
-    kind = open_run.usable_hessian(run, args.hessian)
+    # Open the run, or those of the checkpoints
+    parent, members = checkpoints.find(run_flags, must_exist=True)
+    weights = score_settings.weights(len(members) if parent else 0)
+    runs = [open_run.find_run(member.folder, member.flags, must_exist=True) for member in members]
+    for run in runs:
+        open_run.check_model_files(run)
+        kind = open_run.usable_hessian(run, args.hessian)
+    checkpoints.check_runs(runs, score_settings.top_k_only)
+    progress.keep_log(parent or run.folder)
     dampings = score_settings.dampings(kind, run.settings.store_dtype)
     layers = run.matching_layers(score_settings.score_layers)
-    lm, tokenizer, described = open_run.load_model(run.settings, execution)
-    run.check_model(described)
-    context = model.context_length(lm.config)
-    name, queries = load_queries(query_settings, run.settings, tokenizer, context, args.cache_dir)
-    groups = group_queries(queries, query_settings.group_by)
-    if query_settings.group_by:
-        queries = [merge_group(group) for group in groups]
-
-    # Score, and write a folder for each damping
-    record = describe_scores(run, kind, layers, queries, query_settings, score_settings)
-    label = f"{name}-{settings_hash(record, score_settings)}-{score_settings.mode}-{kind}"
-    base = run.folder / "scores" / label
-    needs_self_influence = score_settings.mode != "dot" or score_settings.self_influence
-    self_influence = SelfInfluence(run, kind, layers, dampings) if needs_self_influence else None
     blocks = {layer: block_name(layer) if score_settings.layerwise else "" for layer in layers}
-    task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
-    with score_files(base, record, dampings, run.shards) as files:
-        scorer = Scorer(task, lm, execution, self_influence)
-        pairs = write_scores(scorer, groups, files, score_settings.mode)
-        self_check.check(pairs, files, score_settings.mode, self_influence and self_influence.values)
-        for s, file in enumerate(files) if processes.state().is_main_process else ():
-            values = self_influence.values[s] if score_settings.self_influence else None
-            file.describe(query_rows(queries), values)
-    processes.state().wait_for_everyone()
-    for damping in dampings:
-        progress.say(f"{len(queries)} queries x {run.examples} examples in {base}-{damping.label}")
+
+    # Score with each model, the last one's queries, and write a folder for each damping
+    scored: list[ScoredCheckpoint] = []
+    with processes.temporary_folder("queries-", parent) if parent else nullcontext() as temporary:
+        for run in runs:
+            lm, tokenizer, described = open_run.load_model(run.settings, execution)
+            run.check_model(described)
+            if not scored:
+                context, settings = model.context_length(lm.config), runs[-1].settings
+                name, queries = load_queries(query_settings, settings, tokenizer, context, args.cache_dir)
+                groups = group_queries(queries, query_settings.group_by)
+                queries = [merge_group(group) for group in groups] if query_settings.group_by else queries
+            record = describe_scores(run, kind, layers, queries, query_settings, score_settings)
+            task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
+            keep_queries = temporary / run.folder.name if score_settings.top_k_only and temporary else None
+            base = run.folder / "scores" / record.label(name)
+            scored.append(score_run(task, lm, execution, score_settings, base, record, groups, queries, keep_queries))
+            del lm
+            release_memory()
+        if parent:
+            record = replace(
+                record,
+                checkpoints=[
+                    {"run": run.folder.name, "scores": record.label(name), "weight": weight}
+                    for run, weight in zip(runs, weights, strict=True)
+                ],
+            )
+            base = parent / "scores" / record.label(name)
+            combine(base, record, scored, dampings, queries, score_settings.self_influence)
+            say_scores(record, base, dampings)
     progress.summary("analysis.py")
 
 
-def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str) -> list[CheckedPair]:
+def score_run(
+    task: ScoreTask, lm: nn.Module, execution: Execution, score_settings: ScoreSettings, base: Path,
+    record: ScoreRecord, groups: list[list[Query]], queries: list[Query], keep_queries: Path | None,
+) -> ScoredCheckpoint:  # fmt: skip
+    """Score a run's examples, and write a folder for each damping. Keep the preconditioned queries in a folder."""
+    needs_self_influence = score_settings.mode != "dot" or score_settings.self_influence
+    self_influence = SelfInfluence(task.run, task.kind, record.layers, task.dampings) if needs_self_influence else None
+    scorer = Scorer(task, lm, execution, self_influence)
+    kept = KeptQueries(keep_queries, scorer, len(groups)) if keep_queries else None
+    with score_files(base, record, task.dampings, task.run.shards) as files:
+        pairs = write_scores(scorer, groups, files, record.mode, kept)
+        self_check.check(pairs, files, record.mode, self_influence and self_influence.values)
+        for s, file in enumerate(files) if processes.state().is_main_process else ():
+            file.describe(query_rows(queries), self_influence.values[s] if score_settings.self_influence else None)
+    processes.state().wait_for_everyone()
+    say_scores(record, base, task.dampings)
+    folders = [base.with_name(f"{base.name}-{damping.label}") for damping in task.dampings]
+    deviations = torch.stack([file.deviations() for file in files])
+    values = self_influence and self_influence.values
+    return ScoredCheckpoint(task.run, folders, deviations, values, kept and kept.close(), scorer.queries_per_step)
+
+
+def say_scores(record: ScoreRecord, base: Path, dampings: list[Damping]) -> None:
+    """Print where the scores are."""
+    for damping in dampings:
+        progress.say(f"{record.num_queries} queries x {record.num_examples} examples in {base}-{damping.label}")
+
+
+def write_scores(
+    scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str, kept: KeptQueries | None
+) -> list[CheckedPair]:
     """Score the groups of queries and fill the files. Return a few scores of this rank, computed again.
 
     A pass over all train examples scores as many queries as fit in memory.
@@ -91,32 +136,12 @@ def write_scores(scorer: Scorer, groups: list[list[Query]], files: list[ScoreFil
         if self_influence and not self_influence.complete:
             self_influence.save()
         pairs += self_check.recomputed(scorer, files, first, len(batch))
+        if kept:
+            kept.keep(first)
         first += len(batch)
     for file in files:
         file.close()
     return pairs
-
-
-def describe_scores(
-    run: RunDir, kind: str, layers: list[str], queries: list[Query], query_settings: QuerySettings,
-    score_settings: ScoreSettings,
-) -> ScoreRecord:  # fmt: skip
-    """Return the content of the scores' run.json; each folder adds its damping and checksums."""
-    blocks = list(dict.fromkeys(map(block_name, layers))) if score_settings.layerwise else None
-    return ScoreRecord(
-        query_loss=query_settings.query_loss, layers=layers, queries=query_hash(queries), split=query_settings.split,
-        mode=score_settings.mode, hessian=kind, num_queries=len(queries), num_examples=run.examples,
-        top_k_only=score_settings.top_k_only, group_by=query_settings.group_by, query_rank=score_settings.query_rank,
-        log=run.record, damping=None, damping_absolute=None, blocks=blocks,
-    )  # fmt: skip
-
-
-def settings_hash(record: ScoreRecord, score_settings: ScoreSettings) -> str:
-    """Return a hash of the settings that the folder's name does not show."""
-    values = vars(record) | vars(score_settings)
-    settings = {name: values[name] for name in ("query_loss", "layers", "queries")}
-    settings |= {name: values[name] for name in ("top_k_only", "group_by", "query_rank", "layerwise") if values[name]}
-    return xxhash.xxh3_64_hexdigest(json.dumps(settings).encode())[:8]
 
 
 if __name__ == "__main__":

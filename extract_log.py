@@ -15,7 +15,7 @@ from logra.inputs import model
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
 from logra.runtime.settings import DataSettings, Execution, RunSettings, number, positive_int
-from logra.stages import calibrate, extract, open_run
+from logra.stages import calibrate, checkpoints, extract, open_run
 from logra.tools import estimate, trial, verify
 
 
@@ -45,31 +45,42 @@ def build_parser() -> flags.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write what the run still lacks: run.json, train/, projections, gradient shards, Hessian."""
+    """Write what the run still lacks; with --checkpoints, what the run of each checkpoint lacks."""
     if args.extend and not (args.log_dir and args.data_name and not args.overwrite):
         raise ValueError(
             "expected --extend with --log_dir and --data_name, and not --overwrite; give the run and the data"
         )
     run_flags, execution = flags.read_run_flags(args), flags.read_execution(args)
     processes.start()
-    folder = open_run.find_folder(run_flags, must_exist=args.extend)
+    parent, members = checkpoints.find(run_flags, must_exist=args.extend)
     if args.verify or args.dry_run or args.trial:
-        settings, kind = open_run.new_settings(run_flags, execution), args.hessian or "raw"
-        if args.verify:
-            verify.verify(settings, kind, execution, args.verify, args.cache_dir)
-        else:
-            estimated = estimate.estimate(settings, folder, kind, execution, args.cache_dir)
-            if args.trial:
-                time_trial(*estimated, kind, execution, args.trial)
+        look_ahead(args, members, execution)
         return
 
+    if parent:
+        checkpoints.record(parent, members, args.overwrite)
+        progress.keep_log(parent)
+    tokens = 0
+    for i, member in enumerate(members):
+        sibling = checkpoints.sibling(parent, members, i, args.overwrite) if parent else None
+        if parent:
+            progress.say(f"checkpoint {i + 1} of {len(members)}: {member.folder.name}")
+        tokens += extract_run(args, member, sibling, execution)
+    progress.summary("compute_influence.py with the same flags", tokens)
+
+
+def extract_run(
+    args: argparse.Namespace, member: checkpoints.Member, sibling: RunDir | None, execution: Execution
+) -> int:
+    """Write what a run lacks: run.json, train/, projections, gradient shards, Hessian. Return its new tokens."""
+    folder, run_flags = member
     with extract.locked(folder):
         # Find the run, or complete the settings of a new one
         run = open_run.find_run(folder, run_flags, must_exist=args.extend)
         if run:
             open_run.say_kept_settings(run, run_flags)
-        settings = run.settings if run else open_run.new_settings(run_flags, execution)
-        first_hessian = run.first_hessian if run else args.hessian or "raw"
+        settings = run.settings if run else open_run.new_settings(run_flags, execution, sibling)
+        first_hessian = (run or sibling).first_hessian if run or sibling else args.hessian or "raw"
         kind = args.hessian or first_hessian
         settings.check_hessian(kind, first_hessian)
         further = run_flags.documents if args.extend and not extract.has_documents(run, run_flags.documents) else None
@@ -81,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         pending = extract.unfinished_shards(run) if run and not further else None
         tokens = 0
         if pending != []:
-            lm, run = set_up(args, folder, settings, run, further, execution)
+            lm, run = set_up(args, folder, settings, run, further, execution, sibling)
             if processes.state().is_main_process:
                 extract.check_disk(run)
                 extract.check_hessian_memory(run, kind)
@@ -91,25 +102,30 @@ def main(args: argparse.Namespace) -> None:
 
         progress.keep_log(folder)
         extract.write_hessian(kind, run)
-    documents = sum(part.documents for part in run.parts)
-    progress.say(f"{run.examples} examples of {documents} documents, Hessian {kind}, in {folder}")
-    progress.summary("compute_influence.py with the same flags", tokens)
+    extract.say_finished(run, kind)
+    return tokens
 
 
 def set_up(
     args: argparse.Namespace, folder: Path, settings: RunSettings, run: RunDir | None, further: DataSettings | None,
-    execution: Execution,
+    execution: Execution, sibling: RunDir | None,
 ) -> tuple[nn.Module, RunDir]:  # fmt: skip
     """Load the model, and write what is missing of run.json, train/ (or an extension) and projections.safetensors."""
     lm, tokenizer, described = open_run.load_model(settings, execution)
     open_run.say_tracked(lm, described, settings)
     if run:
         run.check_model(described)
+    if sibling:
+        checkpoints.check_model(sibling, settings.model_name, described)
     if processes.state().is_main_process and (further or not run):
         if not run:
             model_files = model.source_contents(settings.model_name)
-            run = RunDir(folder, RunRecord(settings, vars(args), **described, model_files=model_files))
-        extract.write_train(run, tokenizer, further, args.cache_dir, args.num_proc)
+            arguments = vars(args) | ({"hessian": sibling.first_hessian} if sibling else {})
+            run = RunDir(folder, RunRecord(settings, arguments, **described, model_files=model_files))
+        if sibling and len(sibling.parts) > len(run.parts):
+            extract.share_train(run, sibling)
+        else:
+            extract.write_train(run, tokenizer, further, args.cache_dir, args.num_proc)
     run = open_run.reload(folder)
     run.check_model(described)  # each rank has loaded a model of its own
     if run.record.projections is None:
@@ -118,17 +134,16 @@ def set_up(
     return lm, run
 
 
-def time_trial(
-    run: RunDir, size: estimate.DataSize, sample: estimate.Dataset, kind: str, execution: Execution, seconds: float
-) -> None:
-    """Time this script's stages on small copies of a run, and print the hours of the run."""
-    steps: trial.Steps = {
-        "calibration": lambda lm, copy: calibrate.make_projections(lm, copy, execution),
-        "gradients": lambda lm, copy: extract.write_shards(lm, copy, extract.unfinished_shards(copy), execution),
-        "Hessian": lambda lm, copy: extract.write_hessian(kind, copy),
-    }
-    predicted = trial.trial(run, kind, size.tokens, sample, execution, steps, seconds)
-    trial.say_hours(size.tokens, {"tokenising": size.seconds} | predicted)
+def look_ahead(args: argparse.Namespace, members: list[checkpoints.Member], execution: Execution) -> None:
+    """Check (--verify) or predict (--dry_run, --trial) the run of the first checkpoint; then say what all take."""
+    folder, run_flags = members[0]
+    settings, kind = open_run.new_settings(run_flags, execution), args.hessian or "raw"
+    if args.verify:
+        verify.verify(settings, kind, execution, args.verify, args.cache_dir)
+        return
+    run, size, sample = estimate.estimate(settings, folder, kind, execution, args.cache_dir)
+    if args.trial:
+        trial.say_hours(run, size.tokens, size.seconds, sample, kind, execution, args.trial, len(members))
 
 
 if __name__ == "__main__":

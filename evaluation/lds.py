@@ -2,7 +2,7 @@
 
     python evaluation/lds.py testbeds/gpt2 --architecture gpt2                 # trains; continues after a stop
     python evaluation/lds.py testbeds/gpt2 logs/lds/*/scores/queries-*         # LDS of these scores
-    python evaluation/lds.py testbeds/gpt2 logs/half/*/scores/queries-* --half # of scores of model_half/
+    python evaluation/lds.py testbeds/gpt2 logs/half/*/scores/queries-* --half # against the losses at half of training
 
 Notation: N train texts, Q queries, M subsets. A subset is a random half of the texts, and a model is trained on each.
 The LDS of a query is Spearman's correlation over the subsets between the sum of the scores of a subset's texts and
@@ -12,8 +12,13 @@ holds
 
     testbed.json                           its settings; later commands must agree with them
     model/, train.jsonl, queries.jsonl     the model trained on all N texts, and the texts, for the pipeline
+    checkpoints/0.05/ ...                  the same model after each of these shares of its training
     subsets.npy [M, N] bool, losses/00000.npy [Q] float32 in nats, one file for each subset
-    model_half/, losses_half/              the same after half of the epochs
+    losses_half/                           the same after half of the training
+    losses_again/                          of a third of the subsets, trained again on their texts in another order
+
+No scores know the order of the texts. So their LDS is at most about the ceiling: the square root of the correlation of
+the losses with those of the models that were trained again.
 """
 
 import argparse
@@ -48,11 +53,11 @@ def build_parser() -> Parser:
     parser.add_argument("scores", nargs="*", type=Path, help="folders under logs/<run>/scores/, of its queries")
     parser.add_argument("--json", type=Path, help="also write the table's numbers to this file")
     parser.add_argument(
-        "--half", action="store_true", help="take the losses after half of the epochs; for scores of model_half/"
+        "--half", action="store_true", help="take the losses after half of the training; for scores of that checkpoint"
     )
     group = parser.add_argument_group("a new testbed")
     group.add_argument("--architecture", choices=testbed.ARCHITECTURES, default="gpt2", help="(gpt2)")
-    group.add_argument("--texts", default="pydoc", help="pydoc, or a data set as for --data_name (pydoc)")
+    group.add_argument("--texts", nargs="+", default=["pydoc"], help="data sets as for --data_name (pydoc)")
     group.add_argument("--num_texts", type=positive_int, default=2000, help="train texts at most (2000)")
     group.add_argument(
         "--num_queries", type=positive_int, default=100, help="texts that are not like a train text (100)"
@@ -72,7 +77,10 @@ def main(args: argparse.Namespace) -> None:
     if path.exists():
         settings = scored.made_with(path, settings, build_parser())
     texts, queries = make_texts(args.testbed, settings)
-    subsets, losses = train_subsets(args.testbed, settings, texts, queries, "_half" if args.half else "")
+    subsets = train_subsets(args.testbed, settings, texts, queries)
+    losses = load_losses(args.testbed / ("losses_half" if args.half else "losses"))
+    highest = ceiling(load_losses(args.testbed / "losses"), load_losses(args.testbed / "losses_again"))
+    print(f"ceiling {highest:.3f}: what no scores that are blind to the order of the training texts can exceed")
     rows: list[dict[str, Any]] = []
     samples: list[np.ndarray] = []
     for folder in dict.fromkeys(args.scores):
@@ -97,11 +105,11 @@ def make_texts(folder: Path, settings: dict[str, Any]) -> tuple[list[str], list[
         ValueError: The data set has too few passages, or too few that are not like a train text.
     """
     if not (folder / "testbed.json").exists():
-        passages, num_queries = testbed.passages(settings["texts"]), settings["num_queries"]
+        passages, num_queries = testbed.passages(*settings["texts"]), settings["num_queries"]
         if len(passages) < 2 * num_queries:
             raise ValueError(
-                f"expected at least {2 * num_queries} passages in {settings['texts']}, got {len(passages)}; lower "
-                "--num_queries"
+                f"expected at least {2 * num_queries} passages in {' '.join(settings['texts'])}, got {len(passages)}; "
+                "lower --num_queries"
             )
         np.random.default_rng(settings["seed"]).shuffle(passages)
         spare = num_queries // 5  # for queries that are not held out
@@ -129,28 +137,41 @@ def make_texts(folder: Path, settings: dict[str, Any]) -> tuple[list[str], list[
 
 
 def train_one(
-    folder: Path, settings: dict[str, Any], train: list[list[int]], queries: list[list[int]],
-    job: tuple[int, np.ndarray | None],
+    folder: Path, settings: dict[str, Any], train: list[list[int]], queries: list[list[int]], subsets: np.ndarray,
+    job: tuple[str, int],
 ) -> None:  # fmt: skip
-    """Train a subset's model, write its losses at half and at the end; of all texts (no subset): write the models."""
-    number, chosen = job
+    """Train a model of a testbed and write what is kept of it.
 
-    def write(model: torch.nn.Module, part: str) -> None:
-        if chosen is None:
-            model.save_pretrained(folder / f"model{part}")
-            return
-        with files.atomic(folder / f"losses{part}" / f"{number:05d}.npy") as path, open(path, "wb") as file:
+    Args:
+        folder, settings: Of the testbed.
+        train, queries: Token ids of the texts.
+        subsets: [M, N].
+        job: A folder, and the number of a subset. `model`: train on all texts (no number) and keep the checkpoints.
+            `losses`, `losses_again`: train on a subset, and keep the losses of the queries.
+    """
+    name, number = job
+    ids = train if name == "model" else [train[i] for i in np.flatnonzero(subsets[number])]
+    order_seed = settings["seed"] + 1 + number + (len(subsets) if name == "losses_again" else 0)
+
+    def write_losses(part: str, model: torch.nn.Module) -> None:
+        with files.atomic(folder / part / f"{number:05d}.npy") as path, open(path, "wb") as file:
             np.save(file, testbed.losses(model, queries))
 
-    ids = train if chosen is None else [train[i] for i in np.flatnonzero(chosen)]
-    order_seed = settings["seed"] + 1 + number
-    write(testbed.train_with_settings(settings, ids, order_seed, partial(write, part="_half")), part="")
+    def at_share(share: float, model: torch.nn.Module) -> None:
+        if name == "model":
+            model.save_pretrained(folder / "checkpoints" / str(share))
+        elif name == "losses" and share == 0.5:
+            write_losses("losses_half", model)
+
+    model = testbed.train_with_settings(settings, ids, order_seed, at_share)
+    if name == "model":
+        model.save_pretrained(folder / "model")
+    else:
+        write_losses(name, model)
 
 
-def train_subsets(
-    folder: Path, settings: dict[str, Any], texts: list[str], queries: list[str], part: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Train the models that are missing; return (subsets [M, N] bool, losses [M, Q] of the part, "" or "_half")."""
+def train_subsets(folder: Path, settings: dict[str, Any], texts: list[str], queries: list[str]) -> np.ndarray:
+    """Train the models that are missing; return the subsets [M, N] bool."""
     path = folder / "subsets.npy"
     if not path.exists():
         random = np.random.default_rng(settings["seed"])
@@ -158,16 +179,35 @@ def train_subsets(
         with files.atomic(path) as made, open(made, "wb") as file:
             np.save(file, np.array(halves))
     subsets = np.load(path)
-    loss_paths = [folder / f"losses{part}" / f"{number:05d}.npy" for number in range(len(subsets))]
-    jobs: list[tuple] = [(number, subsets[number]) for number, file in enumerate(loss_paths) if not file.exists()]
-    if not (folder / f"model{part}" / "model.safetensors").exists():
-        jobs.insert(0, (-1, None))
+    jobs = [("model", -1)] if not (folder / "model/model.safetensors").exists() else []
+    for name, count in ("losses", len(subsets)), ("losses_again", -(-len(subsets) // 3)):
+        jobs += [(name, number) for number in range(count) if not (folder / name / f"{number:05d}.npy").exists()]
     if jobs:
         tokenizer = load_tokenizer(str(folder / "model"))
-        tokenizer.save_pretrained(folder / "model_half")
+        for share in testbed.SHARES:
+            tokenizer.save_pretrained(folder / "checkpoints" / str(share))
         train_ids, query_ids = (tokenizer(rows)["input_ids"] for rows in (texts, queries))
-        testbed.train_in_parallel(partial(train_one, folder, settings, train_ids, query_ids), jobs)
-    return subsets, np.stack([np.load(file) for file in loss_paths])
+        testbed.train_in_parallel(partial(train_one, folder, settings, train_ids, query_ids, subsets), jobs)
+    return subsets
+
+
+def load_losses(folder: Path) -> np.ndarray:
+    """Return the losses in a folder of a testbed, [files, Q]."""
+    return np.stack([np.load(path) for path in sorted(folder.glob("*.npy"))])
+
+
+def ceiling(losses: np.ndarray, again: np.ndarray) -> float:
+    """Return the LDS that no scores exceed but by chance: the root of the losses' reliability.
+
+    Args:
+        losses: [M, Q].
+        again: Of the first m subsets' models, trained again on their texts in another order, [m, Q].
+
+    Returns:
+        The square root of the mean over queries of Spearman's correlation over the m subsets; 0 if that is negative.
+    """
+    reliability = (ranks(losses[: len(again)].T) * ranks(again.T)).sum(axis=1).mean()
+    return float(np.sqrt(max(reliability, 0.0)))
 
 
 def load_scores(folder: Path, testbed_folder: Path, queries: int, examples: int) -> np.ndarray:

@@ -12,8 +12,8 @@ import numpy as np
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.runtime.flags import Parser
-from logra.stages.rank import load_matrix, read_queries, read_record
-from logra.stages.score_files import ScoreRecord
+from logra.scoring.rank import load_matrix, read_queries, read_record
+from logra.scoring.score_files import ScoreRecord
 
 BOOTSTRAP_SAMPLES = 2000
 

@@ -31,23 +31,27 @@ from logra.inputs.documents import load_documents
 ARCHITECTURES = ("gpt2", "llama", "olmoe")
 MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 8, 32
 MAX_PASSAGE_TOKENS = 64
+SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)  # of the training's steps, after which checkpoints are kept
 BATCH_TEXTS = 32
 LEARNING_RATE = 2e-3  # after the warm-up; it falls linearly to 0
 WARM_UP_STEPS = 20
 IGNORED_LABEL = -100  # of transformers
+AtShare = Callable[[float, torch.nn.Module], object]
 
 
-def passages(source: str) -> list[str]:
-    """Cut a data set's documents into passages of at most 32 words; leave out passages of fewer than 8 words.
+def passages(*sources: str) -> list[str]:
+    """Cut the documents of data sets into passages of at most 32 words; leave out passages of fewer than 8 words.
 
     Args:
-        source: As --data_name of the pipeline. In a .txt file, lines with a single % separate documents, if there are
+        sources: As --data_name of the pipeline. In a .txt file, lines with a single % separate documents, if there are
             such lines.
     """
-    if source.endswith(".txt") and "\n%\n" in (text := Path(source).read_text("utf-8")):
-        documents = text.split("\n%\n")
-    else:
-        documents = [text for (text,) in values_of(load_documents(source, None, "train"), ("text",))]
+    documents: list[str] = []
+    for source in sources:
+        if source.endswith(".txt") and "\n%\n" in (text := Path(source).read_text("utf-8")):
+            documents += text.split("\n%\n")
+        else:
+            documents += [text for (text,) in values_of(load_documents(source, None, "train"), ("text",))]
     found: dict[str, None] = {}
     for document in documents:
         for paragraph in re.split(r"\n\s*\n", document):
@@ -127,7 +131,7 @@ def _pad(token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(
     config: PretrainedConfig, token_ids: list[list[int]], epochs: int, order_seed: int, init_seed: int = 0,
-    at_half: Callable[[torch.nn.Module], object] | None = None,
+    at_share: AtShare | None = None,
 ) -> torch.nn.Module:  # fmt: skip
     """Return a model that is trained on texts: AdamW, batches of 32 texts, mean loss per token.
 
@@ -139,7 +143,7 @@ def train(
         epochs: Passes over the texts.
         order_seed: Of the order of the texts.
         init_seed: Of the initial weights.
-        at_half: It is called with the model after half of the epochs (rounded down).
+        at_share: It is called with each of SHARES and the model after this share of the steps (rounded down).
     """
     torch.manual_seed(init_seed)
     model = AutoModelForCausalLM.from_config(config).train()
@@ -148,12 +152,13 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARM_UP_STEPS) * (1 - step / steps)
     )
-    has_router = hasattr(config, "output_router_logits")
-    for epoch in range(epochs):
-        if at_half and epoch == epochs // 2:
-            at_half(model)
+    has_router, done = hasattr(config, "output_router_logits"), 0
+    for _ in range(epochs):
         shuffled = order.permutation(len(token_ids)).tolist()
         for first in range(0, len(shuffled), BATCH_TEXTS):
+            for share in SHARES if at_share else ():
+                if int(share * steps) == done:
+                    at_share(share, model)
             inputs, labels = _pad([token_ids[i] for i in shuffled[first : first + BATCH_TEXTS]])
             # the balance of the experts is that over tokens, without the padding
             balance = {"output_router_logits": True, "attention_mask": labels.ne(IGNORED_LABEL)} if has_router else {}
@@ -162,17 +167,17 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            done += 1
     return model.eval()
 
 
 def train_with_settings(
-    settings: dict[str, Any], token_ids: list[list[int]], order_seed: int,
-    at_half: Callable[[torch.nn.Module], object] | None = None,
-) -> torch.nn.Module:  # fmt: skip
+    settings: dict[str, Any], token_ids: list[list[int]], order_seed: int, at_share: AtShare | None = None
+) -> torch.nn.Module:
     """Return a model that is trained on texts with the settings of a testbed (testbed.json of lds.py); see train."""
     sizes = settings["num_layers"], settings["width"], settings["vocabulary"]
     config = make_config(settings["architecture"], *sizes, context=2 * MAX_PASSAGE_TOKENS)
-    return train(config, token_ids, settings["epochs"], order_seed, settings["seed"], at_half)
+    return train(config, token_ids, settings["epochs"], order_seed, settings["seed"], at_share)
 
 
 def _use_one_thread() -> None:

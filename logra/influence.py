@@ -6,12 +6,13 @@ Hessian, rows = S * Q preconditioned queries (C + lambda I)^-1 q.
     cosine  dot / sqrt(z^T (C + lambda I)^-1 z), and 0 where the self-influence z^T (C + lambda I)^-1 z is 0
     l2      dot - z^T (C + lambda I)^-1 z / 2
 Dots and self-influences are summed over layers before the root or the half is taken. A positive score means that
-training on z lowers the query's loss (z is a proponent).
+training on z lowers the query's loss (z is a proponent). Over several checkpoints of one training a score is the mean
+of the checkpoints' scores, each divided by its scale (see checkpoint_factors).
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -175,16 +176,39 @@ class RunningTopK:
     Attributes:
         scores: [Q, k] float32, best first; fewer columns until k examples have come.
         ids: [Q, k] int64, the example ids of the scores.
+        parts: [C, Q, k], the parts that the scores are sums of, if they were given.
     """
 
-    def __init__(self, queries: int, k: int, largest: bool):
+    def __init__(self, queries: int, k: int, largest: bool, parts: int = 0):
         self.k, self.largest = k, largest
         self.scores, self.ids = torch.zeros(queries, 0), torch.zeros(queries, 0, dtype=torch.int64)
+        self.parts = torch.zeros(parts, queries, 0)
 
-    def add(self, scores: Tensor, ids: Tensor) -> None:
-        """Take scores [Q, n] of the examples ids [n] or [Q, n]. Ties go to the smaller id."""
+    def add(self, scores: Tensor, ids: Tensor, parts: Tensor | None = None) -> None:
+        """Take scores [Q, n], their parts [C, Q, n] and example ids, [n] or [Q, n]. Ties go to the smaller id."""
+        parts = scores.new_zeros(0, *scores.shape) if parts is None else parts
         scores, ids = torch.cat([self.scores, scores], dim=1), torch.cat([self.ids, ids.expand(scores.shape)], dim=1)
         ids, order = ids.sort(dim=1)
         scores = scores.gather(1, order)
         best = top_k(scores, self.k, self.largest)
         self.scores, self.ids = scores.gather(1, best), ids.gather(1, best)
+        index = order.gather(1, best).expand(len(parts), *best.shape)
+        self.parts = torch.cat([self.parts, parts], dim=2).gather(2, index)
+
+
+def checkpoint_factors(deviations: Tensor, weights: Sequence[float], mode: str) -> Tensor:
+    """Return what the scores of each checkpoint are multiplied by in the combined scores, [C, Q] float64.
+
+    Dots and l2 are divided by their standard deviation over the train examples, since a checkpoint with large gradients
+    would decide alone. Cosines are of one scale already. Then the mean over checkpoints is taken.
+
+    Args:
+        deviations: Standard deviation of each query's scores over the train examples, [C, Q] float64. Where it is 0,
+            all examples have the same score, and the checkpoint does not count.
+        weights: Of each checkpoint in the mean.
+        mode: dot, cosine or l2.
+    """
+    shares = torch.tensor(weights, dtype=torch.float64)[:, None] / sum(weights)
+    if mode == "cosine":
+        return shares.expand(deviations.shape).clone()
+    return torch.where(deviations > 0, shares / deviations.clamp_min(1e-300), 0.0)

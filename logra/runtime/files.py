@@ -112,6 +112,17 @@ def remove(path: Path) -> None:
     shutil.rmtree(renamed)
 
 
+def link_files(source: Path, folder: Path) -> None:
+    """Make a folder with hard links to the files of another one; with copies where the file system has no links."""
+    with atomic(folder, parents=False) as temporary:
+        temporary.mkdir()
+        for file in source.iterdir():
+            try:
+                os.link(file, temporary / file.name)
+            except OSError:
+                shutil.copyfile(file, temporary / file.name)
+
+
 def short_name(name: str) -> str:
     """Return the last part of a model's or data set's name or path, usable as a file name."""
     return re.sub(r"[^\w.+-]", "_", Path(name).name or "root").lstrip(".")

@@ -102,6 +102,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "sets several flags and prints them; a flag that you give overrides it. best: most accurate per stored byte; "
         "paper: the setting of arXiv 2405.13954 (none)"
     )
+    checkpoints = (
+        "checkpoints of one training, in its order: local folders, a quoted pattern of them, or revisions of "
+        "--model_name on the Hub; each becomes a run inside --log_dir, and stage 3 combines their scores (off)"
+    )
     hessian = "kind of Hessian; for another one of a finished run, stage 2 needs neither model nor data (raw)"
     group = parser.add_argument_group("the run (a flag that is not given is read from run.json where there is one)")
     add_settings(group, RunSettings(), optional=True, skip=DATA_FIELDS)
@@ -109,6 +113,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=positive_int, help="sets --rank_in and --rank_out where these are not given (64)")
     group.add_argument("--hessian", choices=KINDS, help=hessian)
     group.add_argument("--log_dir", help="folder of the run (logs/ and a name made from the flags)")
+    group.add_argument("--checkpoints", nargs="+", metavar="CHECKPOINT", help=checkpoints)
     group = parser.add_argument_group("documents (they belong to the run too)")
     add_settings(group, DataSettings(), optional=True)
     group.add_argument("--cache_dir", help="folder of downloaded data sets (the Hub's cache)")
@@ -143,6 +148,7 @@ class RunFlags(NamedTuple):
     log_dir: str | None
     overwrite: bool
     extend: bool
+    checkpoints: tuple[str, ...] = ()
 
     @property
     def documents(self) -> DataSettings:
@@ -156,7 +162,7 @@ def read_run_flags(args: argparse.Namespace) -> RunFlags:
     if args.rank is not None:
         user_flags = {"rank_in": args.rank, "rank_out": args.rank} | user_flags
     overwrite, extend = (getattr(args, name, False) for name in ("overwrite", "extend"))
-    return RunFlags(user_flags, args.hessian, args.log_dir, overwrite, extend)
+    return RunFlags(user_flags, args.hessian, args.log_dir, overwrite, extend, tuple(args.checkpoints or ()))
 
 
 def read_execution(args: argparse.Namespace) -> Execution:

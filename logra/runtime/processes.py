@@ -5,13 +5,16 @@ Only this module uses accelerate's processes. A rank is the number of a process.
 
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import psutil
@@ -106,6 +109,17 @@ def on_rank_0(function: Callable[P, T]) -> Callable[P, T]:
         return outcome[0]
 
     return decided
+
+
+@contextmanager
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Make a folder that all ranks know, below `parent` or where temporary files go; delete it at the end."""
+    made = on_rank_0(lambda: Path(tempfile.mkdtemp(".tmp", prefix, parent)))()
+    try:
+        yield made
+    finally:
+        if state().is_main_process:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

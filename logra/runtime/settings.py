@@ -283,6 +283,8 @@ class ScoreSettings:
     self_influence: bool = setting(False, "also write each example's self-influence, self_influence.npy")
     top_k_only: int | None = setting(None, "keep only the K highest and K lowest scores of each query, no scores.npy "
         "(off)", positive_int, metavar="K")
+    checkpoint_weights: Sequence[float] | None = setting(None, "with checkpoints: the weight of each in the combined "
+        "scores, such as its learning rate (equal weights)", positive, nargs="+", metavar="W")
     query_rank: int | None = setting(None, "with --store_dtype none: keep R singular values of each query in each "
         "layer, so that more queries fit in memory (all)", positive_int, metavar="R")
     # fmt: on
@@ -292,6 +294,19 @@ class ScoreSettings:
             raise ValueError("expected --damping or --damping_absolute, got both; leave one out")
         if self.layerwise and self.top_k_only:
             raise ValueError("expected --layerwise without --top_k_only, which keeps no matrix; leave one out")
+
+    def weights(self, checkpoints: int) -> list[float]:
+        """Return the weight of each checkpoint.
+
+        Raises:
+            ValueError: The flag names more or fewer; 0 checkpoints have none.
+        """
+        given = list(self.checkpoint_weights or [1.0] * checkpoints)
+        if len(given) != checkpoints:
+            raise ValueError(
+                f"expected a weight for each of {checkpoints} checkpoints in --checkpoint_weights, got {len(given)}"
+            )
+        return given
 
     def dampings(self, hessian: str, store_dtype: str) -> list[Damping]:
         """Return the dampings of the flags, or the default for this Hessian and store type."""

@@ -1,1 +1,1 @@
-"""The steps of the five scripts, stage by stage."""
+"""Stages 1 and 2: generate responses, open runs, extract gradients."""

@@ -165,6 +165,17 @@ def write_train(
         progress.say(f"dropped {part.dropped_rows} rows without text")
 
 
+def share_train(run: RunDir, source: RunDir) -> None:
+    """Give a run the examples that it lacks and another checkpoint's run has: the same files. Runs on one rank."""
+    first, is_new = len(run.parts), not run.parts
+    if is_new:
+        files.remove(run.folder)
+        run.save()
+    for number in range(first, len(source.parts)):
+        files.link_files(source.train_folder(number), run.train_folder(number))
+    run.save(parts=(*run.parts, *source.parts[first:]))
+
+
 def _check_new_documents(run: RunDir, further: Path) -> None:
     """Raise a ValueError if the examples in a folder are of documents that the run holds."""
     if known := set(run.train()["document_id"][:]) & set(load_from_disk(further)["document_id"][:]):
@@ -243,3 +254,9 @@ def write_hessian(kind: str, run: RunDir) -> None:
     else:
         for _ in tensors:  # takes part in the sums
             pass
+
+
+def say_finished(run: RunDir, kind: str) -> None:
+    """Print what a run holds."""
+    documents = sum(part.documents for part in run.parts)
+    progress.say(f"{run.examples} examples of {documents} documents, Hessian {kind}, in {run.folder}")

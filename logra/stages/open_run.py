@@ -18,6 +18,8 @@ from logra.runtime.progress import say
 from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettings
 from logra.stages.gradients import check_layers
 
+OWN_SETTINGS = ("model_name", "revision", "seed")  # of each checkpoint of a training; all other settings are shared
+
 
 def run_name(settings: RunSettings) -> str:
     """Return the folder name of a run: model, data, projection, basis, layers and store type."""
@@ -37,7 +39,7 @@ def run_name(settings: RunSettings) -> str:
 
 @processes.on_rank_0
 def find_folder(flags: RunFlags, must_exist: bool) -> Path:
-    """Return the run's folder: --log_dir, or logs/ and the name that follows from the flags.
+    """Return the run's folder, or the parent folder of checkpoints: --log_dir, or logs/ and a name made from the flags.
 
     If it must exist and does not, the run may have been started with a Hessian that has the other basis.
     """
@@ -46,12 +48,23 @@ def find_folder(flags: RunFlags, must_exist: bool) -> Path:
         raise ValueError(f"expected --log_dir without '::', got {flags.log_dir}; choose another name")
     if flags.log_dir:
         return Path(flags.log_dir)
-    folder = Path("logs") / run_name(settings)
-    if must_exist and "basis" not in flags.user_flags and not (folder / "run.json").exists():
-        other_basis = "projected" if settings.basis == "eigen" else "eigen"
-        other = Path("logs") / run_name(replace(settings, basis=other_basis))
-        folder = other if (other / "run.json").exists() else folder
+    name, suffix = settings.model_name, ""
+    if flags.checkpoints:
+        in_folder = Path(flags.checkpoints[0]).absolute().parent.name
+        name, suffix = flags.user_flags.get("model_name", in_folder), "_checkpoints"
+    other_basis = "projected" if settings.basis == "eigen" else "eigen"
+    folder, other = (
+        Path("logs") / f"{run_name(replace(settings, model_name=name, basis=basis))}{suffix}"
+        for basis in (settings.basis, other_basis)
+    )
+    if must_exist and "basis" not in flags.user_flags and not _has_runs(folder) and _has_runs(other):
+        return other
     return folder
+
+
+def _has_runs(folder: Path) -> bool:
+    """Return whether a folder is a run or holds runs of checkpoints."""
+    return any((folder / name).exists() for name in ("run.json", "checkpoints.json"))
 
 
 @processes.on_rank_0
@@ -73,6 +86,18 @@ def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
         if must_exist:
             raise ValueError(f"expected a finished run in {folder}, got one without examples; run extract_log.py again")
         return None
+    return check_flags(run, flags)
+
+
+def check_flags(run: RunDir, flags: RunFlags) -> RunDir:
+    """Compare the flags that the user gave with a run's settings.
+
+    Returns:
+        The run, with the flags' names of its model and data if these were moved.
+
+    Raises:
+        ValueError: A flag differs from run.json.
+    """
     for name, value in flags.user_flags.items():
         saved = getattr(run.settings, name)
         is_source = name in ("model_name", "data_name")
@@ -82,7 +107,7 @@ def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
             run = _renamed(run, name, value)
         else:
             raise ValueError(
-                f"expected --{name} {saved} (from {folder / 'run.json'}), got {value}; give the "
+                f"expected --{name} {saved} (from {run.folder / 'run.json'}), got {value}; give the "
                 "run's value or another --log_dir, or start again with extract_log.py --overwrite"
             )
     return run
@@ -172,15 +197,25 @@ def usable_hessian(run: RunDir, hessian: str | None) -> str:
 
 
 @processes.on_rank_0
-def new_settings(flags: RunFlags, execution: Execution) -> RunSettings:
+def new_settings(flags: RunFlags, execution: Execution, sibling: RunDir | None = None) -> RunSettings:
     """Return the complete settings of a new run: block_size from the model's configuration, dtype from the device.
 
+    Args:
+        flags: Of the command line.
+        execution: How to run the model.
+        sibling: A run of another checkpoint. All settings but model, revision and seed are taken from it.
+
     Raises:
-        ValueError: Flags exclude one another, or block_size is above the model's context.
+        ValueError: Flags exclude one another or differ from the sibling's, or block_size is above the model's context.
     """
-    kind = flags.hessian or "raw"
-    settings = RunSettings.from_user_flags(flags.user_flags, kind)
-    settings.check_hessian(kind, kind)
+    if sibling:
+        own = {name: value for name, value in flags.user_flags.items() if name in OWN_SETTINGS}
+        shared = {name: value for name, value in flags.user_flags.items() if name not in own}
+        check_flags(sibling, flags._replace(user_flags=shared))
+        settings = replace(sibling.settings, **own)
+    else:
+        settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")
+        settings.check_hessian(flags.hessian or "raw", flags.hessian or "raw")
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     context = model.context_length(model.load_config(settings.model_name, **hub))
     completed = settings.completed(context, model.default_dtype(processes.state().device))

@@ -16,8 +16,8 @@ from logra import hessian
 from logra.quantise import STEPS_IN_RMS, unpack
 from logra.run_dir import RunDir
 from logra.runtime import progress
-from logra.stages.rank import StoredScores
-from logra.stages.score_files import ScoreRecord, SelfInfluence
+from logra.scoring.rank import StoredScores
+from logra.scoring.score_files import ScoreRecord, SelfInfluence
 
 MAX_ROWS = 10
 RAW_LAYERS = 3  # layers whose C is decomposed for the Hessian raw: the first, the middle and the last one

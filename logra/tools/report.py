@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 
 from logra.run_dir import RunDir
-from logra.stages.rank import document_names, load_matrix, scored_examples
-from logra.stages.score_files import ScoreRecord
+from logra.scoring.rank import document_names, load_matrix, scored_examples
+from logra.scoring.score_files import ScoreRecord
 
 MAX_REPORT_BYTES = 5_000_000
 MIN_QUERY_BYTES = 2_000  # a query takes at least this many

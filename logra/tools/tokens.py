@@ -17,10 +17,10 @@ from logra.inputs.rows import split_text
 from logra.run_dir import RunDir
 from logra.runtime.progress import bar
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, QuerySettings
+from logra.scoring.score import Scorer, ScoreTask, block_name, cut
+from logra.scoring.score_files import ScoreRecord, SelfInfluence
 from logra.stages.gradients import Extractor
 from logra.stages.open_run import check_model_files, load_model
-from logra.stages.score import Scorer, ScoreTask, block_name, cut
-from logra.stages.score_files import ScoreRecord, SelfInfluence
 
 
 class PairShares(NamedTuple):

@@ -4,11 +4,8 @@ A stage's seconds are a constant and a part that grows with its work: copies of 
 temporary folder beside the run, so that its disk is measured too.
 """
 
-import contextlib
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +19,12 @@ from logra.run_dir import RunDir, TrainPart
 from logra.runtime import files, processes, progress
 from logra.runtime.memory import peak_memory
 from logra.runtime.settings import Execution
-from logra.stages import calibrate, open_run
+from logra.stages import calibrate, extract, open_run
 
 FIRST_EXAMPLES = 4  # in the smallest copy; each further one has twice as many
 MIN_COPIES = 2
 PROCESSES = (1, 2, 4, 8)
-Steps = dict[str, Callable[[nn.Module, RunDir], object]]  # calibration, gradients and Hessian: stages of a run
+Step = Callable[[nn.Module, RunDir], object]
 
 
 class Measured(NamedTuple):
@@ -51,8 +48,17 @@ def work_of(run: RunDir, kind: str, tokens: float) -> dict[str, float]:
     return {"calibration": calibrated * tokens, "gradients": tokens, "Hessian": hessian_work(kind, run)}
 
 
+def stages_of(kind: str, execution: Execution) -> dict[str, Step]:
+    """Return the stages of extract_log.py with a Hessian of this kind, by name."""
+    return {
+        "calibration": lambda lm, copy: calibrate.make_projections(lm, copy, execution),
+        "gradients": lambda lm, copy: extract.write_shards(lm, copy, extract.unfinished_shards(copy), execution),
+        "Hessian": lambda lm, copy: extract.write_hessian(kind, copy),
+    }
+
+
 def trial(
-    run: RunDir, kind: str, tokens: float, sample: Dataset, execution: Execution, steps: Steps, seconds: float
+    run: RunDir, kind: str, tokens: float, sample: Dataset, execution: Execution, seconds: float
 ) -> dict[str, float]:
     """Return the predicted seconds of loading the model and of a run's stages, in one process.
 
@@ -62,14 +68,15 @@ def trial(
         tokens: Of all its examples.
         sample: Some of its examples.
         execution: As for extract_log.py.
-        steps: The stages of extract_log.py.
         seconds: About how long gradients are extracted.
     """
-    begin = time.perf_counter()
+    begin, steps = time.perf_counter(), stages_of(kind, execution)
     lm, _, _ = open_run.load_model(run.settings, execution)
     predicted = {"loading": time.perf_counter() - begin}
     measured: list[Measured] = []
-    with _temporary_folder(run.folder) as folder:
+    with processes.temporary_folder(
+        ".trial-", next(path for path in run.folder.absolute().parents if path.exists())
+    ) as folder:
         count, spent = min(FIRST_EXAMPLES, run.examples), 0.0
         _time_copy(_copy(run, folder, sample, count), kind, lm, steps)  # warms up
         while True:
@@ -90,19 +97,6 @@ def predict(measured: list[Measured], stage: str, work: float) -> float:
     further_work = last.work[stage] - first.work[stage]
     slope = max(0.0, last.seconds[stage] - first.seconds[stage]) / further_work if further_work > 0 else 0.0
     return (last.seconds[stage] + slope * (work - last.work[stage])) * processes.state().num_processes
-
-
-@contextlib.contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder on the disk of `folder`, the same one on every rank; remove it at the end."""
-    folder = folder.absolute()
-    parent = next(path for path in folder.parents if path.exists())
-    made = processes.on_rank_0(lambda: Path(tempfile.mkdtemp(prefix=".trial-", dir=parent)))()
-    try:
-        yield made
-    finally:
-        if processes.state().is_main_process:
-            shutil.rmtree(made, ignore_errors=True)
 
 
 def _copy(run: RunDir, folder: Path, sample: Dataset, count: int) -> RunDir:
@@ -127,7 +121,7 @@ def _copy(run: RunDir, folder: Path, sample: Dataset, count: int) -> RunDir:
     return open_run.reload(copy.folder)
 
 
-def _time_copy(copy: RunDir, kind: str, lm: nn.Module, steps: Steps) -> Measured:
+def _time_copy(copy: RunDir, kind: str, lm: nn.Module, steps: dict[str, Step]) -> Measured:
     """Run the stages on a copy, without output."""
     seconds = {}
     for stage, step in steps.items():
@@ -139,20 +133,30 @@ def _time_copy(copy: RunDir, kind: str, lm: nn.Module, steps: Steps) -> Measured
     return Measured(work_of(copy, kind, copy.parts[0].tokens), seconds)
 
 
-def say_hours(tokens: float, seconds: dict[str, float]) -> None:
-    """Print the speed and the peak memory of a trial, and the predicted hours of the run.
+def say_hours(
+    run: RunDir, tokens: float, tokenising: float, sample: Dataset, kind: str, execution: Execution, seconds: float,
+    checkpoints: int,
+) -> None:  # fmt: skip
+    """Time a run's stages on small copies; print speed, peak memory, and the predicted hours of the run.
 
     Args:
-        tokens: Of all examples.
-        seconds: The predicted seconds of each part of the run. Each process loads the model; the first one tokenises.
+        run, tokens, sample, kind, execution, seconds: See trial.
+        tokenising: Predicted seconds; the first process tokenises, once for all checkpoints.
+        checkpoints: Number of runs.
     """
     on_gpu = processes.state().device.type == "cuda"  # further processes have a GPU of their own
-    speed, fixed = tokens / seconds["gradients"], seconds["loading"] + seconds["tokenising"]
-    progress.say(f"\ntrial: {speed:,.0f} tokens/s, at most {peak_memory() / 1e9:.2g} GB of memory")
-    progress.say("predicted seconds: " + ", ".join(f"{name} {value:,.2f}" for name, value in seconds.items()))
+    predicted = trial(run, kind, tokens, sample, execution, seconds)
+    progress.say(
+        f"\ntrial: {tokens / predicted['gradients']:,.0f} tokens/s, at most {peak_memory() / 1e9:.2g} GB of memory"
+    )
+    parts = {"tokenising": tokenising} | predicted
+    progress.say("predicted seconds: " + ", ".join(f"{name} {value:,.2f}" for name, value in parts.items()))
     for count in PROCESSES if on_gpu else (1,):
-        hours = (fixed + (sum(seconds.values()) - fixed) / count) / 3600
+        shared = sum(value for name, value in predicted.items() if name != "loading") / count
+        hours = (tokenising + checkpoints * (predicted["loading"] + shared)) / 3600
         progress.say(f"{count} process{'es' * (count > 1):2s} {hours:10.3g} hours")
+    if checkpoints > 1:
+        progress.say(f"all {checkpoints} checkpoints together, one after another")
     progress.say(
         "each with a GPU of its own" if on_gpu else "more processes on this machine share its cores: no faster"
     )

@@ -8,10 +8,8 @@ are compared with the scores. Notation: n train examples, Q queries, k = r_out *
 
 import math
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +29,10 @@ from logra.runtime import processes
 from logra.runtime.memory import available_memory
 from logra.runtime.progress import say, silent
 from logra.runtime.settings import Execution, RunSettings, ScoreSettings
+from logra.scoring.score import Scorer, ScoreTask, write_pass
+from logra.scoring.score_files import ScoreRecord, SelfInfluence, score_files
 from logra.stages import calibrate, extract, open_run
 from logra.stages.gradients import make_extractor
-from logra.stages.score import Scorer, ScoreTask, write_pass
-from logra.stages.score_files import ScoreRecord, SelfInfluence, score_files
 from logra.tools import verify_reference as reference
 from logra.tools.verify_reference import Text, relative_error
 
@@ -91,8 +89,8 @@ def verify(settings: RunSettings, kind: str, execution: Execution, examples: int
     open_run.say_tracked(lm, described, settings)
     settings = small_settings(settings, described["layers"], examples)
     execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
-    with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
-        folder = processes.on_rank_0(lambda: Path(temporary))() / "run"
+    with processes.temporary_folder("verify-") as temporary:
+        folder = temporary / "run"
         if processes.state().is_main_process:
             new = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
             extract.write_train(new, tokenizer, None, cache_dir, None)

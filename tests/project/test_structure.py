@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import ROOT
 from helpers import SCRIPTS
 
-ROOMS = ("inputs", "runtime", "stages", "tools")
+ROOMS = ("inputs", "runtime", "stages", "scoring", "tools")
 MATHEMATICS = {f"logra.{name}" for name in "projection experts hooks loss hessian influence quantise".split()}
 LATE_IMPORTS = {  # of a function: (module, what it imports) -> why not at the head of the file
     ("analysis", "logra.tools.tokens"): "it needs transformers' models, which take three seconds to import",
@@ -110,10 +110,11 @@ def allowed(module: str, other: str) -> bool:
     if module in ("logra.store", "logra.run_dir"):
         return not room(other) or other in ("logra.runtime.files", "logra.runtime.settings")
     forbidden = {
-        "inputs": {"stages", "tools", *SCRIPTS},
-        "stages": {"tools", *SCRIPTS},
+        "inputs": {"stages", "scoring", "tools", *SCRIPTS},
+        "stages": {"scoring", "tools", *SCRIPTS},
+        "scoring": {"tools", *SCRIPTS},
         "tools": {*SCRIPTS},
-        "runtime": {"inputs", "stages", "tools", *SCRIPTS},
+        "runtime": {"inputs", "stages", "scoring", "tools", *SCRIPTS},
     }
     if room(module) == "runtime" and other in ("logra.run_dir", "logra.store"):
         return False
@@ -131,11 +132,11 @@ def test_the_rules_of_imports_refuse():
     for module, other in (
         ("logra.hessian", "logra.store"), ("logra.hooks", "logra.runtime.files"), ("analysis", "generate"),
         ("logra.store", "logra.runtime.flags"), ("logra.run_dir", "logra.inputs.model"),
-        ("logra.inputs.model", "logra.stages.score"), ("logra.stages.score", "logra.tools.report"),
-        ("logra.runtime.files", "logra.run_dir"),
+        ("logra.inputs.model", "logra.scoring.score"), ("logra.scoring.score", "logra.tools.report"),
+        ("logra.runtime.files", "logra.run_dir"), ("logra.stages.extract", "logra.scoring.score"),
     ):  # fmt: skip
         assert not allowed(module, other)
-    assert allowed("logra.run_dir", "logra.store") and allowed("logra.tools.report", "logra.stages.rank")
+    assert allowed("logra.run_dir", "logra.store") and allowed("logra.tools.report", "logra.scoring.rank")
 
 
 def test_imports_stand_at_the_head():

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from logra.inputs.model import blocks
 from logra.runtime import flags, fsdp
-from logra.stages import gradients, score
+from logra.scoring import score
+from logra.stages import gradients
 
 faults = os.environ["FAULTS"].split(",") if os.environ.get("RANK", "0") in os.environ["RANKS"].split(",") else []
 armed = set()

@@ -17,7 +17,7 @@ from helpers import COMMANDS, hessian_tensors, launch, poison_model, start, stor
 from logra import store
 from logra.run_dir import RunDir
 from logra.runtime import processes
-from logra.stages.score_files import extremes_layout
+from logra.scoring.score_files import extremes_layout
 
 
 def test_the_five_commands(tmp_path):
@@ -131,7 +131,7 @@ def test_two_processes_score_as_one(cli, tiny, workspace, monkeypatch, kind, sto
         assert one.shape == scores.shape == (3, 20) and np.allclose(one, scores, rtol=1e-4, atol=1e-5)
     for path in Path("log/scores").glob("*/top.json"):
         found = store.load_tensors(
-            path.with_suffix(".safetensors"), json.loads(path.read_text()), extremes_layout(3, 4)
+            path.with_suffix(".safetensors"), json.loads(path.read_text()), extremes_layout(3, 4, 0)
         )
         whole = np.load(next(p for p in folders if p.parent.name.endswith(path.parent.name.split("-cosine")[1])))
         assert np.allclose(np.sort(whole, axis=1)[:, ::-1][:, :4], found["scores"], rtol=1e-4, atol=1e-5)

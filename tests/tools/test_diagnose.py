@@ -15,7 +15,7 @@ from logra import hessian
 from logra.quantise import stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.settings import RunSettings
-from logra.stages.rank import read_record
+from logra.scoring.rank import read_record
 from logra.tools.diagnose import duplicates, eigenvalues, rounding, spectra
 
 

@@ -10,7 +10,7 @@ from reference import full_gradient, layer_io
 
 from logra.influence import MODES
 from logra.run_dir import RunDir
-from logra.stages.rank import read_record
+from logra.scoring.rank import read_record
 from logra.tools import report
 from logra.tools.tokens import TokenSplitter, pieces
 

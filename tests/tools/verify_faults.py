@@ -23,7 +23,8 @@ from conftest import make_texts, run_cli, save_model, write_jsonl  # noqa: E402
 from logra import experts, hessian, hooks, influence, projection, quantise  # noqa: E402
 from logra.inputs import layers  # noqa: E402
 from logra.runtime import settings  # noqa: E402
-from logra.stages import gradients, score, score_files  # noqa: E402
+from logra.scoring import score, score_files  # noqa: E402
+from logra.stages import gradients  # noqa: E402
 
 Patch = pytest.MonkeyPatch
 FAULTS: dict[str, tuple[str, Callable[[Patch], None]]] = {}  # fault -> flags, and a function that plants it

@@ -15,8 +15,8 @@ import torch
 from logra.influence import scores_of_mode
 from logra.quantise import unpack
 from logra.runtime import processes
-from logra.stages.score import Scorer
-from logra.stages.score_files import ScoreFile
+from logra.scoring.score import Scorer
+from logra.scoring.score_files import ScoreFile
 
 PAIRS = 3  # (query, example) pairs of each rank and pass
 TOLERANCE = 0.01  # in units of |q| |z| / sqrt(k), the size of a dot of independent q and z

@@ -11,7 +11,7 @@ import torch
 from conftest import write_jsonl
 from helpers import QUERIES, extract, influence
 
-from logra.stages.score_files import ScoreFile
+from logra.scoring.score_files import ScoreFile
 
 
 def test_self_influence_is_kept_for_the_same_run_only(cli, tiny, workspace):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from logra import hessian, influence
 from logra.hooks import GradientCapture, ScoreCapture
-from logra.inputs.queries import Query
+from logra.inputs.queries import Query, query_hash
 from logra.projection import Projection, identity
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
 from logra.runtime.memory import available_memory, free_memory, is_out_of_memory, release_memory
-from logra.runtime.settings import Execution
+from logra.runtime.settings import Execution, QuerySettings, ScoreSettings
+from logra.scoring.score_files import ScoreFile, ScoreRecord, SelfInfluence
 from logra.stages.gradients import make_extractor
-from logra.stages.score_files import ScoreFile, SelfInfluence
 
 ShardScores = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
 FactoredQueries = dict[str, tuple[Tensor, Tensor]]  # layer -> left [rows, R, r_out], right [rows, R, r_in]
@@ -96,6 +96,20 @@ class ScoreTask:
     def stores_gradients(self) -> bool:
         """Whether the run stores gradients (--store_dtype is not none)."""
         return self.run.settings.bits != 0
+
+
+def describe_scores(
+    run: RunDir, kind: str, layers: list[str], queries: list[Query], query_settings: QuerySettings,
+    score_settings: ScoreSettings,
+) -> ScoreRecord:  # fmt: skip
+    """Return the content of the scores' run.json; each folder adds its damping and checksums."""
+    blocks = list(dict.fromkeys(map(block_name, layers))) if score_settings.layerwise else None
+    return ScoreRecord(
+        query_loss=query_settings.query_loss, layers=layers, queries=query_hash(queries), split=query_settings.split,
+        mode=score_settings.mode, hessian=kind, num_queries=len(queries), num_examples=run.examples,
+        top_k_only=score_settings.top_k_only, group_by=query_settings.group_by, query_rank=score_settings.query_rank,
+        log=run.record, damping=None, damping_absolute=None, blocks=blocks,
+    )  # fmt: skip
 
 
 class Scorer:

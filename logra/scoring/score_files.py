@@ -7,7 +7,9 @@ scores/<label>/run.json                            ScoreRecord
                scores.npy                          [Q, N] float32
                layer_scores.npy                    [L, Q, N] float32, dots of each block of layers (--layerwise)
                top.safetensors, bottom.safetensors scores [Q, K] float32 and ids [Q, K] int64, best first; instead of
-                                                   scores.npy (--top_k_only)
+                                                   scores.npy (--top_k_only); of combined scores also the
+                                                   checkpoints' parts [C, Q, K]
+               factors.npy                         [C, Q], see combine.py
                self_influence.npy                  [N] float32 (--self_influence)
 self_influence/<label>.safetensors                 values [N] float32; reused, since no query changes them
 """
@@ -33,10 +35,13 @@ from logra.influence import MODES, RunningTopK
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files, processes
 
+ROUNDING = 1e-12  # of a variance, relative to the mean square: scores are float32
 
-def extremes_layout(queries: int, kept: int) -> store.Layout:
+
+def extremes_layout(queries: int, kept: int, checkpoints: int) -> store.Layout:
     """Return the layout of top.safetensors and bottom.safetensors."""
-    return {"scores": (torch.float32, [queries, kept]), "ids": (torch.int64, [queries, kept])}
+    layout: store.Layout = {"scores": (torch.float32, [queries, kept]), "ids": (torch.int64, [queries, kept])}
+    return layout | ({"parts": (torch.float32, [checkpoints, queries, kept])} if checkpoints else {})
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class ScoreRecord:
         queries: Hash of the queries.
         log: Record of the scored run.
         blocks: Names of the L blocks of layers (--layerwise).
+        checkpoints: Of combined scores: the folder of each checkpoint's run, the label of its scores there, its weight.
         files: Checksums of the other files in the folder.
     """
 
@@ -65,6 +71,7 @@ class ScoreRecord:
     damping: float | None
     damping_absolute: float | None
     blocks: list[str] | None = None
+    checkpoints: list[dict[str, Any]] | None = None
     files: dict[str, str] | None = None
 
     @classmethod
@@ -77,14 +84,25 @@ class ScoreRecord:
         if not files.has_shape(content, SCORES_JSON) or not set(content["layers"]) <= set(run_layers):
             raise ValueError("missing or impossible entries")
         log = RunRecord.from_json(content["log"])
-        if not log.parts or not files.has_shape(content.get("blocks", []), [str]):
+        entries = {"blocks": [str], "checkpoints": [CHECKPOINT_JSON]}
+        if not log.parts or not all(files.has_shape(content.get(name, []), shape) for name, shape in entries.items()):
             raise ValueError("missing or impossible entries")
         return cls(**content | {"log": log})
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of run.json."""
         content = vars(self) | {"log": self.log.to_json()}
-        return {name: value for name, value in content.items() if name != "blocks" or value is not None}
+        optional = ("blocks", "checkpoints")
+        return {name: value for name, value in content.items() if name not in optional or value is not None}
+
+    def label(self, query_set: str) -> str:
+        """Return the start of the folder's name, which the damping ends: query set, mode, Hessian, hash of the rest."""
+        settings: dict[str, Any] = {name: getattr(self, name) for name in ("query_loss", "layers", "queries")}
+        further = {name: getattr(self, name) for name in ("top_k_only", "group_by", "query_rank")}
+        further |= {"layerwise": self.blocks is not None, "checkpoints": self.checkpoints}
+        settings |= {name: value for name, value in further.items() if value}
+        settings_hash = xxhash.xxh3_64_hexdigest(json.dumps(settings).encode())[:8]
+        return f"{query_set}-{settings_hash}-{self.mode}-{self.hessian}"
 
     @property
     def applied_damping(self) -> Damping:
@@ -92,6 +110,11 @@ class ScoreRecord:
         return Damping(self.damping, self.damping_absolute)
 
 
+def _is_folder_name(name: Any) -> bool:
+    return isinstance(name, str) and files.short_name(name) == name
+
+
+CHECKPOINT_JSON = {"run": _is_folder_name, "scores": _is_folder_name, "weight": float}
 SCORES_JSON = {
     "log": dict,
     "mode": lambda mode: mode in MODES,
@@ -145,6 +168,7 @@ class ScoreFile:
             name: create_matrix(self._part(name, rank), (*rows, width)) for name, rows in self.rows.items()
         }
         self.extremes: dict[tuple[int, str], RunningTopK] = {}  # by a batch's first query, and top or bottom
+        self.sums = torch.zeros(2, queries, dtype=torch.float64)  # of the scores, and of their squares
 
     def _part(self, name: str, rank: int) -> Path:
         """Return the file of a rank's columns; a single process writes the final file."""
@@ -158,7 +182,9 @@ class ScoreFile:
             columns[ids], width = slice(width, width + len(ids)), width + len(ids)
         return columns, width
 
-    def put(self, first_query: int, ids: range, scores: Tensor, block_dots: list[Tensor]) -> None:
+    def put(
+        self, first_query: int, ids: range, scores: Tensor, block_dots: list[Tensor], parts: Tensor | None = None
+    ) -> None:
         """Store the scores of a batch of queries and of a shard's examples.
 
         Args:
@@ -166,11 +192,15 @@ class ScoreFile:
             ids: Of the n examples of a shard.
             scores: [queries, n].
             block_dots: Dots of each block, L times [queries, n].
+            parts: Of combined scores: the parts of the checkpoints, [C, queries, n].
         """
+        exact = scores.double()
+        self.sums[:, first_query : first_query + len(scores)] += torch.stack([exact.sum(1), exact.square().sum(1)])
         if self.top_k_only is not None:
             for end in ("top", "bottom"):
-                running = RunningTopK(len(scores), self.top_k_only, end == "top")
-                self.extremes.setdefault((first_query, end), running).add(scores, torch.arange(ids.start, ids.stop))
+                running = RunningTopK(len(scores), self.top_k_only, end == "top", 0 if parts is None else len(parts))
+                examples = torch.arange(ids.start, ids.stop)
+                self.extremes.setdefault((first_query, end), running).add(scores, examples, parts)
         for name, matrix in self.matrices.items():
             values = scores if name == "scores.npy" else torch.stack(block_dots)
             matrix[..., first_query : first_query + len(scores), self.columns[ids]] = values.numpy()
@@ -178,6 +208,13 @@ class ScoreFile:
     def forget(self, first_query: int) -> None:
         """Forget the scores of a batch of queries and of all later ones."""
         self.extremes = {key: running for key, running in self.extremes.items() if key[0] < first_query}
+        self.sums[:, first_query:] = 0
+
+    def deviations(self) -> Tensor:
+        """Return the standard deviation of each query's scores over all examples, [Q] float64; 0 if it is rounding."""
+        mean, square = processes.sum_over_ranks(self.sums) / self.record.num_examples
+        variance = square - mean.square()
+        return torch.where(variance > ROUNDING * square, variance.clamp_min(0).sqrt(), 0)
 
     def kept_examples(self, first_query: int, query: int, ids: range) -> Sequence[int]:
         """Return the examples `ids`; with top_k_only, this rank's examples with the highest scores for a query."""
@@ -218,12 +255,16 @@ class ScoreFile:
         """Write the highest and lowest scores of all ranks."""
         merged: dict[tuple[int, str], RunningTopK] = {}
         for key, part in processes.gather_list(list(self.extremes.items())):
-            empty = RunningTopK(len(part.scores), part.k, part.largest)
-            merged.setdefault(key, empty).add(part.scores, part.ids)
+            empty = RunningTopK(len(part.scores), part.k, part.largest, len(part.parts))
+            merged.setdefault(key, empty).add(part.scores, part.ids, part.parts)
         for end in ("top", "bottom") if processes.state().is_main_process else ():
             batches = [merged[key] for key in sorted(merged) if key[1] == end]
             tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("scores", "ids")}
-            path, layout = self.folder / f"{end}.safetensors", extremes_layout(*tensors["scores"].shape)
+            if checkpoints := len(self.record.checkpoints or ()):
+                tensors["parts"] = torch.cat([batch.parts for batch in batches], dim=1)
+            path = self.folder / f"{end}.safetensors"
+            queries, kept = tensors["scores"].shape
+            layout = extremes_layout(queries, kept, checkpoints)
             files.write_json(path.with_suffix(".json"), store.save_tensors(path, layout, tensors))
 
     def describe(self, query_rows: list[dict], self_influence: Tensor | None) -> None:

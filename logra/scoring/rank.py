@@ -17,7 +17,7 @@ from logra import store
 from logra.influence import top_k
 from logra.run_dir import RunDir
 from logra.runtime import files, progress
-from logra.stages.score_files import ScoreRecord, extremes_layout
+from logra.scoring.score_files import ScoreRecord, extremes_layout
 
 AGAIN = "run compute_influence.py again"
 CSV_COLUMNS = (
@@ -127,13 +127,13 @@ class StoredScores:
         ValueError: The files are missing or altered, or do not fit Q queries and N examples.
     """
 
-    def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None):
+    def __init__(self, folder: Path, queries: int, examples: int, top_k_only: int | None, checkpoints: int = 0):
         self.matrix: np.ndarray | None = None
         self.extremes: dict[bool, dict[str, torch.Tensor]] = {}
         if top_k_only is None:
             self.matrix = load_matrix(folder / "scores.npy", (queries, examples))
             return
-        layout = extremes_layout(queries, min(top_k_only, examples))
+        layout = extremes_layout(queries, min(top_k_only, examples), checkpoints)
         for largest, name in ((True, "top"), (False, "bottom")):
             path = folder / f"{name}.safetensors"
             try:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from logra.stages.rank import Ranking, by_document, percentile_and_z_score, query_text
+from logra.scoring.rank import Ranking, by_document, percentile_and_z_score, query_text
 
 
 @pytest.mark.parametrize("largest", [True, False])

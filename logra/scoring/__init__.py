@@ -1,0 +1,1 @@
+"""Stages 3 and 4: score train examples, combine the scores of checkpoints, rank examples."""

@@ -1,0 +1,234 @@
+"""Stage 3 with several checkpoints: combine their scores (see influence.checkpoint_factors).
+
+Notation: C checkpoints, Q queries, N train examples, S dampings, k = r_out * r_in of a layer.
+The combined folder parent/scores/<label>/ holds the files of score_files.py, and factors.npy [C, Q] float64: a score is
+the sum over checkpoints of factor times score. With --top_k_only no checkpoint's scores are kept, so the shards are
+scored a second time, with the preconditioned queries of the first time.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logra import influence
+from logra.hessian import Damping
+from logra.inputs.queries import Query, query_rows
+from logra.run_dir import RunDir
+from logra.runtime import processes, progress
+from logra.scoring.score import Scorer
+from logra.scoring.score_files import ScoreFile, ScoreRecord, create_matrix, score_files
+
+BLOCK_SCORES = 2**24  # of each checkpoint in memory at a time
+PAIRS = 100  # combined scores that are computed again from the files
+TOLERANCE = 1e-5  # relative to the sum of the absolute parts
+
+
+class ScoredCheckpoint(NamedTuple):
+    """What is left of scoring a checkpoint's run.
+
+    Attributes:
+        run: The run.
+        folders: Of its scores, one for each damping.
+        deviations: Standard deviation of each query's scores over the train examples, [S, Q] float64.
+        self_influence: [S, N]; None if the mode does not need it.
+        queries: Layer -> file of preconditioned queries [S, Q, k]; None if all scores are kept.
+        queries_per_pass: How many of these fit in memory.
+    """
+
+    run: RunDir
+    folders: list[Path]
+    deviations: Tensor
+    self_influence: Tensor | None
+    queries: dict[str, Path] | None
+    queries_per_pass: int
+
+
+class KeptQueries:
+    """Preconditioned queries of a run's passes on the disk, [S, Q, k] for each layer. Rank 0 writes them.
+
+    Args:
+        folder: A new folder for the files.
+        scorer: Of the run.
+        queries: Q.
+    """
+
+    def __init__(self, folder: Path, scorer: Scorer, queries: int):
+        sizes, dampings = scorer.run.projected, len(scorer.task.dampings)
+        self.paths = {layer: folder / f"{number:05d}.npy" for number, layer in enumerate(scorer.task.blocks)}
+        self.scorer, self.files = scorer, dict[str, np.memmap]()
+        if processes.state().is_main_process:
+            folder.mkdir(parents=True)
+            for layer, path in self.paths.items():
+                self.files[layer] = create_matrix(path, (dampings, queries, sizes[layer][0] * sizes[layer][1]))
+
+    def keep(self, first: int) -> None:
+        """Write the queries of the scorer's last pass, of which `first` is the first one's number."""
+        for layer, file in self.files.items():
+            rows = self.scorer.stored_queries[layer].numpy()
+            rows = rows.reshape(len(file), -1, rows.shape[1])
+            file[:, first : first + rows.shape[1]] = rows
+
+    def close(self) -> dict[str, Path]:
+        """Flush the files, and return them."""
+        for file in self.files.values():
+            file.flush()
+        processes.state().wait_for_everyone()
+        return self.paths
+
+
+def combine(
+    base: Path, record: ScoreRecord, scored: Sequence[ScoredCheckpoint], dampings: list[Damping],
+    queries: list[Query], self_influence: bool,
+) -> None:  # fmt: skip
+    """Write the combined scores of S dampings: folders <base>-<damping>.
+
+    Args:
+        base: parent/scores/<label>.
+        record: Of the scores. Its `checkpoints` are those of `scored`.
+        scored: The checkpoints, in order.
+        dampings: S.
+        queries: The queries (or groups).
+        self_influence: Also combine the examples' self-influences, as if they were the scores of one query.
+    """
+    weights = [checkpoint["weight"] for checkpoint in record.checkpoints or ()]
+    deviations = torch.stack([checkpoint.deviations for checkpoint in scored], dim=1)  # [S, C, Q]
+    factors = [influence.checkpoint_factors(part, weights, record.mode) for part in deviations]
+    own_influences: list[Tensor | None] = [None] * len(dampings)
+    if self_influence:
+        stacked = torch.stack([checkpoint.self_influence for checkpoint in scored], dim=1)  # [S, C, N]
+        of_examples = [influence.checkpoint_factors(_deviations(part)[:, None], weights, "dot") for part in stacked]
+        own_influences = [(f * part).sum(dim=0).float() for f, part in zip(of_examples, stacked, strict=True)]
+    with score_files(base, record, dampings, scored[0].run.shards) as made:
+        _fill(made, scored, factors)
+        for s, file in enumerate(made) if processes.state().is_main_process else ():
+            if record.top_k_only is None:
+                _check(file, [checkpoint.folders[s] for checkpoint in scored], factors[s])
+            np.save(file.folder / "factors.npy", factors[s].numpy())
+            file.describe(query_rows(queries), own_influences[s])
+    processes.state().wait_for_everyone()
+
+
+def _deviations(values: Tensor) -> Tensor:
+    """Return the standard deviation of each row of values [C, N], [C] float64."""
+    return values.double().std(dim=1, unbiased=False)
+
+
+def _fill(made: list[ScoreFile], scored: Sequence[ScoredCheckpoint], factors: list[Tensor]) -> None:
+    """Combine the scores of this rank's shards, a batch of queries at a time, and close the files.
+
+    Args:
+        made: The files of the S dampings.
+        scored: The C checkpoints.
+        factors: S times [C, Q].
+    """
+    record, shards = made[0].record, scored[0].run.shards
+    own_shards = processes.share(len(shards))
+    step = BLOCK_SCORES // max(map(len, shards))
+    source = _stored_blocks
+    if record.top_k_only is not None:
+        step, source = min(checkpoint.queries_per_pass for checkpoint in scored) // len(scored), _scored_again
+    for first in range(0, record.num_queries, max(1, step)):
+        rows = slice(first, min(first + max(1, step), record.num_queries))
+        blocks = source(scored, record, own_shards, rows)
+        for ids, by_damping in progress.bar(blocks, total=len(own_shards), desc="combining", unit="shard"):
+            for file, factor, checkpoints in zip(made, factors, by_damping, strict=True):
+                parts = [f[rows, None] * part.scores for f, part in zip(factor, checkpoints, strict=True)]
+                layer_parts = _layer_parts(checkpoints, factor[:, rows], record.mode) if record.blocks else []
+                file.put(first, ids, sum(parts).float(), layer_parts, torch.stack(parts).float())
+    for file in made:
+        file.close()
+
+
+class _Block(NamedTuple):
+    """Scores [q, n] of a checkpoint for some queries and a shard's examples; dots of blocks of layers [L, q, n]."""
+
+    scores: Tensor
+    block_dots: Tensor | None = None
+
+
+def _stored_blocks(
+    scored: Sequence[ScoredCheckpoint], record: ScoreRecord, shards: Sequence[int], rows: slice
+) -> Iterator[tuple[range, list[list[_Block]]]]:
+    """Yield the example ids of each shard and, for each damping and checkpoint, the scores in its files."""
+    names = ["scores.npy", "layer_scores.npy"] if record.blocks else ["scores.npy"]
+    dampings = range(len(scored[0].folders))
+    matrices = [
+        [[np.load(checkpoint.folders[s] / name, mmap_mode="r") for name in names] for checkpoint in scored]
+        for s in dampings
+    ]
+    for shard in shards:
+        ids = scored[0].run.shards[shard]
+        columns = slice(ids.start, ids.stop)
+        yield (
+            ids,
+            [
+                [
+                    _Block(*(torch.from_numpy(matrix[..., rows, columns].copy()) for matrix in found))
+                    for found in checkpoints
+                ]
+                for checkpoints in matrices
+            ],
+        )
+
+
+def _scored_again(
+    scored: Sequence[ScoredCheckpoint], record: ScoreRecord, shards: Sequence[int], rows: slice
+) -> Iterator[tuple[range, list[list[_Block]]]]:
+    """Yield what _stored_blocks does, from the gradients of the checkpoints' runs and the queries that were kept."""
+    count, device = rows.stop - rows.start, processes.state().device
+    streams = []
+    for checkpoint in scored:
+        queries = {
+            layer: torch.from_numpy(np.load(path, mmap_mode="r")[:, rows].copy()).flatten(0, 1)
+            for layer, path in checkpoint.queries.items()
+        }
+        run, no_forms = checkpoint.run, {layer: [] for layer in queries}
+        streams.append(influence.score_shards(run.open_shard, shards, queries, no_forms, device, run.settings.bits))
+    for blocks in zip(*streams, strict=True):
+        ids = scored[0].run.shards[blocks[0][0]]
+        by_damping: list[list[_Block]] = [[] for _ in scored[0].folders]
+        for checkpoint, (_, dots, _) in zip(scored, blocks, strict=True):
+            for s, found in enumerate(by_damping):
+                own = None if checkpoint.self_influence is None else checkpoint.self_influence[s, ids.start : ids.stop]
+                part = dots[""].T[s * count : (s + 1) * count].cpu()
+                found.append(_Block(influence.scores_of_mode(part, own, record.mode)))
+        yield ids, by_damping
+
+
+def _layer_parts(checkpoints: Sequence[_Block], factors: Tensor, mode: str) -> list[Tensor]:
+    """Return the parts of combined scores by block of layers, L times [q, n]; factors [C, q].
+
+    They add up to the scores; for l2, up to the part of the self-influence.
+    """
+    total = torch.zeros(())
+    for factor, (scores, block_dots) in zip(factors, checkpoints, strict=True):
+        scale = factor[:, None].expand(scores.shape)
+        if mode == "cosine":  # divides all blocks of a pair by the same number
+            dots = block_dots.double().sum(dim=0)
+            scale = torch.where(dots != 0, scale * scores / torch.where(dots != 0, dots, 1), 0)
+        total = total + scale * block_dots
+    return list(total.float())
+
+
+def _check(file: ScoreFile, folders: list[Path], factors: Tensor) -> None:
+    """Compute random scores of a closed file again from the checkpoints' files.
+
+    Raises:
+        ValueError: One is another one.
+    """
+    matrices = [np.load(folder / "scores.npy", mmap_mode="r") for folder in folders]
+    for _ in range(PAIRS):
+        query, example = (secrets.randbelow(size) for size in matrices[0].shape)
+        parts = [factor[query].item() * float(m[query, example]) for factor, m in zip(factors, matrices, strict=True)]
+        score = file.read(query, example)
+        if not abs(score - sum(parts)) <= TOLERANCE * sum(map(abs, parts)) + 1e-30:
+            raise ValueError(
+                f"expected the score {sum(parts):.6g} of query {query} and example {example}, combined again from the "
+                f"checkpoints' files, got {score:.6g} in the file; run compute_influence.py again, and if this comes "
+                "back, report it"
+            )

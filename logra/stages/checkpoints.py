@@ -1,0 +1,217 @@
+"""Several checkpoints of one training (--checkpoints): an ordinary run of each, in one parent folder.
+
+parent/checkpoints.json    {"checkpoints": {folder of a run: {"model_name", "revision"}}}, in the order of the training
+       <checkpoint>/       the runs; their files in train/ are the same ones (hard links)
+       scores/<label>/     combined scores (see scoring/combine.py)
+"""
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from logra.run_dir import RunDir
+from logra.runtime import files, processes
+from logra.runtime.flags import RunFlags
+from logra.runtime.settings import DATA_FIELDS
+from logra.stages import open_run
+
+REMEDY = "restore it, or extract to another --log_dir"
+
+
+class Member(NamedTuple):
+    """The run of one checkpoint: its folder, and the flags that select it."""
+
+    folder: Path
+    flags: RunFlags
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The entry of checkpoints.json."""
+        return {name: self.flags.user_flags[name] for name in ("model_name", "revision")}
+
+
+@processes.on_rank_0
+def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
+    """Return the parent folder and the runs that a command line names; without checkpoints no parent, and one run.
+
+    Args:
+        flags: Of the command line. Without --checkpoints a finished parent folder (--log_dir) stands for all its runs.
+        must_exist: The runs must exist.
+
+    Raises:
+        ValueError: A checkpoint is neither a folder nor a revision; or --log_dir holds something else.
+    """
+    folder = open_run.find_folder(flags, must_exist)
+    known = read_models(folder)
+    if not flags.checkpoints and not known:
+        return None, [Member(folder, flags)]
+    if (folder / "run.json").exists():
+        raise ValueError(f"expected a folder for checkpoints in {folder}, got a run; give another --log_dir")
+    if not flags.checkpoints and not must_exist:
+        raise ValueError(
+            f"expected --checkpoints with {folder}, which holds runs of several, got none; name them, or give the "
+            "folder of one of the runs as --log_dir"
+        )
+    asked = list(_models(flags)) if flags.checkpoints else list(known.values())
+    members: dict[str, Member] = {}
+    for entry in asked:
+        name = next((name for name, other in known.items() if _same(entry, other)), None)
+        name = name or _free_name(entry, {*known, *members})
+        if name in members:
+            raise ValueError(f"expected each checkpoint once, got {entry['model_name']} twice; leave one out")
+        members[name] = Member(folder / name, _flags_of(flags, entry, folder / name))
+    return folder, list(members.values())
+
+
+def read_models(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the content of checkpoints.json, {folder of a run: {"model_name", "revision"}}; {} without the file.
+
+    Raises:
+        ValueError: The file was altered.
+    """
+    path = folder / "checkpoints.json"
+    if not path.exists():
+        return {}
+    content = files.read_json(path, REMEDY).get("checkpoints")
+    shape = {"model_name": str, "revision": str | None}
+    if not content or not files.has_shape(content, dict) or not files.has_shape([*content.values()], [shape]):
+        raise ValueError(f"expected checkpoints in {path}, got other entries; {REMEDY}")
+    if any(files.short_name(name) != name for name in content):
+        raise ValueError(f"expected names of folders in {path}, got others; {REMEDY}")
+    return content
+
+
+def _same(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    return one["revision"] == two["revision"] and files.same_name(one["model_name"], two["model_name"])
+
+
+def _models(flags: RunFlags) -> Iterator[dict[str, Any]]:
+    """Yield the model and the revision of each of --checkpoints. A local path has priority over a revision."""
+    hub_name = flags.user_flags.get("model_name")
+    if flags.user_flags.get("revision"):
+        raise ValueError("expected --checkpoints without --revision, got both; name revisions after --checkpoints")
+    for name in flags.checkpoints:
+        matches = [name] if Path(name).exists() else sorted(glob.glob(name), key=_natural_order)
+        for match in matches:
+            yield {"model_name": match, "revision": None}
+        if not matches and (glob.has_magic(name) or hub_name is None or Path(hub_name).exists()):
+            raise ValueError(
+                f"expected checkpoints that are local folders, or revisions of a --model_name on the Hub, got {name}; "
+                "correct it"
+            )
+        if not matches:
+            yield {"model_name": hub_name, "revision": name}
+
+
+def _natural_order(path: str) -> list:
+    """Sort checkpoint-500 before checkpoint-1000."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
+def _free_name(entry: dict[str, Any], taken: set[str]) -> str:
+    """Return a folder's name for a new checkpoint: its name or revision; if that is taken, after its parent's name."""
+    path = Path(entry["model_name"])
+    names = [entry["revision"]] if entry["revision"] else [path.name, f"{path.absolute().parent.name}-{path.name}"]
+    for name in map(files.short_name, names):
+        if name not in {*taken, "scores"}:
+            return name
+    raise ValueError(f"expected checkpoints with different names, got {path} and another {path.name}; rename a folder")
+
+
+def _flags_of(flags: RunFlags, entry: dict[str, Any], folder: Path) -> RunFlags:
+    """Return the flags of one checkpoint's run: with its model, and with a seed of its own.
+
+    Projections of other seeds have independent errors, which a mean over checkpoints reduces. A run that has begun
+    keeps its seed.
+    """
+    begun = not flags.overwrite and (folder / "run.json").exists() and RunDir.load(folder).parts
+    own = dict(entry)
+    if "seed" in flags.user_flags or not begun:
+        own["seed"] = xxhash.xxh32_intdigest(f"{flags.user_flags.get('seed', 0)}-{folder.name}".encode())
+    return flags._replace(user_flags=flags.user_flags | own, log_dir=str(folder), checkpoints=())
+
+
+@processes.on_rank_0
+def record(folder: Path, members: Sequence[Member], overwrite: bool) -> None:
+    """Write the checkpoints of a command line into checkpoints.json, with those that are there.
+
+    They keep the order of the command line if it names them all; else new ones come last. With `overwrite` the combined
+    scores are deleted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.locked(folder / "checkpoints.json.lock", f"{folder / 'checkpoints.json'}"):
+        known, named = read_models(folder), {member.folder.name: member.model for member in members}
+        found = named if named.keys() >= known.keys() else known | named
+        if list(found.items()) != list(known.items()):
+            files.write_json(folder / "checkpoints.json", {"checkpoints": found})
+    if overwrite:
+        files.remove(folder / "scores")
+
+
+@processes.on_rank_0
+def sibling(parent: Path, members: Sequence[Member], number: int, overwrite: bool) -> RunDir | None:
+    """Return a run of another checkpoint, whose settings and examples the run of members[number] shares; None at first.
+
+    With `overwrite`, members that are still to be made anew do not count.
+    """
+    left_out = members[number:] if overwrite else members[number : number + 1]
+    for name in read_models(parent):
+        if name not in [member.folder.name for member in left_out] and (parent / name / "run.json").exists():
+            run = RunDir.load(parent / name)
+            if run.parts:
+                return run
+    return None
+
+
+def check_model(first: RunDir, name: str, described: dict[str, Any]) -> None:
+    """Refuse the model of a checkpoint whose scores can't be combined with those of another one's run.
+
+    Args:
+        first: The other one's run.
+        name: Of the checkpoint, for the message.
+        described: Its entries in run.json (see inputs.layers.describe), or just some of them.
+
+    Raises:
+        ValueError: It has another tokenizer or other layers.
+    """
+    for key in ("tokenizer", "layers"):
+        if described[key] != getattr(first.record, key):
+            raise ValueError(
+                f"expected checkpoints of one training, got another {key} in {name} than in {first.folder}; leave it "
+                "out, or make it a run of its own (--model_name)"
+            )
+
+
+@processes.on_rank_0
+def check_runs(runs: Sequence[RunDir], top_k_only: int | None) -> None:
+    """Check that the scores of runs can be combined.
+
+    Raises:
+        ValueError: They have other tokenizers, layers, examples or settings; or they store no gradients, and not all
+            scores are kept.
+    """
+    first = runs[0]
+    if len(runs) > 1 and top_k_only and first.settings.bits == 0:
+        raise ValueError(
+            "expected stored gradients for --top_k_only with checkpoints, whose shards are scored twice, got "
+            "--store_dtype none; leave --top_k_only out"
+        )
+    for run in runs[1:]:
+        check_model(first, str(run.folder), vars(run.record))
+        settings = (asdict(first.settings), asdict(run.settings))
+        names = [name for name in settings[0] if name not in (*open_run.OWN_SETTINGS, *DATA_FIELDS)]
+        differing = [f"--{name}" for name in names if settings[0][name] != settings[1][name]]
+        if run.fingerprints != first.fingerprints:
+            differing.append("train examples")
+        if run.first_hessian != first.first_hessian:
+            differing.append("--hessian")
+        if differing:
+            raise ValueError(
+                f"expected one setting of {', '.join(differing)} for all checkpoints, got others in {run.folder} than "
+                f"in {first.folder}; extract one of them again with --overwrite, or leave it out"
+            )
