@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
             f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]  {row['bytes']:9,.0f} bytes  {row['scores']}"
         )
     if args.json:
-        files.write_json(args.json, {"rows": rows})
+        files.write_json(args.json, {"rows": rows, "ceiling": highest})
 
 
 def make_texts(folder: Path, settings: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -73,14 +73,19 @@ def methods(rows: list[dict]) -> list[dict]:
     return sorted(found.values(), key=lambda method: -method["rows"][method["default"]]["mean"])
 
 
-def table(name: str, found: list[dict]) -> str:
-    """Return a Markdown table of a testbed's methods."""
+def share(mean: float, ceiling: float) -> str:
+    """Return an LDS as a share of the ceiling, which is 0 where the second training agrees with the first by chance."""
+    return f"{mean / ceiling:.0%}" if ceiling > 0 else "-"
+
+
+def table(name: str, found: list[dict], ceiling: float) -> str:
+    """Return a Markdown table of a testbed's methods. `ceiling` is the LDS that none can exceed but by chance."""
     lines = [
-        f"### {name}",
+        f"### {name}: ceiling {ceiling:.3f}",
         "",
-        "| Hessian | gradients | mode | bytes an example | LDS (95%) | ratio (95%) | best damping |",
+        "| Hessian | gradients | mode | bytes an example | LDS (95%) | of the ceiling | ratio (95%) | best damping |",
     ]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|")
     for method in found:
         row = method["rows"][method["default"]]
         best = max(method["rows"], key=lambda damping: method["rows"][damping]["mean"])
@@ -88,8 +93,8 @@ def table(name: str, found: list[dict]) -> str:
         size = "none" if method["uncompressed"] or not row["bytes"] else f"{row['bytes']:,.0f}"
         lines.append(
             f"| {method['hessian']} | {method['label']} | {method['mode']} | {size} | {row['mean']:.3f} "
-            f"({row['low']:.3f} to {row['high']:.3f}) | {row['ratio']:.2f} ({row['ratio_low']:.2f} to "
-            f"{row['ratio_high']:.2f}) | {shown} |"
+            f"({row['low']:.3f} to {row['high']:.3f}) | {share(row['mean'], ceiling)} | {row['ratio']:.2f} "
+            f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) | {shown} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -139,8 +144,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"expected .json files of lds.py --json in {args.folder}, got none; run evaluation/lds_table.sh"
         )
-    testbeds = {path.stem: methods(files.read_json(path, "run lds.py again")["rows"]) for path in paths}
-    text = "\n".join(table(name, found) for name, found in testbeds.items())
+    contents = {path.stem: files.read_json(path, "run lds.py again") for path in paths}
+    testbeds = {name: methods(content["rows"]) for name, content in contents.items()}
+    text = "\n".join(table(name, found, contents[name]["ceiling"]) for name, found in testbeds.items())
     with files.atomic(args.folder / "lds.md") as path:
         path.write_text(text, "utf-8")
     plot_bytes(args.folder, testbeds)

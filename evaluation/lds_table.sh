@@ -73,9 +73,10 @@ others() {
     method full-kfac dot kfac --lora none --store_dtype none
 }
 
-# evaluate PART: the methods with a model of the testbed; PART is empty, or _half for that after half of the training
+# evaluate PART: the methods with a model of the testbed; PART is empty, or _half: the checkpoint at half of the training
 evaluate() {
-    MODEL=$BED/model$1
+    MODEL=$BED/${1:+checkpoints/0.5}
+    [ -n "$1" ] || MODEL=$BED/model
     RUNS=$BED/runs$1
     method raw64 dot "raw none" --rank 64
     method eigen64 dot ekfac --rank 64
