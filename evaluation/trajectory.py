@@ -125,7 +125,7 @@ def draw(folder: Path) -> None:
         lines += [
             f"### {bed}: ceiling {content['ceiling']:.3f}",
             "",
-            "| gradients | checkpoints | bytes an example | LDS (95%) | of the ceiling | ratio to the final one (95%) |",
+            "| gradients | checkpoints | bytes an example | LDS (95%) | of the ceiling | ratio to the last (95%) |",
             "|---|---|---|---|---|---|",
         ]
         for parent, rows in content["parents"].items():
