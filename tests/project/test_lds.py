@@ -97,7 +97,13 @@ def test_queries_are_held_out(tmp_path):
     long = [random.choice(words, 30).tolist() for _ in range(10)]
     texts += [[*text, end] for text in long for end in ("one", "two")]  # shortening makes two of them equal
     write_jsonl(tmp_path / "texts.jsonl", [{"text": " ".join(text)} for text in texts])
-    settings = {"texts": str(tmp_path / "texts.jsonl"), "num_texts": 40, "num_queries": 5, "seed": 0, "vocabulary": 300}
+    settings = {
+        "texts": [str(tmp_path / "texts.jsonl")],
+        "num_texts": 40,
+        "num_queries": 5,
+        "seed": 0,
+        "vocabulary": 300,
+    }
     train, queries = lds.make_texts(tmp_path / "bed", settings)
     assert len(queries) == 5 and 30 <= len(train) < 40 and len({*train, *queries}) == len(train) + 5
     for query in queries:
