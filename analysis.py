@@ -25,7 +25,9 @@ FORMATS = ("html", "jsonl", "csv", "txt")
 def build_parser() -> flags.Parser:
     """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
-    parser.add_argument("--log_dir", type=Path, help="the run's folder (the one with the newest scores under logs/)")
+    parser.add_argument(
+        "--log_dir", type=Path, help="folder of the run or of its checkpoints (that with the newest scores under logs/)"
+    )
     parser.add_argument("--split", help="only scores of this query set, as given to compute_influence.py (any)")
     parser.add_argument("--top_k", type=positive_int, default=20, help="examples per query (20)")
     parser.add_argument(

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
             )
         correlation = (ranks(other.scores) * ranks(reference.scores)).sum(axis=1)
         shared = overlap(reference.scores, other.scores, args.k)
-        size = gradient_bytes(runs_of(folder), len(other.documents))
+        size = sum(gradient_bytes(run, len(other.documents)) for run in runs_of(folder))
         print(f"{scored.interval(correlation)}  {scored.interval(shared)}  {size:12,.0f} bytes  {folder}")
 
 

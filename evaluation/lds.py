@@ -86,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     samples: list[np.ndarray] = []
     for folder in dict.fromkeys(args.scores):
         scores = load_scores(folder, args.testbed, len(queries), len(texts))
-        rows.append({"scores": str(folder), "bytes": gradient_bytes(runs_of(folder), len(texts))})
+        size = sum(gradient_bytes(run, len(texts)) for run in runs_of(folder))
+        rows.append({"scores": str(folder), "bytes": size})
         rows[-1]["lds"] = lds(scores, subsets, losses).tolist()
         samples.append(bootstrap_means(scores, subsets, losses))
     for row, sample in zip(rows, samples, strict=True):
@@ -233,9 +234,9 @@ def runs_of(folder: Path) -> list[Path]:
     return [Path(files.read_json(path, "run baselines.py again")["run"])] if path.exists() else []
 
 
-def gradient_bytes(runs: list[Path], examples: int) -> float:
-    """Return the stored bytes per example: of the files under gradients/ of all runs, without the factor files."""
-    paths = [path for run in runs for path in (run / "gradients").glob("*") if ".factors" not in path.name]
+def gradient_bytes(run: Path, examples: int) -> float:
+    """Return the stored bytes per example: of the files under gradients/, without the factor files."""
+    paths = [path for path in (run / "gradients").glob("*") if ".factors" not in path.name]
     return sum(path.stat().st_size for path in paths) / examples
 
 

@@ -17,7 +17,7 @@ from logra import store
 from logra.influence import top_k
 from logra.run_dir import RunDir
 from logra.runtime import files, progress
-from logra.scoring.score_files import CHECKPOINT_JSON, ScoreRecord, extremes_layout
+from logra.scoring.score_files import ScoreRecord, are_checkpoints, extremes_layout
 
 AGAIN = "run compute_influence.py again"
 CSV_COLUMNS = (
@@ -82,7 +82,9 @@ def newest_scores(log_dir: Path | None, split: str | None) -> Path:
 
 
 def scored_runs(folder: Path) -> list[RunDir]:
-    """Return the run that a folder of scores is of; of combined scores those of all checkpoints, the last one at last.
+    """Return the run that a folder of scores is of; of combined scores the runs of all checkpoints, in order.
+
+    The last run is the one whose examples and settings count.
 
     Raises:
         ValueError: run.json is missing or damaged, there or in a run; or the runs have other examples or layers.
@@ -90,7 +92,7 @@ def scored_runs(folder: Path) -> list[RunDir]:
     checkpoints = files.read_json(folder / "run.json", AGAIN).get("checkpoints")
     if checkpoints is None:
         return [RunDir.load(folder.parents[1])]
-    if not checkpoints or not files.has_shape(checkpoints, [CHECKPOINT_JSON]):
+    if not are_checkpoints(checkpoints):
         raise ValueError(f"expected checkpoints in {folder / 'run.json'}, got other entries; {AGAIN}")
     *others, last = (RunDir.load(folder.parents[1] / checkpoint["run"]) for checkpoint in checkpoints)
     for run in others:

@@ -153,14 +153,7 @@ def render(content: dict, queries: list[dict]) -> str:
 
 
 def split_by_layers(dots: np.ndarray, scores: np.ndarray, blocks: list[str], mode: str) -> dict[str, float]:
-    """Split the sum of some scores [m] by blocks of layers; l2 has a part of no block.
-
-    Args:
-        dots: Of the blocks, [L, m].
-        scores: [m].
-        blocks: L names.
-        mode: dot, cosine or l2. The dots of combined cosines are parts of the score already, as with dot.
-    """
+    """Split the sum of some scores [m] by blocks of layers, from the blocks' dots [L, m]; l2 has a part of no block."""
     dots, totals = dots.astype(np.float64), dots.sum(axis=0, dtype=np.float64)
     if mode == "cosine":  # divides all blocks by the same number
         dots = dots * np.divide(scores, totals, out=np.zeros_like(totals), where=totals != 0)
@@ -182,11 +175,10 @@ def add_layers(queries: list[dict], folder: Path, record: ScoreRecord, scores: n
         return
     shape = (len(record.blocks), len(queries), record.num_examples)
     dots = load_matrix(folder / "layer_scores.npy", shape)  # [L, Q, N]
-    mode = "dot" if record.checkpoints and record.mode == "cosine" else record.mode
     for number, query in enumerate(queries):
         for row in query["rows"]["top"]:
             ids = examples_of_score(row, owners)
-            row["layers"] = split_by_layers(dots[:, number, ids], scores[number, ids], record.blocks, mode)
+            row["layers"] = split_by_layers(dots[:, number, ids], scores[number, ids], record.blocks, record.mode)
 
 
 def add_word_matches(queries: list[dict], texts: list[str], k: int, units: np.ndarray) -> None:
