@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from logra.run_dir import RunDir
 from logra.runtime import files, flags, processes, progress
 from logra.runtime.settings import positive_int
-from logra.scoring import rank
+from logra.scoring import parts, rank
 from logra.tools import report
 from logra.tools.diagnose import diagnose
 
@@ -26,7 +25,9 @@ FORMATS = ("html", "jsonl", "csv", "txt")
 def build_parser() -> flags.Parser:
     """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
-    parser.add_argument("--log_dir", type=Path, help="the run's folder (the one with the newest scores under logs/)")
+    parser.add_argument(
+        "--log_dir", type=Path, help="folder of the run or of its checkpoints (that with the newest scores under logs/)"
+    )
     parser.add_argument("--split", help="only scores of this query set, as given to compute_influence.py (any)")
     parser.add_argument("--top_k", type=positive_int, default=20, help="examples per query (20)")
     parser.add_argument(
@@ -54,11 +55,12 @@ def main(args: argparse.Namespace) -> None:
 
     # Open the scores and their run
     folder = rank.newest_scores(args.log_dir, args.split)
-    run = RunDir.load(folder.parents[1])
+    runs = rank.scored_runs(folder)
+    run = runs[-1]
     record = rank.read_record(folder, run)
-    progress.keep_log(run.folder)
+    progress.keep_log(folder.parents[1])
     examples, query_rows = run.train(), rank.read_queries(folder / "queries.jsonl")
-    scores = rank.StoredScores(folder, len(query_rows), run.examples, record.top_k_only)
+    scores = rank.StoredScores(folder, len(query_rows), run.examples, record.top_k_only, len(record.checkpoints or ()))
     if combine and (run.settings.pack or (record.top_k_only and combine == "sum")):
         raise ValueError(
             "expected all scores, and examples of one document each, for --by document, got --top_k_only or --pack; "
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
     # Rank, and write the lists
     owners = rank.document_numbers(examples, run.settings.pack)
     queries = rank_queries(args.top_k, combine, query_rows, scores, examples, owners)
+    parts.add_checkpoints(queries, folder, record, runs, scores, owners)
     rank.write_lists(folder, queries, sides, args.format)
     diagnosis = diagnose(run, record, scores, query_rows, examples) if args.diagnose else ""
 
@@ -78,8 +81,8 @@ def main(args: argparse.Namespace) -> None:
             from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
 
             processes.start()
-            splitter = tokens.TokenSplitter(run, record, args.trust_remote_code)
-            tokens.add_shares(queries, splitter, examples)
+            factors = parts.read_factors(folder, record)
+            tokens.add_shares(queries, runs, record, factors, examples, args.trust_remote_code)
         report.add_word_matches(queries, examples["text"], args.top_k, owners if combine else np.arange(len(owners)))
         content = report.header(run, record, args.tokens) | {"diagnosis": diagnosis, "combine": combine}
         content |= {"top_k": args.top_k, "lists": [f"top_k.{n}" for n in args.format if n != "html"], "listed": sides}

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scored
-from lds import gradient_bytes, ranks
+from lds import gradient_bytes, ranks, runs_of
 
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
             )
         correlation = (ranks(other.scores) * ranks(reference.scores)).sum(axis=1)
         shared = overlap(reference.scores, other.scores, args.k)
-        size = gradient_bytes(folder.parents[1], len(other.documents))
+        size = sum(gradient_bytes(run, len(other.documents)) for run in runs_of(folder))
         print(f"{scored.interval(correlation)}  {scored.interval(shared)}  {size:12,.0f} bytes  {folder}")
 
 

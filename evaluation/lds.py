@@ -39,6 +39,7 @@ from logra.inputs.model import load_tokenizer
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int, seed_int
+from logra.scoring.rank import scored_runs
 
 SETTINGS = (
     "architecture", "texts", "num_texts", "num_queries", "num_subsets", "num_layers", "width", "vocabulary",
@@ -85,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     samples: list[np.ndarray] = []
     for folder in dict.fromkeys(args.scores):
         scores = load_scores(folder, args.testbed, len(queries), len(texts))
-        rows.append({"scores": str(folder), "bytes": gradient_bytes(run_of(folder), len(texts))})
+        size = sum(gradient_bytes(run, len(texts)) for run in runs_of(folder))
+        rows.append({"scores": str(folder), "bytes": size})
         rows[-1]["lds"] = lds(scores, subsets, losses).tolist()
         samples.append(bootstrap_means(scores, subsets, losses))
     for row, sample in zip(rows, samples, strict=True):
@@ -224,10 +226,12 @@ def load_scores(folder: Path, testbed_folder: Path, queries: int, examples: int)
     return scores
 
 
-def run_of(folder: Path) -> Path:
-    """Return the run whose stored gradients the scores in a folder, of the pipeline or a baseline, came from."""
+def runs_of(folder: Path) -> list[Path]:
+    """Return the runs whose stored gradients the scores in a folder, of the pipeline or a baseline, came from."""
+    if (folder / "run.json").exists():
+        return [run.folder for run in scored_runs(folder.absolute())]
     path = folder / "gradients.json"
-    return Path(files.read_json(path, "run baselines.py again")["run"]) if path.exists() else folder.parents[1]
+    return [Path(files.read_json(path, "run baselines.py again")["run"])] if path.exists() else []
 
 
 def gradient_bytes(run: Path, examples: int) -> float:

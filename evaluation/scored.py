@@ -12,14 +12,17 @@ import numpy as np
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.runtime.flags import Parser
-from logra.scoring.rank import load_matrix, read_queries, read_record
+from logra.scoring.rank import load_matrix, read_queries, read_record, scored_runs
 from logra.scoring.score_files import ScoreRecord
 
 BOOTSTRAP_SAMPLES = 2000
 
 
 class Scored(NamedTuple):
-    """Scores [Q, N] float32, the ids of the queries [Q] and of the documents [N], the run, the scores' run.json."""
+    """Scores [Q, N] float32, the ids of the queries [Q] and of the documents [N], the run, the scores' run.json.
+
+    Of combined scores the run is that of the last checkpoint.
+    """
 
     scores: np.ndarray
     queries: list[str]
@@ -43,7 +46,7 @@ def load(folder: Path) -> Scored:
         raise ValueError(
             f"expected all scores in {folder}, got the highest and lowest ones; score without --top_k_only"
         )
-    run = RunDir.load(folder.absolute().parents[1])
+    run = scored_runs(folder.absolute())[-1]
     record = read_record(folder, run)
     scores = load_matrix(folder / "scores.npy", (record.num_queries, run.examples))
     queries = [row["id"] for row in read_queries(folder / "queries.jsonl")]

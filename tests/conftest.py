@@ -231,13 +231,18 @@ def tiny(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def workspace(tmp_path, monkeypatch) -> Path:
-    """An empty working directory with docs.jsonl (20 documents) and queries.jsonl."""
-    monkeypatch.chdir(tmp_path)
+def write_workspace(folder: Path) -> None:
+    """Write docs.jsonl (20 documents) and queries.jsonl."""
     rows = [{"id": f"doc{i}", "text": text} for i, text in enumerate(make_texts(20, seed=1))]
-    write_jsonl(tmp_path / "docs.jsonl", rows)
+    write_jsonl(folder / "docs.jsonl", rows)
     queries = [{"text": text} for text in make_texts(2, seed=2)]
     queries += [{"id": "pr", "prompt": "the old mill", "response": " and the river ran past cold water"}]
-    write_jsonl(tmp_path / "queries.jsonl", queries)
+    write_jsonl(folder / "queries.jsonl", queries)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    """A working directory with docs.jsonl (20 documents) and queries.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    write_workspace(tmp_path)
     return tmp_path

@@ -17,7 +17,7 @@ from logra import store
 from logra.influence import top_k
 from logra.run_dir import RunDir
 from logra.runtime import files, progress
-from logra.scoring.score_files import ScoreRecord, extremes_layout
+from logra.scoring.score_files import ScoreRecord, are_checkpoints, extremes_layout
 
 AGAIN = "run compute_influence.py again"
 CSV_COLUMNS = (
@@ -48,13 +48,13 @@ class Ranking(NamedTuple):
         return Ranking(self.examples[kept], self.scores[kept], self.counts[kept], self.combine)
 
 
-def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a memory-mapped matrix of float32.
+def load_matrix(path: Path, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+    """Return a memory-mapped matrix.
 
     Raises:
         ValueError: It is missing or damaged, or has another dtype or shape.
     """
-    expected = f"float32 {list(shape)}"
+    expected = f"{dtype} {list(shape)}"
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
         actual = f"{matrix.dtype} {list(matrix.shape)}"
@@ -79,6 +79,26 @@ def newest_scores(log_dir: Path | None, split: str | None) -> Path:
             return path.parent
     of_split = f" of --split {split}" if split else ""
     raise ValueError(f"expected scores{of_split} under {root}, got none; run compute_influence.py first")
+
+
+def scored_runs(folder: Path) -> list[RunDir]:
+    """Return the run that a folder of scores is of; of combined scores the runs of all checkpoints, in order.
+
+    The last run is the one whose examples and settings count.
+
+    Raises:
+        ValueError: run.json is missing or damaged, there or in a run; or the runs have other examples or layers.
+    """
+    checkpoints = files.read_json(folder / "run.json", AGAIN).get("checkpoints")
+    if checkpoints is None:
+        return [RunDir.load(folder.parents[1])]
+    if not are_checkpoints(checkpoints):
+        raise ValueError(f"expected checkpoints in {folder / 'run.json'}, got other entries; {AGAIN}")
+    *others, last = (RunDir.load(folder.parents[1] / checkpoint["run"]) for checkpoint in checkpoints)
+    for run in others:
+        if (run.fingerprints, run.layers) != (last.fingerprints, last.layers):
+            raise ValueError(f"expected the examples and layers of {last.folder} in {run.folder}, got others; {AGAIN}")
+    return [*others, last]
 
 
 def read_record(folder: Path, run: RunDir) -> ScoreRecord:
@@ -179,6 +199,16 @@ def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: st
         scores = np.bincount(inverse, weights=ranking.scores).astype(np.float32)
     order = np.lexsort((ranking.examples[first], -scores if largest else scores))
     return Ranking(ranking.examples[first][order], scores[order], counts[order], combine)
+
+
+def examples_of_score(row: dict[str, Any], owners: np.ndarray) -> np.ndarray:
+    """Return the ids of the examples whose scores add up to that of a row of ranked_rows.
+
+    Args:
+        row: The row.
+        owners: Number of each example's document, [N].
+    """
+    return np.flatnonzero(owners == owners[row["example"]]) if row["combine"] == "sum" else np.array([row["example"]])
 
 
 def query_text(query: dict) -> dict[str, Any]:
@@ -295,7 +325,8 @@ def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     if "csv" in formats:
         with files.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+            further = ["checkpoints"] if any("checkpoints" in row for row in rows) else []
+            writer = csv.DictWriter(file, [*CSV_COLUMNS, *further], extrasaction="ignore")
             writer.writeheader()
             writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     if "txt" in formats:
@@ -304,8 +335,8 @@ def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a cell of top_k.csv: a list as JSON; an apostrophe goes before a text that would run as a formula."""
-    if isinstance(value, list):
+    """Return a cell of top_k.csv: lists and dicts as JSON; an apostrophe before a text that would run as a formula."""
+    if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False)
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
 
@@ -318,5 +349,8 @@ def text_lines(queries: list[dict], sides: Sequence[str]) -> list[str]:
         lines += ["=" * 100, f"Query {query['id']}{group}: {query['prompt']}", query["response"], ""]
         for row in (row for side in sides for row in query["rows"][side]):
             place = f"{document_names(row)}  ({scored_examples(row)})"
-            lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}", row["text"].strip(), ""]
+            lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}"]
+            if parts := row.get("checkpoints"):
+                lines += [f"by checkpoint: {', '.join(f'{name} {part:+.4g}' for name, part in parts.items())}"]
+            lines += [row["text"].strip(), ""]
     return lines

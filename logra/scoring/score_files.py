@@ -15,6 +15,7 @@ self_influence/<label>.safetensors                 values [N] float32; reused, s
 """
 
 import json
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -84,8 +85,9 @@ class ScoreRecord:
         if not files.has_shape(content, SCORES_JSON) or not set(content["layers"]) <= set(run_layers):
             raise ValueError("missing or impossible entries")
         log = RunRecord.from_json(content["log"])
-        entries = {"blocks": [str], "checkpoints": [CHECKPOINT_JSON]}
-        if not log.parts or not all(files.has_shape(content.get(name, []), shape) for name, shape in entries.items()):
+        entries = {"blocks": [str], "checkpoints": are_checkpoints}
+        present = {name: shape for name, shape in entries.items() if name in content}
+        if not log.parts or not files.has_shape(content, present):
             raise ValueError("missing or impossible entries")
         return cls(**content | {"log": log})
 
@@ -114,7 +116,16 @@ def _is_folder_name(name: Any) -> bool:
     return isinstance(name, str) and files.short_name(name) == name
 
 
-CHECKPOINT_JSON = {"run": _is_folder_name, "scores": _is_folder_name, "weight": float}
+def are_checkpoints(value: Any) -> bool:
+    """Return whether parsed JSON is the entry `checkpoints` of a record: at least one, each of another run."""
+    return files.has_shape(value, [CHECKPOINT_JSON]) and 0 < len({entry["run"] for entry in value}) == len(value)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
+
+
+CHECKPOINT_JSON = {"run": _is_folder_name, "scores": _is_folder_name, "weight": _is_weight}
 SCORES_JSON = {
     "log": dict,
     "mode": lambda mode: mode in MODES,

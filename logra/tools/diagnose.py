@@ -151,11 +151,12 @@ def distribution(scores: StoredScores, queries: list[dict]) -> Iterator[str]:
 
 
 def diagnose(run: RunDir, record: ScoreRecord, scores: StoredScores, queries: list[dict], train: Dataset) -> str:
-    """Return the whole diagnosis, with headings."""
+    """Return the whole diagnosis, with headings. Of combined scores, `run` is that of the last checkpoint."""
+    of_checkpoint = f", at the last checkpoint ({run.folder.name})" if record.checkpoints else ""
     sections = {
-        f"Hessian {record.hessian} by layer": spectra(run, record),
-        "Largest self-influence (and its share)": odd_examples(run, record, train),
-        "Equal gradients, of the first layer": duplicates(run, train),
-        "Scores": distribution(scores, queries),
+        f"Hessian {record.hessian} by layer{of_checkpoint}": spectra(run, record),
+        f"Largest self-influence (and its share){of_checkpoint}": odd_examples(run, record, train),
+        f"Equal gradients, of the first layer{of_checkpoint}": duplicates(run, train),
+        f"Scores{', of all checkpoints together' if record.checkpoints else ''}": distribution(scores, queries),
     }
     return "\n".join(line for title, lines in sections.items() for line in (title, *lines, ""))

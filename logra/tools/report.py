@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 
 from logra.run_dir import RunDir
-from logra.scoring.rank import document_names, load_matrix, scored_examples
+from logra.scoring.rank import document_names, examples_of_score, load_matrix, scored_examples
 from logra.scoring.score_files import ScoreRecord
 
 MAX_REPORT_BYTES = 5_000_000
@@ -25,6 +25,16 @@ L2_PART = "- half of the self-influence"
 SHADE_LEVELS = 4  # for shares above 0, and as many for shares below
 
 
+class CheckpointBar(NamedTuple):
+    """A checkpoint's part of a score, and its bar in a picture of height 100: y of 0 and of the upper end, height."""
+
+    name: str
+    part: float
+    zero: float
+    y: float
+    height: float
+
+
 class Shaded(NamedTuple):
     """Neighbouring tokens of one shade: level -SHADE_LEVELS to SHADE_LEVELS, text, and summed share of the score."""
 
@@ -34,12 +44,19 @@ class Shaded(NamedTuple):
 
 
 def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
-    """Return what the page shows for all queries together: run, scores, and the settings of both."""
-    settings: dict = {"run": str(run.folder), "queries": scores.split}
+    """Return what the page shows for all queries together: run, scores, and the settings of both.
+
+    Of combined scores the folder shown is that of all checkpoints; `run` and its settings are the last checkpoint's.
+    """
+    folder = run.folder.parent if scores.checkpoints else run.folder
+    settings: dict = {"run": str(folder), "queries": scores.split}
     settings |= {name: getattr(scores, name) for name in ("query_loss", "group_by", "query_rank", "top_k_only")}
     settings |= asdict(run.settings) | {"layers": f"{len(scores.layers)} of {len(run.layers)}"}
     settings = {name: value for name, value in settings.items() if value is not None and value is not False}
-    return {"run": run, "scores": scores, "settings": settings, "shaded": shaded}
+    weights = {checkpoint["run"]: checkpoint["weight"] for checkpoint in scores.checkpoints or ()}
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    content = {"run": run, "name": folder.name, "scores": scores, "settings": settings, "shaded": shaded}
+    return content | {"checkpoints": shares}
 
 
 def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
@@ -95,6 +112,16 @@ def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray
         yield index.get_scores(query) if query and any(words) else np.zeros(len(texts), np.float32)
 
 
+def checkpoint_bars(parts: dict[str, float]) -> list[CheckpointBar]:
+    """Return the bars of a score's parts. They stand on one line; those of negative parts hang from it."""
+    top, bottom = max(0.0, *parts.values()), min(0.0, *parts.values())
+    unit = 100 / ((top - bottom) or 1.0)
+    return [
+        CheckpointBar(name, part, unit * top, unit * (top - max(part, 0)), unit * abs(part))
+        for name, part in parts.items()
+    ]
+
+
 def mean_layers(rows: list[dict]) -> dict[str, float]:
     """Return the mean parts of the rows' scores by block of layers; nothing if they are not known."""
     layers = [row["layers"] for row in rows if "layers" in row]
@@ -110,7 +137,8 @@ def render(content: dict, queries: list[dict]) -> str:
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(shade=shade, mean_layers=mean_layers, names=document_names, scored=scored_examples)
+    environment.filters.update(shade=shade, mean_layers=mean_layers, checkpoint_bars=checkpoint_bars)
+    environment.filters.update(names=document_names, scored=scored_examples)
     template = environment.get_template("report.html.j2")
     most = max(len(rows) for query in queries for rows in query["rows"].values())
     cards, count = most, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
@@ -149,10 +177,8 @@ def add_layers(queries: list[dict], folder: Path, record: ScoreRecord, scores: n
     dots = load_matrix(folder / "layer_scores.npy", shape)  # [L, Q, N]
     for number, query in enumerate(queries):
         for row in query["rows"]["top"]:
-            ids = np.array([row["example"]])
-            ids = np.flatnonzero(owners == owners[ids]) if row["combine"] == "sum" else ids
-            parts = dots[:, number, ids], scores[number, ids]
-            row["layers"] = split_by_layers(*parts, record.blocks, record.mode)
+            ids = examples_of_score(row, owners)
+            row["layers"] = split_by_layers(dots[:, number, ids], scores[number, ids], record.blocks, record.mode)
 
 
 def add_word_matches(queries: list[dict], texts: list[str], k: int, units: np.ndarray) -> None:

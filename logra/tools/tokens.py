@@ -4,10 +4,13 @@ A layer adds q . vec(G~) = sum_t d~_t^T Q x~_t to a dot, where Q [r_out, r_in] i
 position t is the share of the example's token t. The roles can be swapped: with preconditioned gradients of examples
 in Q's place, the query's tokens have shares too. An example's shares add up to its score: cosine divides them by the
 root of the self-influence, and l2 takes q - z / 2 for q. Scores from gradients in few bits differ by the rounding.
+With several checkpoints a share is the sum over checkpoints of its factor times the share there, as a score is.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from logra.hooks import TokenCapture
 from logra.inputs.queries import Query, group_queries, load_queries, query_hash
 from logra.inputs.rows import split_text
 from logra.run_dir import RunDir
+from logra.runtime.memory import release_memory
 from logra.runtime.progress import bar
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, QuerySettings
 from logra.scoring.score import Scorer, ScoreTask, block_name, cut
@@ -30,12 +34,19 @@ class PairShares(NamedTuple):
     blocks: dict[str, float]
 
 
+class Split(NamedTuple):
+    """Shares of the pairs {(query, example): PairShares}, and of each query's tokens [T]."""
+
+    pairs: dict[tuple[int, int], PairShares]
+    queries: list[Tensor]
+
+
 class TokenSplitter:
-    """Splits the scores in a folder under logs/<run>/scores/.
+    """Splits a run's scores.
 
     Args:
         run: The run.
-        scores: The record of the scores.
+        scores: The record of its scores, or of combined scores to which it contributes.
         trust_remote_code: Run code from the model's folder.
 
     Raises:
@@ -52,7 +63,7 @@ class TokenSplitter:
         query_settings = QuerySettings(
             scores.split, scores.query_loss, None if self.grouped else scores.num_queries, scores.group_by
         )
-        _, queries = load_queries(query_settings, run.settings, self.tokenizer)
+        _, queries = load_queries(query_settings, scores.log.settings, self.tokenizer)
         if not self.grouped and query_hash(queries) != scores.queries:
             raise ValueError(f"expected the queries that were scored in {scores.split}, got others; score them again")
         self.groups = group_queries(queries, scores.group_by)
@@ -67,9 +78,7 @@ class TokenSplitter:
                 raise ValueError(f"expected the self-influence in {path}, got none; run compute_influence.py again")
             self.self_influence = self_influence.values[0]
 
-    def split(
-        self, train: Dataset, shown: list[list[int]], proponents: list[list[int]]
-    ) -> tuple[dict[tuple[int, int], PairShares], list[Tensor]]:
+    def split(self, train: Dataset, shown: list[list[int]], proponents: list[list[int]]) -> Split:
         """Split the scores of the examples shown, and the dots of the queries with their proponents.
 
         Args:
@@ -78,10 +87,10 @@ class TokenSplitter:
             proponents: Example ids of each query, whose dots are summed before they are split by the query's tokens.
 
         Returns:
-            {(query, example): PairShares}; and the shares [T] of each query's tokens. These are left out if queries
-            are grouped, or cut (--query_rank): the cut of a sum over tokens is not the sum of their cuts.
+            The shares. Those of the queries' tokens are left out if queries are grouped, or cut (--query_rank): the cut
+            of a sum over tokens is not the sum of their cuts.
         """
-        pairs, query_shares = {}, []
+        pairs, query_shares = dict[tuple[int, int], PairShares](), list[Tensor]()
         step = max(1, self.scorer.queries_per_step // 2)  # half for the queries, half for their proponents
         for first in range(0, len(shown), step):
             numbers = range(first, min(first + step, len(shown)))
@@ -96,7 +105,7 @@ class TokenSplitter:
                 for row, i in enumerate(numbers if examples else (), len(groups)):
                     matrices = {layer: mean[[row]] * len(proponents[i]) for layer, mean in solved.items()}
                     query_shares.append(self._shares(self.groups[i][0], matrices, 1.0)[0].tokens)
-        return pairs, query_shares
+        return Split(pairs, query_shares)
 
     def _split_pairs(
         self, train: Dataset, queries: dict[str, Tensor], shown: dict[int, list[int]]
@@ -160,7 +169,22 @@ def pieces(tokenizer, token_ids: list[int], shares: Tensor) -> list[tuple[str, f
     return [*joined, ("", share)] if share else joined
 
 
-def add_shares(queries: list[dict], splitter: TokenSplitter, examples: Dataset) -> None:
+def combine(splits: Sequence[Split], factors: np.ndarray) -> Split:
+    """Return the shares of combined scores from those at C checkpoints; factors [C, Q]."""
+    weighted, pairs = list(zip(factors.tolist(), splits, strict=True)), {}
+    for query, example in splits[0].pairs:
+        found = [(of_query[query], split.pairs[query, example]) for of_query, split in weighted]
+        tokens = sum(factor * shares.tokens for factor, shares in found)
+        blocks = {name: sum(factor * shares.blocks[name] for factor, shares in found) for name in found[0][1].blocks}
+        pairs[query, example] = PairShares(tokens, blocks)
+    numbers = range(len(splits[0].queries))
+    return Split(pairs, [sum(of_query[i] * split.queries[i] for of_query, split in weighted) for i in numbers])
+
+
+def add_shares(
+    queries: list[dict], runs: Sequence[RunDir], record: ScoreRecord, factors: np.ndarray, examples: Dataset,
+    trust_remote_code: bool,
+) -> None:  # fmt: skip
     """Add to the report's queries the shares of tokens (`pieces`, see there) and of blocks of layers (`layers`).
 
     A row keeps the `layers` of --layerwise. A document's sum gets none: the shares are those of the example shown.
@@ -168,19 +192,29 @@ def add_shares(queries: list[dict], splitter: TokenSplitter, examples: Dataset) 
     Args:
         queries: `rows` of each is {"top": rows, "bottom": rows}. The queries and all rows get `pieces`, the rows of the
             top `layers`.
-        splitter: Of the scores shown.
+        runs: The scored run, or the C runs of checkpoints. One model is in memory at a time.
+        record: Of the scores shown.
+        factors: What the runs' scores are multiplied by, [C, Q].
         examples: The run's train examples.
+        trust_remote_code: Run code from the model's folder.
     """
     top, bottom = ([[row["example"] for row in query["rows"][side]] for query in queries] for side in ("top", "bottom"))
     shown = [[*best, *worst] for best, worst in zip(top, bottom, strict=True)]
-    pairs, query_shares = splitter.split(examples, shown, top)
+    splits = []
+    for run in runs:
+        splitter = TokenSplitter(run, record, trust_remote_code)
+        splits.append(splitter.split(examples, shown, top))
+        tokenizer, groups = splitter.tokenizer, splitter.groups
+        del splitter
+        release_memory()
+    pairs, query_shares = combine(splits, factors)
     for number, query in enumerate(queries):
         for row in [*query["rows"]["top"], *query["rows"]["bottom"]]:
             ids, shares = examples[row["example"]]["input_ids"], pairs[number, row["example"]].tokens
-            row["pieces"] = pieces(splitter.tokenizer, ids, shares)
+            row["pieces"] = pieces(tokenizer, ids, shares)
         if query_shares:
-            ids = splitter.groups[number][0].token_ids
-            query["pieces"] = pieces(splitter.tokenizer, ids, query_shares[number])
+            ids = groups[number][0].token_ids
+            query["pieces"] = pieces(tokenizer, ids, query_shares[number])
         for row in query["rows"]["top"]:
             if row["combine"] != "sum":
                 row.setdefault("layers", pairs[number, row["example"]].blocks)
