@@ -8,7 +8,7 @@ parent/checkpoints.json    {"checkpoints": {folder of a run: {"model_name", "rev
 import glob
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import xxhash
 from logra.run_dir import RunDir
 from logra.runtime import files, processes
 from logra.runtime.flags import RunFlags
-from logra.runtime.settings import DATA_FIELDS
+from logra.runtime.settings import DATA_FIELDS, RunSettings
 from logra.stages import open_run
 
 REMEDY = "restore it, or extract to another --log_dir"
@@ -33,6 +33,11 @@ class Member(NamedTuple):
     def model(self) -> dict[str, Any]:
         """The entry of checkpoints.json."""
         return {name: self.flags.user_flags[name] for name in ("model_name", "revision")}
+
+    def settings(self, first: RunSettings) -> RunSettings:
+        """Return the settings of the run. All but the model and the seed are those of the first checkpoint's run."""
+        own = {name: value for name, value in self.flags.user_flags.items() if name in open_run.OWN_SETTINGS}
+        return replace(first, **own)
 
 
 @processes.on_rank_0
@@ -168,25 +173,6 @@ def sibling(parent: Path, members: Sequence[Member], number: int, overwrite: boo
     return None
 
 
-def check_model(first: RunDir, name: str, described: dict[str, Any]) -> None:
-    """Refuse the model of a checkpoint whose scores can't be combined with those of another one's run.
-
-    Args:
-        first: The other one's run.
-        name: Of the checkpoint, for the message.
-        described: Its entries in run.json (see inputs.layers.describe), or just some of them.
-
-    Raises:
-        ValueError: It has another tokenizer or other layers.
-    """
-    for key in ("tokenizer", "layers"):
-        if described[key] != getattr(first.record, key):
-            raise ValueError(
-                f"expected checkpoints of one training, got another {key} in {name} than in {first.folder}; leave it "
-                "out, or make it a run of its own (--model_name)"
-            )
-
-
 @processes.on_rank_0
 def check_runs(runs: Sequence[RunDir], top_k_only: int | None) -> None:
     """Check that the scores of runs can be combined.
@@ -202,7 +188,7 @@ def check_runs(runs: Sequence[RunDir], top_k_only: int | None) -> None:
             "--store_dtype none; leave --top_k_only out"
         )
     for run in runs[1:]:
-        check_model(first, str(run.folder), vars(run.record))
+        open_run.check_checkpoint(first, str(run.folder), vars(run.record))
         settings = (asdict(first.settings), asdict(run.settings))
         names = [name for name in settings[0] if name not in (*open_run.OWN_SETTINGS, *DATA_FIELDS)]
         differing = [f"--{name}" for name in names if settings[0][name] != settings[1][name]]
