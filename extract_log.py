@@ -116,7 +116,7 @@ def set_up(
     if run:
         run.check_model(described)
     if sibling:
-        open_run.check_checkpoint(sibling, settings.model_name, described)
+        checkpoints.check_model(sibling, settings.model_name, described)
     if processes.state().is_main_process and (further or not run):
         if not run:
             model_files = model.source_contents(settings.model_name)
@@ -140,10 +140,9 @@ def look_ahead(args: argparse.Namespace, members: list[checkpoints.Member], exec
     if args.verify:
         verify.verify([member.settings(settings) for member in members], kind, execution, args.verify, args.cache_dir)
         return
-    folder, count = members[0].folder, len(members)
-    run, size, sample = estimate.estimate(settings, folder, kind, execution, args.cache_dir, count)
+    run, size, sample = estimate.estimate(settings, members[0].folder, kind, execution, args.cache_dir, len(members))
     if args.trial:
-        trial.say_hours(run, size.tokens, size.seconds, sample, kind, execution, args.trial, count)
+        trial.say_hours(run, size.tokens, size.seconds, sample, kind, execution, args.trial, len(members))
 
 
 if __name__ == "__main__":

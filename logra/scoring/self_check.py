@@ -57,15 +57,15 @@ def recomputed(
         damping, query = secrets.randbelow(len(files)), secrets.randbelow(count)
         ids = run.shards[secrets.choice(shards)]
         example = secrets.choice(files[damping].kept_examples(first_query, query, ids))
-        dot, variance = _dot(run, {layer: q[damping * count + query] for layer, q in queries.items()}, example)
-        yield CheckedPair(damping, first_query + query, example, dot, math.sqrt(variance))
+        dot, tolerance = _dot(run, {layer: q[damping * count + query] for layer, q in queries.items()}, example)
+        yield CheckedPair(damping, first_query + query, example, dot, tolerance)
 
 
 def _dot(run: RunDir, query: dict[str, Tensor], example: int) -> tuple[float, float]:
-    """Return the dot of a query {layer: [k]} with an example's stored gradient, and the square of its tolerance."""
+    """Return the dot of a query {layer: [k]} with an example's stored gradient, and its tolerance."""
     bits = run.settings.bits
     shard = next(number for number, ids in enumerate(run.shards) if example in ids)
-    dot, variance = 0.0, 0.0
+    dot, variance, lost = 0.0, 0.0, 0.0
     with run.open_shard(shard) as file:
         position = example - run.shards[shard].start
         for layer, q in query.items():
@@ -75,10 +75,16 @@ def _dot(run: RunDir, query: dict[str, Tensor], example: int) -> tuple[float, fl
             z = z.double()
             dot += (q @ z).item()
             error = (TOLERANCE / math.sqrt(len(q)) + FLOAT32_TOLERANCE) * q.norm() * z.norm()
-            if bits == 1:  # a CPU rounds queries to steps of at most max|q| / 127; six standard deviations
-                error += 6 / math.sqrt(12) / 127 * q.abs().max() * z.norm()
             variance += error.item() ** 2
-    return dot, variance
+            lost += (_lost_bits(q) @ z).item() if bits == 1 else 0
+    return dot, math.sqrt(variance) + abs(lost)
+
+
+def _lost_bits(query: Tensor) -> Tensor:
+    """Return what a query [k] loses when a CPU rounds it to 8 bits (see quantise.BitQueries)."""
+    steps = query.abs().amax().clamp_min(1e-38) / 127 / torch.tensor([[1.0], [2.0], [4.0]])
+    lost = query - (query / steps).round().clamp(-128, 127) * steps  # [3, k]
+    return lost[lost.square().sum(dim=1).argmin()]
 
 
 def check(pairs: list[CheckedPair], files: Sequence[Scores], mode: str, self_influence: Tensor | None) -> None:

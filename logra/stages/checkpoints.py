@@ -173,6 +173,25 @@ def sibling(parent: Path, members: Sequence[Member], number: int, overwrite: boo
     return None
 
 
+def check_model(first: RunDir, name: str, described: dict[str, Any]) -> None:
+    """Refuse the model of a checkpoint whose scores can't be combined with those of another one's run.
+
+    Args:
+        first: The other one's run.
+        name: Of the checkpoint, for the message.
+        described: Its entries in run.json (see inputs.layers.describe), or just some of them.
+
+    Raises:
+        ValueError: It has another tokenizer or other layers.
+    """
+    for key in ("tokenizer", "layers"):
+        if described[key] != getattr(first.record, key):
+            raise ValueError(
+                f"expected checkpoints of one training, got another {key} in {name} than in {first.folder}; leave it "
+                "out, or make it a run of its own (--model_name)"
+            )
+
+
 @processes.on_rank_0
 def check_runs(runs: Sequence[RunDir], top_k_only: int | None) -> None:
     """Check that the scores of runs can be combined.
@@ -188,7 +207,7 @@ def check_runs(runs: Sequence[RunDir], top_k_only: int | None) -> None:
             "--store_dtype none; leave --top_k_only out"
         )
     for run in runs[1:]:
-        open_run.check_checkpoint(first, str(run.folder), vars(run.record))
+        check_model(first, str(run.folder), vars(run.record))
         settings = (asdict(first.settings), asdict(run.settings))
         names = [name for name in settings[0] if name not in (*open_run.OWN_SETTINGS, *DATA_FIELDS)]
         differing = [f"--{name}" for name in names if settings[0][name] != settings[1][name]]

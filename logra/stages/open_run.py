@@ -148,25 +148,6 @@ def check_model_files(run: RunDir) -> None:
         )
 
 
-def check_checkpoint(first: RunDir, name: str, described: dict[str, Any]) -> None:
-    """Refuse the model of a checkpoint whose scores can't be combined with those of another one's run.
-
-    Args:
-        first: The other one's run.
-        name: Of the checkpoint, for the message.
-        described: Its entries in run.json (see inputs.layers.describe), or just some of them.
-
-    Raises:
-        ValueError: It has another tokenizer or other layers.
-    """
-    for key in ("tokenizer", "layers"):
-        if described[key] != getattr(first.record, key):
-            raise ValueError(
-                f"expected checkpoints of one training, got another {key} in {name} than in {first.folder}; leave it "
-                "out, or make it a run of its own (--model_name)"
-            )
-
-
 def _check_new_folder(folder: Path, must_exist: bool) -> None:
     """Raise a ValueError if a folder without run.json must hold a run, or holds other files."""
     if must_exist:

@@ -113,8 +113,6 @@ def make_run(
         open_run.say_tracked(lm, described, settings)
     settings = small_settings(settings, described["layers"], examples)
     execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
-    if first:
-        open_run.check_checkpoint(first, settings.model_name, described)
     if processes.state().is_main_process:
         new = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
         if first:

@@ -45,7 +45,12 @@ def combined_errors(
         scores: Of each checkpoint, [Q, n].
         self_influence: Of each checkpoint, [n]; None: the folder has no combined ones.
         weights, divided: See parts.
+
+    Raises:
+        ValueError: There is one train example, so no standard deviation.
     """
+    if scores[0].shape[1] < 2:
+        raise ValueError("expected at least 2 train examples for --verify with checkpoints, got 1; use --verify 2")
     expected, errors = parts(scores, weights, divided), {}
     total = expected.sum(dim=0)
     if (folder / "scores.npy").exists():
