@@ -92,8 +92,8 @@ def verify(every: list[RunSettings], kind: str, execution: Execution, examples: 
         for number, settings in enumerate(every):
             if len(every) > 1:
                 say(f"checkpoint {number + 1} of {len(every)}: {settings.revision or settings.model_name}")
-            first = runs[0].run if runs else None
-            runs.append(make_run(temporary / f"run-{number}", settings, kind, execution, examples, cache_dir, first))
+            first, folder = runs[0].run if runs else None, temporary / f"run-{number}"
+            runs.append(make_run(folder, settings, kind, execution, examples, cache_dir, first, len(every) > 1))
             release_memory()
         combined = combine_runs(runs, temporary) if len(runs) > 1 else {}
         if processes.state().is_main_process:
@@ -105,7 +105,7 @@ def verify(every: list[RunSettings], kind: str, execution: Execution, examples: 
 
 def make_run(
     folder: Path, settings: RunSettings, kind: str, execution: Execution, examples: int, cache_dir: str | None,
-    first: RunDir | None,
+    first: RunDir | None, keep_queries: bool,
 ) -> "ScoredRun":  # fmt: skip
     """Make a small run, and score it. That of a further checkpoint has the examples of the first one."""
     lm, tokenizer, described = open_run.load_model(settings, execution)
@@ -123,7 +123,7 @@ def make_run(
     run = open_run.reload(folder)
     extract.write_shards(lm, run, extract.unfinished_shards(run), execution)
     extract.write_hessian(kind, run)
-    return ScoredRun(run, kind, lm, execution)
+    return ScoredRun(run, kind, lm, execution, keep_queries)
 
 
 def combine_runs(runs: list["ScoredRun"], temporary: Path) -> dict[Path, ScoreRecord]:
@@ -137,10 +137,12 @@ def combine_runs(runs: list["ScoredRun"], temporary: Path) -> dict[Path, ScoreRe
     for mode in MODES:
         scored = [run.scored[mode] for run in runs]
         for name, top_k, weights in (("equal weights", None, [1.0] * len(runs)), ("other weights", kept, different)):
-            entries = [{"run": run.name, "scores": mode, "weight": w} for run, w in zip(runs, weights, strict=True)]
+            entries = [
+                {"run": r.run.folder.name, "scores": mode, "weight": w} for r, w in zip(runs, weights, strict=True)
+            ]
             record = replace(last.records[mode], top_k_only=top_k, checkpoints=entries)
             base = temporary / name / mode
-            combine(base, record, scored, last.dampings, last.query_rows, mode != "dot")
+            combine(base, record, scored, last.dampings, last.stage_3_queries, mode != "dot")
             made[base.with_name(f"{mode}-{last.dampings[0].label}")] = record
     return made
 
@@ -148,7 +150,10 @@ def combine_runs(runs: list["ScoredRun"], temporary: Path) -> dict[Path, ScoreRe
 def combined_checks(runs: list["ScoredRun"], combined: dict[Path, ScoreRecord]) -> Iterator[Check]:
     """Check the scores of each checkpoint but the last, and the combined scores; nothing without checkpoints."""
     if combined:
-        errors = {f"{name} of {run.name}": error for run in runs[:-1] for name, error in run.score_errors().items()}
+        errors = {
+            f"{name} of checkpoint {number}": error
+            for number, run in enumerate(runs[:-1], 1) for name, error in run.score_errors().items()
+        }  # fmt: skip
         yield Check("scores of the other checkpoints", errors, runs[0].score_tolerance)
         errors = {}
         for folder, record in combined.items():
@@ -182,10 +187,11 @@ class ScoredRun:
     Attributes:
         train, queries: The texts.
         grads, query_grads: Their gradients before they are stored, {layer: [n, k]} and {layer: [Q, k]} float32.
+        scored: What is left of scoring the run in each mode.
         scores: Scores [Q, n] of each mode, and self-influence [n].
     """
 
-    def __init__(self, run: RunDir, kind: str, lm: nn.Module, execution: Execution):
+    def __init__(self, run: RunDir, kind: str, lm: nn.Module, execution: Execution, keep_queries: bool):
         self.run, self.kind, self.settings, rows = run, kind, run.settings, run.train()[:]
         counted = rows.get("counted") or [[True] * len(ids) for ids in rows["input_ids"]]
         self.train = [Text(*pair) for pair in zip(rows["input_ids"], counted, strict=True)]
@@ -201,8 +207,7 @@ class ScoredRun:
             extractor.finish()
         self.grads = {layer: torch.cat([shard[layer] for shard in shards]) for layer in run.layers}
         self.stored, self.sums = reference.read_shards(run.folder, len(run.shards))
-        self.name = self.settings.revision or Path(self.settings.model_name).name
-        self.score(lm, execution)
+        self.score(lm, execution, keep_queries and run.settings.store_dtype != "none")
 
     def make_queries(self, boundaries: list[int]) -> list[Text]:
         """Return the longest example, a piece of the last one, and texts of very different lengths.
@@ -218,20 +223,20 @@ class ScoredRun:
         lengths = sorted({min(SHORT_TEXT, block_size), *above, *whole})
         return queries + [Text((tokens * length)[:length], [True] * length) for length in lengths]
 
-    def score(self, lm: nn.Module, execution: Execution) -> None:
+    def score(self, lm: nn.Module, execution: Execution, keep_queries: bool) -> None:
         """Score the queries in each mode with stage 3's function, with the default damping."""
         run, layers = self.run, list(self.run.layers)
         self.dampings = ScoreSettings().dampings(self.kind, self.settings.store_dtype)
-        self.query_rows = [Query(str(number), *text, {}) for number, text in enumerate(self.queries)]
+        self.stage_3_queries = [Query(str(number), *text, {}) for number, text in enumerate(self.queries)]
         task = ScoreTask(run, self.kind, dict.fromkeys(layers, ""), self.dampings)
         self.records, self.scored, self.scores = {}, {}, {}
         for mode in MODES:
             wanted = ScoreSettings(mode=mode, self_influence=mode != "dot")
-            record = describe_scores(run, self.kind, layers, self.query_rows, QuerySettings(), wanted)
+            record = describe_scores(run, self.kind, layers, self.stage_3_queries, QuerySettings(), wanted)
             scored = score_run(
                 task, lm, execution, wanted, run.folder / "scores" / mode, record,
-                [[query] for query in self.query_rows], self.query_rows,
-                run.folder / f"queries-{mode}" if task.stores_gradients else None,
+                [[query] for query in self.stage_3_queries], self.stage_3_queries,
+                run.folder / f"queries-{mode}" if keep_queries else None,
             )  # fmt: skip
             self.records[mode], self.scored[mode] = record, scored
             self.scores[mode] = torch.from_numpy(np.load(scored.folders[0] / "scores.npy"))

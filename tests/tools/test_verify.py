@@ -55,7 +55,7 @@ def test_verify_passes_without_a_fault(cli, workspace, monkeypatch, name):
 
     Nor do stage 3's own checks find any, of many scores.
     """
-    monkeypatch.setattr(verify_faults.self_check, "PAIRS", 30)
+    monkeypatch.setattr(verify_faults.self_check, "PAIRS", 10)
     save_model(workspace / "m", name)
     rows = [{"prompt": "the old mill", "response": f" ran past {w}"} for w in ("birds", "cold water", "a dog")]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -67,9 +67,7 @@ def test_verify_passes_without_a_fault(cli, workspace, monkeypatch, name):
     assert {path.name for path in workspace.iterdir()} == {"m", "docs.jsonl", "pairs.jsonl", "queries.jsonl"}
 
 
-@pytest.mark.parametrize(
-    "flags", ["", "--preset best", "--store_dtype none --hessian ekfac", "--hessian none --verify 2", "--verify 3"]
-)
+@pytest.mark.parametrize("flags", ["--verify 2", "--preset best", "--store_dtype none --hessian ekfac"])
 def test_verify_passes_with_checkpoints(cli, planted, workspace, monkeypatch, flags):
     """Each one's scores, and the combined ones. One model is in memory at a time, and nothing is left behind."""
     load, models = open_run.load_model, weakref.WeakSet()
@@ -102,7 +100,7 @@ def test_two_processes_verify_checkpoints(planted, workspace):
     flags = f"--checkpoints {planted}/step-1 {planted}/step-2 --data_name docs.jsonl --log_dir log --verify"
     done = launch(2, workspace, flags)
     assert done.returncode == 0 and "FAIL" not in done.stdout, done.stderr
-    assert "pass  combined scores: 20 compared" in done.stdout
+    assert "pass  combined scores: 22 compared" in done.stdout
 
 
 @pytest.mark.parametrize("width", [4, 12, 40])
