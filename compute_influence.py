@@ -11,20 +11,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from logra.hessian import Damping
 from logra.inputs import model
-from logra.inputs.queries import Query, group_queries, load_queries, merge_group, query_rows
+from logra.inputs.queries import group_queries, load_queries, merge_group
 from logra.runtime import flags, processes, progress
 from logra.runtime.memory import release_memory
-from logra.runtime.settings import Execution, QuerySettings, ScoreSettings
-from logra.scoring import self_check
-from logra.scoring.combine import KeptQueries, ScoredCheckpoint, combine
-from logra.scoring.score import Scorer, ScoreTask, block_name, describe_scores, write_pass
-from logra.scoring.score_files import ScoreFile, ScoreRecord, SelfInfluence, score_files
-from logra.scoring.self_check import CheckedPair
+from logra.runtime.settings import QuerySettings, ScoreSettings
+from logra.scoring.combine import combine
+from logra.scoring.score import ScoreTask, block_name, describe_scores, score_run
+from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord
 from logra.stages import checkpoints, open_run
 
 
@@ -73,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
             keep_queries = temporary / run.folder.name if score_settings.top_k_only and temporary else None
             base = run.folder / "scores" / record.label(name)
             scored.append(score_run(task, lm, execution, score_settings, base, record, groups, queries, keep_queries))
+            say_scores(record, base, dampings)
             del lm
             release_memory()
         if parent:
@@ -89,59 +85,10 @@ def main(args: argparse.Namespace) -> None:
     progress.summary("analysis.py")
 
 
-def score_run(
-    task: ScoreTask, lm: nn.Module, execution: Execution, score_settings: ScoreSettings, base: Path,
-    record: ScoreRecord, groups: list[list[Query]], queries: list[Query], keep_queries: Path | None,
-) -> ScoredCheckpoint:  # fmt: skip
-    """Score a run's examples, and write a folder for each damping. Keep the preconditioned queries in a folder."""
-    needs_self_influence = score_settings.mode != "dot" or score_settings.self_influence
-    self_influence = SelfInfluence(task.run, task.kind, record.layers, task.dampings) if needs_self_influence else None
-    scorer = Scorer(task, lm, execution, self_influence)
-    kept = KeptQueries(keep_queries, scorer, len(groups)) if keep_queries else None
-    with score_files(base, record, task.dampings, task.run.shards) as files:
-        pairs = write_scores(scorer, groups, files, record.mode, kept)
-        self_check.check(pairs, files, record.mode, self_influence and self_influence.values)
-        for s, file in enumerate(files) if processes.state().is_main_process else ():
-            file.describe(query_rows(queries), self_influence.values[s] if score_settings.self_influence else None)
-    processes.state().wait_for_everyone()
-    say_scores(record, base, task.dampings)
-    folders = [base.with_name(f"{base.name}-{damping.label}") for damping in task.dampings]
-    deviations = torch.stack([file.deviations() for file in files])
-    values = self_influence and self_influence.values
-    return ScoredCheckpoint(task.run, folders, deviations, values, kept and kept.close(), scorer.queries_per_step)
-
-
 def say_scores(record: ScoreRecord, base: Path, dampings: list[Damping]) -> None:
     """Print where the scores are."""
     for damping in dampings:
         progress.say(f"{record.num_queries} queries x {record.num_examples} examples in {base}-{damping.label}")
-
-
-def write_scores(
-    scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str, kept: KeptQueries | None
-) -> list[CheckedPair]:
-    """Score the groups of queries and fill the files. Return a few scores of this rank, computed again.
-
-    A pass over all train examples scores as many queries as fit in memory.
-    """
-    pairs: list[CheckedPair] = []
-    first, self_influence = 0, scorer.self_influence
-    while first < len(groups):
-        batch = groups[first : first + scorer.queries_per_pass]
-        if not all(processes.gather_list([write_pass(scorer, batch, first, files, mode)])):
-            scorer.halve_queries(len(batch))
-            for file in files:
-                file.forget(first)
-            continue
-        if self_influence and not self_influence.complete:
-            self_influence.save()
-        pairs += self_check.recomputed(scorer, files, first, len(batch))
-        if kept:
-            kept.keep(first)
-        first += len(batch)
-    for file in files:
-        file.close()
-    return pairs
 
 
 if __name__ == "__main__":

@@ -135,13 +135,12 @@ def set_up(
 
 
 def look_ahead(args: argparse.Namespace, members: list[checkpoints.Member], execution: Execution) -> None:
-    """Check (--verify) or predict (--dry_run, --trial) the run of the first checkpoint; then say what all take."""
-    folder, run_flags = members[0]
-    settings, kind = open_run.new_settings(run_flags, execution), args.hessian or "raw"
+    """Check (--verify) or predict (--dry_run, --trial) the run, or those of all checkpoints."""
+    settings, kind = open_run.new_settings(members[0].flags, execution), args.hessian or "raw"
     if args.verify:
-        verify.verify(settings, kind, execution, args.verify, args.cache_dir)
+        verify.verify([member.settings(settings) for member in members], kind, execution, args.verify, args.cache_dir)
         return
-    run, size, sample = estimate.estimate(settings, folder, kind, execution, args.cache_dir)
+    run, size, sample = estimate.estimate(settings, members[0].folder, kind, execution, args.cache_dir, len(members))
     if args.trial:
         trial.say_hours(run, size.tokens, size.seconds, sample, kind, execution, args.trial, len(members))
 

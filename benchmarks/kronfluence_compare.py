@@ -129,12 +129,13 @@ def add_clocks(seconds: Counter) -> None:
     """Time the steps of stages 2 and 3, where the two scripts look them up."""
     import compute_influence  # not at the top: see build_parser
     from logra.runtime import processes
+    from logra.scoring import score
     from logra.stages import calibrate, extract, open_run
 
     steps = {
         PHASES[0]: [(calibrate, "make_projections")],
         PHASES[1]: [(extract, "write_shards"), (extract, "write_hessian")],
-        PHASES[2]: [(compute_influence, "Scorer"), (compute_influence, "write_scores")],
+        PHASES[2]: [(score, "Scorer"), (score, "write_scores")],
         LEFT_OUT: [
             (processes, "start"), (open_run, "new_settings"), (open_run, "load_model"), (extract, "write_train"),
             (compute_influence, "load_queries"),

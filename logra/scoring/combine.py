@@ -18,67 +18,12 @@ from torch import Tensor
 from logra import influence
 from logra.hessian import Damping
 from logra.inputs.queries import Query, query_rows
-from logra.run_dir import RunDir
 from logra.runtime import processes, progress
-from logra.scoring.score import Scorer
-from logra.scoring.score_files import ScoreFile, ScoreRecord, create_matrix, score_files
+from logra.scoring.score_files import ScoredCheckpoint, ScoreFile, ScoreRecord, score_files
 
 BLOCK_SCORES = 2**24  # of each checkpoint in memory at a time
 PAIRS = 100  # combined scores that are computed again from the files
 TOLERANCE = 1e-5  # relative to the sum of the absolute parts
-
-
-class ScoredCheckpoint(NamedTuple):
-    """What is left of scoring a checkpoint's run.
-
-    Attributes:
-        run: The run.
-        folders: Of its scores, one for each damping.
-        deviations: Standard deviation of each query's scores over the train examples, [S, Q] float64.
-        self_influence: [S, N]; None if the mode does not need it.
-        queries: Layer -> file of preconditioned queries [S, Q, k]; None if all scores are kept.
-        queries_per_pass: How many of these fit in memory.
-    """
-
-    run: RunDir
-    folders: list[Path]
-    deviations: Tensor
-    self_influence: Tensor | None
-    queries: dict[str, Path] | None
-    queries_per_pass: int
-
-
-class KeptQueries:
-    """Preconditioned queries of a run's passes on the disk, [S, Q, k] for each layer. Rank 0 writes them.
-
-    Args:
-        folder: A new folder for the files.
-        scorer: Of the run.
-        queries: Q.
-    """
-
-    def __init__(self, folder: Path, scorer: Scorer, queries: int):
-        sizes, dampings = scorer.run.projected, len(scorer.task.dampings)
-        self.paths = {layer: folder / f"{number:05d}.npy" for number, layer in enumerate(scorer.task.blocks)}
-        self.scorer, self.files = scorer, dict[str, np.memmap]()
-        if processes.state().is_main_process:
-            folder.mkdir(parents=True)
-            for layer, path in self.paths.items():
-                self.files[layer] = create_matrix(path, (dampings, queries, sizes[layer][0] * sizes[layer][1]))
-
-    def keep(self, first: int) -> None:
-        """Write the queries of the scorer's last pass, of which `first` is the first one's number."""
-        for layer, file in self.files.items():
-            rows = self.scorer.stored_queries[layer].numpy()
-            rows = rows.reshape(len(file), -1, rows.shape[1])
-            file[:, first : first + rows.shape[1]] = rows
-
-    def close(self) -> dict[str, Path]:
-        """Flush the files, and return them."""
-        for file in self.files.values():
-            file.flush()
-        processes.state().wait_for_everyone()
-        return self.paths
 
 
 def combine(

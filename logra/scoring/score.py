@@ -4,22 +4,26 @@ Notation: Q queries, N train examples, S dampings, rows = S * Q (by damping, the
 layer, R rank of a query (--query_rank).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from logra import hessian, influence
 from logra.hooks import GradientCapture, ScoreCapture
-from logra.inputs.queries import Query, query_hash
+from logra.inputs.queries import Query, query_hash, query_rows
 from logra.projection import Projection, identity
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
 from logra.runtime.memory import available_memory, free_memory, is_out_of_memory, release_memory
 from logra.runtime.settings import Execution, QuerySettings, ScoreSettings
-from logra.scoring.score_files import ScoreFile, ScoreRecord, SelfInfluence
+from logra.scoring import self_check
+from logra.scoring.matrix_files import KeptQueries
+from logra.scoring.score_files import ScoredCheckpoint, ScoreFile, ScoreRecord, SelfInfluence, score_files
 from logra.stages.gradients import make_extractor
 
 ShardScores = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
@@ -265,6 +269,66 @@ class Scorer:
                 dots = {block: total[:, :rows] for block, total in totals.items()}
                 yield shard, dots, list(sum(totals.values())[:, rows:].T)
             extractor.finish()
+
+
+def score_run(
+    task: ScoreTask, lm: nn.Module, execution: Execution, score_settings: ScoreSettings, base: Path,
+    record: ScoreRecord, groups: list[list[Query]], queries: list[Query], keep_queries: Path | None,
+) -> ScoredCheckpoint:  # fmt: skip
+    """Score a run's examples, and write a folder <base>-<damping> for each damping.
+
+    Args:
+        task, lm, execution: See Scorer.
+        score_settings: Its mode, and whether the folders get the self-influences.
+        base: scores/<label>.
+        record: Of the scores, see describe_scores.
+        groups: The groups of queries.
+        queries: What queries.jsonl says of each group.
+        keep_queries: A new folder for the preconditioned queries; None: they are not kept.
+    """
+    needs_self_influence = record.mode != "dot" or score_settings.self_influence
+    self_influence = SelfInfluence(task.run, task.kind, record.layers, task.dampings) if needs_self_influence else None
+    scorer = Scorer(task, lm, execution, self_influence)
+    widths = {layer: math.prod(task.run.projected[layer]) for layer in task.blocks}
+    kept = KeptQueries(keep_queries, widths, len(task.dampings), len(groups)) if keep_queries else None
+    with score_files(base, record, task.dampings, task.run.shards) as files:
+        pairs = write_scores(scorer, groups, files, record.mode, kept)
+        self_check.check(pairs, files, record.mode, self_influence and self_influence.values)
+        for s, file in enumerate(files) if processes.state().is_main_process else ():
+            file.describe(query_rows(queries), self_influence.values[s] if score_settings.self_influence else None)
+    processes.state().wait_for_everyone()
+    folders = [base.with_name(f"{base.name}-{damping.label}") for damping in task.dampings]
+    deviations = torch.stack([file.deviations() for file in files])
+    values, kept_files = self_influence and self_influence.values, kept.close() if kept else None
+    return ScoredCheckpoint(task.run, folders, deviations, values, kept_files, scorer.queries_per_step)
+
+
+def write_scores(
+    scorer: Scorer, groups: list[list[Query]], files: list[ScoreFile], mode: str, kept: KeptQueries | None
+) -> list[self_check.CheckedPair]:
+    """Score the groups of queries and fill the files. Return a few scores of this rank, computed again.
+
+    A pass over all train examples scores as many queries as fit in memory.
+    """
+    pairs: list[self_check.CheckedPair] = []
+    first, self_influence = 0, scorer.self_influence
+    while first < len(groups):
+        batch = groups[first : first + scorer.queries_per_pass]
+        if not all(processes.gather_list([write_pass(scorer, batch, first, files, mode)])):
+            scorer.halve_queries(len(batch))
+            for file in files:
+                file.forget(first)
+            continue
+        if self_influence and not self_influence.complete:
+            self_influence.save()
+        if scorer.stored_queries:  # the run stores gradients
+            pairs += self_check.recomputed(scorer.run, scorer.own_shards, scorer.stored_queries, files, first)
+        if kept:
+            kept.keep(first, scorer.stored_queries)
+        first += len(batch)
+    for file in files:
+        file.close()
+    return pairs
 
 
 def write_pass(scorer: Scorer, batch: list[list[Query]], first: int, files: list[ScoreFile], mode: str) -> bool:

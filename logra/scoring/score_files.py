@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from logra.hessian import KINDS, Damping
 from logra.influence import MODES, RunningTopK
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files, processes
+from logra.scoring.matrix_files import create_matrix
 
 ROUNDING = 1e-12  # of a variance, relative to the mean square: scores are float32
 
@@ -140,20 +141,6 @@ SCORES_JSON = {
     "damping": float | None,
     "damping_absolute": float | None,
 } | dict.fromkeys(("split", "query_loss", "queries"), str)
-
-
-def create_matrix(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Create a file of a float32 matrix, and map it into memory.
-
-    Raises:
-        OSError: The disk is too small. Without this check a memory-mapped write would crash.
-    """
-    create = partial(np.lib.format.open_memmap, path, mode="w+", dtype=np.float32, shape=shape)
-    matrix = files.retried(create)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return matrix
 
 
 class ScoreFile:
@@ -356,3 +343,23 @@ class SelfInfluence:
             tag = f".{os.getpid()}"  # commands for other queries may run at the same time
             checksums = store.save_tensors(path, self.layout, {"values": values}, tag)
             files.write_json(path.with_suffix(".json"), self.key | {"checksums": checksums}, tag)
+
+
+class ScoredCheckpoint(NamedTuple):
+    """What is left of scoring a checkpoint's run.
+
+    Attributes:
+        run: The run.
+        folders: Of its scores, one for each damping.
+        deviations: Standard deviation of each query's scores over the train examples, [S, Q] float64.
+        self_influence: [S, N]; None if the mode does not need it.
+        queries: Layer -> file of preconditioned queries [S, Q, k]; None if all scores are kept.
+        queries_per_pass: How many of these fit in memory.
+    """
+
+    run: RunDir
+    folders: list[Path]
+    deviations: Tensor
+    self_influence: Tensor | None
+    queries: dict[str, Path] | None
+    queries_per_pass: int

@@ -7,16 +7,16 @@ Notation: k = r_out * r_in coordinates of a layer, q a preconditioned query, z a
 
 import math
 import secrets
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from logra.influence import scores_of_mode
 from logra.quantise import unpack
+from logra.run_dir import RunDir
 from logra.runtime import processes
-from logra.scoring.score import Scorer
-from logra.scoring.score_files import ScoreFile
 
 PAIRS = 3  # (query, example) pairs of each rank and pass
 TOLERANCE = 0.01  # in units of |q| |z| / sqrt(k), the size of a dot of independent q and z
@@ -33,46 +33,61 @@ class CheckedPair(NamedTuple):
     tolerance: float
 
 
-def recomputed(scorer: Scorer, files: list[ScoreFile], first_query: int, queries: int) -> Iterator[CheckedPair]:
-    """Yield the dots of random pairs of this rank's examples and of the last pass's queries, computed in float64.
+class Scores(Protocol):
+    """The scores of one damping; score_files.ScoreFile is one."""
 
-    A run that stores no gradients has none to compute them from.
+    def kept_examples(self, first_query: int, query: int, ids: range) -> Sequence[int]: ...
+    def read(self, query: int, example: int) -> float | None: ...
+
+
+def recomputed(
+    run: RunDir, shards: Sequence[int], queries: dict[str, Tensor], files: Sequence[Scores], first_query: int
+) -> Iterator[CheckedPair]:
+    """Yield the dots of random pairs of this rank's examples and of a pass's queries, computed in float64.
 
     Args:
-        scorer: After a pass.
+        run: It stores gradients.
+        shards: Those of this rank.
+        queries: Layer -> preconditioned queries [rows, k], by damping, then by query.
         files: One for each damping.
         first_query: Number of the pass's first query.
-        queries: Number of the pass's queries.
     """
-    for _ in range(PAIRS if scorer.stored_queries and scorer.own_shards else 0):
-        damping, query = secrets.randbelow(len(files)), secrets.randbelow(queries)
-        ids = scorer.run.shards[secrets.choice(scorer.own_shards)]
+    count = len(next(iter(queries.values()))) // len(files)
+    for _ in range(PAIRS if shards else 0):
+        damping, query = secrets.randbelow(len(files)), secrets.randbelow(count)
+        ids = run.shards[secrets.choice(shards)]
         example = secrets.choice(files[damping].kept_examples(first_query, query, ids))
-        dot, variance = _dot(scorer, damping * queries + query, example)
-        yield CheckedPair(damping, first_query + query, example, dot, math.sqrt(variance))
+        dot, tolerance = _dot(run, {layer: q[damping * count + query] for layer, q in queries.items()}, example)
+        yield CheckedPair(damping, first_query + query, example, dot, tolerance)
 
 
-def _dot(scorer: Scorer, row: int, example: int) -> tuple[float, float]:
-    """Return the dot of a row of the queries with an example's stored gradient, and the square of its tolerance."""
-    run, bits = scorer.run, scorer.run.settings.bits
+def _dot(run: RunDir, query: dict[str, Tensor], example: int) -> tuple[float, float]:
+    """Return the dot of a query {layer: [k]} with an example's stored gradient, and its tolerance."""
+    bits = run.settings.bits
     shard = next(number for number, ids in enumerate(run.shards) if example in ids)
-    dot, variance = 0.0, 0.0
+    dot, variance, lost = 0.0, 0.0, 0.0
     with run.open_shard(shard) as file:
         position = example - run.shards[shard].start
-        for layer, queries in scorer.stored_queries.items():
-            q, z = queries[row].double(), file.read_row(layer, position)
+        for layer, q in query.items():
+            q, z = q.double(), file.read_row(layer, position)
             if bits is not None:
                 z = unpack(z[None], file.read_row(f"{layer}.scale", position)[None], bits, len(q))[0]
             z = z.double()
             dot += (q @ z).item()
             error = (TOLERANCE / math.sqrt(len(q)) + FLOAT32_TOLERANCE) * q.norm() * z.norm()
-            if bits == 1:  # a CPU rounds queries to steps of at most max|q| / 127; six standard deviations
-                error += 6 / math.sqrt(12) / 127 * q.abs().max() * z.norm()
             variance += error.item() ** 2
-    return dot, variance
+            lost += (_lost_bits(q) @ z).item() if bits == 1 else 0
+    return dot, math.sqrt(variance) + abs(lost)
 
 
-def check(pairs: list[CheckedPair], files: list[ScoreFile], mode: str, self_influence: torch.Tensor | None) -> None:
+def _lost_bits(query: Tensor) -> Tensor:
+    """Return what a query [k] loses when a CPU rounds it to 8 bits (see quantise.BitQueries)."""
+    steps = query.abs().amax().clamp_min(1e-38) / 127 / torch.tensor([[1.0], [2.0], [4.0]])
+    lost = query - (query / steps).round().clamp(-128, 127) * steps  # [3, k]
+    return lost[lost.square().sum(dim=1).argmin()]
+
+
+def check(pairs: list[CheckedPair], files: Sequence[Scores], mode: str, self_influence: Tensor | None) -> None:
     """Compare the pairs of all ranks with the finished files, on rank 0.
 
     Args:

@@ -8,7 +8,7 @@ parent/checkpoints.json    {"checkpoints": {folder of a run: {"model_name", "rev
 import glob
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import xxhash
 from logra.run_dir import RunDir
 from logra.runtime import files, processes
 from logra.runtime.flags import RunFlags
-from logra.runtime.settings import DATA_FIELDS
+from logra.runtime.settings import DATA_FIELDS, RunSettings
 from logra.stages import open_run
 
 REMEDY = "restore it, or extract to another --log_dir"
@@ -33,6 +33,11 @@ class Member(NamedTuple):
     def model(self) -> dict[str, Any]:
         """The entry of checkpoints.json."""
         return {name: self.flags.user_flags[name] for name in ("model_name", "revision")}
+
+    def settings(self, first: RunSettings) -> RunSettings:
+        """Return the settings of the run. All but the model and the seed are those of the first checkpoint's run."""
+        own = {name: value for name, value in self.flags.user_flags.items() if name in open_run.OWN_SETTINGS}
+        return replace(first, **own)
 
 
 def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:

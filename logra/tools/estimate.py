@@ -47,9 +47,9 @@ class DataSize(NamedTuple):
 
 
 def estimate(
-    settings: RunSettings, folder: Path, kind: str, execution: Execution, cache_dir: str | None
+    settings: RunSettings, folder: Path, kind: str, execution: Execution, cache_dir: str | None, checkpoints: int
 ) -> tuple[RunDir, DataSize, Dataset]:
-    """Print what a new run in `folder` with a Hessian of this kind needs.
+    """Print what a new run in `folder` with a Hessian of this kind needs, and the disk of so many checkpoints' runs.
 
     Returns:
         The run as it will be, the size of its data, and a sample of its examples.
@@ -80,8 +80,10 @@ def estimate(
     run, on_gpu = with_examples(run, size.examples), processes.state().device.type == "cuda"
     say_layers(run)
     say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples; the data have {len(documents):,} documents\n")
-    say_disk(run, kind, size.bytes)
+    say_disk(run, kind, size.bytes, checkpoints)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
+    if checkpoints > 1:
+        say(f"one of the {checkpoints} models is in memory at a time")
     return run, size, sample
 
 
@@ -156,8 +158,11 @@ def say_layers(run: RunDir) -> None:
         say(f"{number:<24d}{list(shape)!s:>16s}{list(projected)!s:>16s}{math.prod(projected):12,d}")
 
 
-def say_disk(run: RunDir, kind: str, train_bytes: float) -> None:
-    """Print the bytes of the run's folder, and of its gradients in other types; warn if the disk is too small."""
+def say_disk(run: RunDir, kind: str, train_bytes: float, checkpoints: int) -> None:
+    """Print the bytes of the run's folder, of its gradients in other types, and of the runs of several checkpoints.
+
+    Warn if the disk is too small. The runs of checkpoints have the same files in train/.
+    """
     (train,) = run.parts
     parts = {
         "gradients": run.examples * train.bytes_per_example,
@@ -171,9 +176,12 @@ def say_disk(run: RunDir, kind: str, train_bytes: float) -> None:
     for name in (*FLOAT_DTYPES, *INTEGER_BITS):
         size = sum(stored_bytes(math.prod(shape), name) for shape in run.projected.values())
         say(f"      {name:10s}{size:14,d} bytes an example{gigabytes(size * run.examples):>12s}")
+    needed = checkpoints * sum(parts.values()) - (checkpoints - 1) * train_bytes
+    if checkpoints > 1:
+        say(f"disk of the runs of {checkpoints} checkpoints: {gigabytes(needed)}; their files in train/ are the same")
     folder = run.folder.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if sum(parts.values()) > free:
+    if needed > free:
         say(f"WARNING: {gigabytes(free)} of disk are free; use a lower --rank, --store_dtype or another --log_dir")
 
 

@@ -150,13 +150,14 @@ def say_hours(
         f"\ntrial: {tokens / predicted['gradients']:,.0f} tokens/s, at most {peak_memory() / 1e9:.2g} GB of memory"
     )
     parts = {"tokenising": tokenising} | predicted
-    progress.say("predicted seconds: " + ", ".join(f"{name} {value:,.2f}" for name, value in parts.items()))
+    of_one = " of one checkpoint" if checkpoints > 1 else ""
+    progress.say(f"predicted seconds{of_one}: {', '.join(f'{name} {value:,.2f}' for name, value in parts.items())}")
     for count in PROCESSES if on_gpu else (1,):
         shared = sum(value for name, value in predicted.items() if name != "loading") / count
         hours = (tokenising + checkpoints * (predicted["loading"] + shared)) / 3600
         progress.say(f"{count} process{'es' * (count > 1):2s} {hours:10.3g} hours")
     if checkpoints > 1:
-        progress.say(f"all {checkpoints} checkpoints together, one after another")
+        progress.say(f"for all {checkpoints} checkpoints, one after another; their examples are tokenised once")
     progress.say(
         "each with a GPU of its own" if on_gpu else "more processes on this machine share its cores: no faster"
     )

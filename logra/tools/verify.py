@@ -8,13 +8,14 @@ are compared with the scores. Notation: n train examples, Q queries, k = r_out *
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_utils import local_torch_dtype
 
@@ -23,26 +24,26 @@ from logra.influence import MODES
 from logra.inputs import model
 from logra.inputs.layers import MLP_PATTERN
 from logra.inputs.queries import Query
-from logra.quantise import FLOAT_DTYPES
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import processes
-from logra.runtime.memory import available_memory
-from logra.runtime.progress import say, silent
-from logra.runtime.settings import Execution, RunSettings, ScoreSettings
-from logra.scoring.score import Scorer, ScoreTask, write_pass
-from logra.scoring.score_files import ScoreRecord, SelfInfluence, score_files
+from logra.runtime.memory import release_memory
+from logra.runtime.progress import say
+from logra.runtime.settings import Execution, QuerySettings, RunSettings, ScoreSettings
+from logra.scoring.combine import combine
+from logra.scoring.score import ScoreTask, describe_scores, score_run
+from logra.scoring.score_files import ScoreRecord
 from logra.stages import calibrate, extract, open_run
 from logra.stages.gradients import make_extractor
 from logra.tools import verify_reference as reference
+from logra.tools.small_run import load_reference, small_settings
+from logra.tools.verify_checkpoints import combined_errors
 from logra.tools.verify_reference import Text, relative_error
 
 SHORT_TEXT = 8  # tokens
-MAX_K, MAX_OTHER_K = 2**12, 2**8  # of the first and the last layer, and of the others: each C [k, k] is solved
-MAX_CUBES = 2e11  # sum of k^3 up to which --lora none is kept
-COPY_BYTES = 24  # bytes per parameter that a float64 copy of the model and its gradients need
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
 ROUNDING_TOLERANCE = 1e-3  # in steps, and of a scale
 SCORE_TOLERANCE, SIGN_SCORE_TOLERANCE = 1e-3, 0.05  # with int1 a CPU rounds the queries to 8 bits
+COMBINED_TOLERANCE = 1e-4  # of sums of float32 scores
 STANDARD_ERRORS, CORRELATION, STEP_TOLERANCE = 6, 0.9, 0.5
 
 
@@ -66,11 +67,12 @@ class Check(NamedTuple):
             f"in {', '.join(places)}")  # fmt: skip
 
 
-def verify(settings: RunSettings, kind: str, execution: Execution, examples: int, cache_dir: str | None) -> None:
+def verify(every: list[RunSettings], kind: str, execution: Execution, examples: int, cache_dir: str | None) -> None:
     """Check the flags of a command line of extract_log.py on a small run of the first examples.
 
     Args:
-        settings: Of the run.
+        every: Settings of the run; of several checkpoints, those of each run. The last one's is checked in all parts,
+            of the others the scores, and then the combined ones.
         kind: Its Hessian.
         execution: How to run the model.
         examples: Number of train examples at most.
@@ -79,73 +81,104 @@ def verify(settings: RunSettings, kind: str, execution: Execution, examples: int
     Raises:
         ValueError: A check failed.
     """
-    if settings.quantize:
+    if every[0].quantize:
         raise ValueError(
             "expected --verify without --quantize, got both, and quantised weights have no gradient; leave one out"
         )
     if processes.processes_here() < processes.state().num_processes:
         raise ValueError("expected --verify on one machine, got several; start it on one of them")
-    lm, tokenizer, described = open_run.load_model(settings, execution)
-    open_run.say_tracked(lm, described, settings)
-    settings = small_settings(settings, described["layers"], examples)
-    execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
     with processes.temporary_folder("verify-") as temporary:
-        folder = temporary / "run"
+        runs: list[ScoredRun] = []
+        for number, settings in enumerate(every):
+            if len(every) > 1:
+                say(f"checkpoint {number + 1} of {len(every)}: {settings.revision or settings.model_name}")
+            first, folder = runs[0].run if runs else None, temporary / f"run-{number}"
+            runs.append(make_run(folder, settings, kind, execution, examples, cache_dir, first, len(every) > 1))
+            release_memory()
+        combined = combine_runs(runs, temporary) if len(runs) > 1 else {}
         if processes.state().is_main_process:
-            new = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
-            extract.write_train(new, tokenizer, None, cache_dir, None)
-        calibrate.make_projections(lm, open_run.reload(folder), execution)
-        run = open_run.reload(folder)
-        extract.write_shards(lm, run, extract.unfinished_shards(run), execution)
-        extract.write_hessian(kind, run)
-
-        scored = ScoredRun(run, kind, lm, execution)
-        if processes.state().is_main_process:
-            plain = load_reference(settings, execution)
+            plain = load_reference(runs[-1].settings, execution)
             with local_torch_dtype(plain.dtype):  # some models make constants of the default dtype
-                scored.check(plain)
+                report(chain(runs[-1].checks(plain), combined_checks(runs, combined)))
         processes.state().wait_for_everyone()
 
 
-def small_settings(settings: RunSettings, sizes: dict[str, list[int]], examples: int) -> RunSettings:
-    """Return the settings of the small run, and reduce the ranks in `sizes` so that C can be solved by its definition.
+def make_run(
+    folder: Path, settings: RunSettings, kind: str, execution: Execution, examples: int, cache_dir: str | None,
+    first: RunDir | None, keep_queries: bool,
+) -> "ScoredRun":  # fmt: skip
+    """Make a small run, and score it. That of a further checkpoint has the examples of the first one."""
+    lm, tokenizer, described = open_run.load_model(settings, execution)
+    if not first:
+        open_run.say_tracked(lm, described, settings)
+    settings = small_settings(settings, described["layers"], examples)
+    execution = replace(execution, batch_tokens=64 * settings.block_size)  # long and short texts in one batch
+    if processes.state().is_main_process:
+        new = RunDir(folder, RunRecord(settings, {"hessian": kind}, **described))
+        if first:
+            extract.share_train(new, first)
+        else:
+            extract.write_train(new, tokenizer, None, cache_dir, None)
+    calibrate.make_projections(lm, open_run.reload(folder), execution)
+    run = open_run.reload(folder)
+    extract.write_shards(lm, run, extract.unfinished_shards(run), execution)
+    extract.write_hessian(kind, run)
+    return ScoredRun(run, kind, lm, execution, keep_queries)
 
-    The middle layer gets k <= n: there raw has a solver of its own. `sizes` is layer -> [d_out, d_in, r_out, r_in].
+
+def combine_runs(runs: list["ScoredRun"], temporary: Path) -> dict[Path, ScoreRecord]:
+    """Combine the scores of each mode: all with equal weights, the highest and lowest with others. Return the folders.
+
+    Without stored gradients all scores are kept in both.
     """
-    ks = [r_out * r_in for *_, r_out, r_in in sizes.values()]
-    if settings.lora == "none" and (max(ks) > MAX_K or sum(k**3 for k in ks) > MAX_CUBES):
-        say("--lora none: the layers are too wide to solve their C here; random projections are checked instead")
-        settings = replace(settings, lora="random")
-    last = len(sizes) - 1
-    for number, size in enumerate(sizes.values()) if settings.lora != "none" else ():
-        limit = MAX_K if number in (0, last) else MAX_OTHER_K
-        if number == math.ceil(last / 2) and last:
-            limit = examples
-        rank = math.isqrt(limit)
-        if size[2] * size[3] > limit:
-            size[2] = min(size[2], rank)
-            size[3] = min(size[3], limit // size[2])
-    return replace(
-        settings, max_examples=min(examples, settings.max_examples or examples), calibration_examples=examples,
-        shard_examples=math.ceil(examples / 2),
-    )  # fmt: skip
+    made, last = {}, runs[-1]
+    kept = None if last.settings.store_dtype == "none" else math.ceil(last.run.examples / 2)
+    different = [float(number + 1) for number in range(len(runs))]
+    for mode in MODES:
+        scored = [run.scored[mode] for run in runs]
+        for name, top_k, weights in (("equal weights", None, [1.0] * len(runs)), ("other weights", kept, different)):
+            entries = [
+                {"run": r.run.folder.name, "scores": mode, "weight": w} for r, w in zip(runs, weights, strict=True)
+            ]
+            record = replace(last.records[mode], top_k_only=top_k, checkpoints=entries)
+            base = temporary / name / mode
+            combine(base, record, scored, last.dampings, last.stage_3_queries, mode != "dot")
+            made[base.with_name(f"{mode}-{last.dampings[0].label}")] = record
+    return made
 
 
-def load_reference(settings: RunSettings, execution: Execution) -> nn.Module:
-    """Load the model again, on the CPU, in float64 if it fits and runs so: the device never holds it twice."""
-    hub = model.hub_options(settings.revision, execution.trust_remote_code)
-    with silent():  # what there is to say of the model was said
-        plain = model.load_model(settings.model_name, FLOAT_DTYPES[settings.dtype], "cpu", **hub)  # the same rounding
-    reference.run_experts(plain, "eager")  # the grouped product has no float64
-    double = COPY_BYTES * sum(p.numel() for p in plain.parameters()) < available_memory()
-    if double:
-        try:
-            with torch.no_grad(), local_torch_dtype(torch.float64):
-                reference.loss(plain.double(), Text([0, 1], [True, True]))
-        except RuntimeError:  # some models compute a part in float32 (Inkling 2)
-            double = False
-    say(f"model in {settings.dtype}, reference in {'float64' if double else 'float32'}:")
-    return plain.to(torch.float64 if double else torch.float32).requires_grad_()
+def combined_checks(runs: list["ScoredRun"], combined: dict[Path, ScoreRecord]) -> Iterator[Check]:
+    """Check the scores of each checkpoint but the last, and the combined scores; nothing without checkpoints."""
+    if combined:
+        errors = {
+            f"{name} of checkpoint {number}": error
+            for number, run in enumerate(runs[:-1], 1) for name, error in run.score_errors().items()
+        }  # fmt: skip
+        yield Check("scores of the other checkpoints", errors, runs[0].score_tolerance)
+        errors = {}
+        for folder, record in combined.items():
+            mode, weights = record.mode, [checkpoint["weight"] for checkpoint in record.checkpoints]
+            own, scores = ([run.scores[name] for run in runs] for name in ("self-influence", mode))
+            found = combined_errors(folder, scores, None if mode == "dot" else own, weights, mode != "cosine")
+            errors |= {f"{name} of {mode} with {folder.parent.name}": error for name, error in found.items()}
+        yield Check("combined scores", errors, COMBINED_TOLERANCE)
+
+
+def report(checks: Iterable[Check]) -> None:
+    """Print the lines.
+
+    Raises:
+        ValueError: A check failed.
+    """
+    failed = []
+    for line in checks:
+        line.say()
+        failed += [line.what] if line.failed else []
+    if failed:
+        raise ValueError(
+            f"expected all checks of --verify to pass, got FAIL in {len(failed)} ({', '.join(failed)}); where "
+            "layers are named, leave them out with --layers, and report it"
+        )
 
 
 class ScoredRun:
@@ -154,10 +187,11 @@ class ScoredRun:
     Attributes:
         train, queries: The texts.
         grads, query_grads: Their gradients before they are stored, {layer: [n, k]} and {layer: [Q, k]} float32.
+        scored: What is left of scoring the run in each mode.
         scores: Scores [Q, n] of each mode, and self-influence [n].
     """
 
-    def __init__(self, run: RunDir, kind: str, lm: nn.Module, execution: Execution):
+    def __init__(self, run: RunDir, kind: str, lm: nn.Module, execution: Execution, keep_queries: bool):
         self.run, self.kind, self.settings, rows = run, kind, run.settings, run.train()[:]
         counted = rows.get("counted") or [[True] * len(ids) for ids in rows["input_ids"]]
         self.train = [Text(*pair) for pair in zip(rows["input_ids"], counted, strict=True)]
@@ -172,7 +206,8 @@ class ScoredRun:
             )
             extractor.finish()
         self.grads = {layer: torch.cat([shard[layer] for shard in shards]) for layer in run.layers}
-        self.score(lm, execution)
+        self.stored, self.sums = reference.read_shards(run.folder, len(run.shards))
+        self.score(lm, execution, keep_queries and run.settings.store_dtype != "none")
 
     def make_queries(self, boundaries: list[int]) -> list[Text]:
         """Return the longest example, a piece of the last one, and texts of very different lengths.
@@ -188,50 +223,31 @@ class ScoredRun:
         lengths = sorted({min(SHORT_TEXT, block_size), *above, *whole})
         return queries + [Text((tokens * length)[:length], [True] * length) for length in lengths]
 
-    def score(self, lm: nn.Module, execution: Execution) -> None:
-        """Score the queries in each mode, with the default damping."""
-        run, kind, layers = self.run, self.kind, list(self.run.layers)
-        dampings = ScoreSettings().dampings(kind, self.settings.store_dtype)
-        task = ScoreTask(run, kind, dict.fromkeys(layers, ""), dampings)
-        groups = [[Query(str(number), *text, {})] for number, text in enumerate(self.queries)]
-        self.scores = {}
+    def score(self, lm: nn.Module, execution: Execution, keep_queries: bool) -> None:
+        """Score the queries in each mode with stage 3's function, with the default damping."""
+        run, layers = self.run, list(self.run.layers)
+        self.dampings = ScoreSettings().dampings(self.kind, self.settings.store_dtype)
+        self.stage_3_queries = [Query(str(number), *text, {}) for number, text in enumerate(self.queries)]
+        task = ScoreTask(run, self.kind, dict.fromkeys(layers, ""), self.dampings)
+        self.records, self.scored, self.scores = {}, {}, {}
         for mode in MODES:
-            self_influence = None if mode == "dot" else SelfInfluence(run, kind, layers, dampings)
-            record = ScoreRecord(
-                query_loss="all", layers=layers, queries="", split="", mode=mode, hessian=kind, top_k_only=None,
-                num_queries=len(groups), num_examples=run.examples, group_by=None, log=run.record, damping=None,
-                damping_absolute=None, query_rank=None,
+            wanted = ScoreSettings(mode=mode, self_influence=mode != "dot")
+            record = describe_scores(run, self.kind, layers, self.stage_3_queries, QuerySettings(), wanted)
+            scored = score_run(
+                task, lm, execution, wanted, run.folder / "scores" / mode, record,
+                [[query] for query in self.stage_3_queries], self.stage_3_queries,
+                run.folder / f"queries-{mode}" if keep_queries else None,
             )  # fmt: skip
-            with score_files(run.folder / "scores" / mode, record, dampings, run.shards) as files:
-                if not write_pass(Scorer(task, lm, execution, self_influence), groups, 0, files, mode):
-                    raise ValueError(
-                        f"expected memory to score {len(groups)} queries at a time, got too little; use a lower --rank"
-                    )
-                if self_influence and not self_influence.complete:
-                    self_influence.save()
-                files[0].close()
-                if processes.state().is_main_process:
-                    self.scores[mode] = torch.from_numpy(np.load(files[0].folder / "scores.npy"))
-        self.scores["self-influence"] = self_influence.values[0]
+            self.records[mode], self.scored[mode] = record, scored
+            self.scores[mode] = torch.from_numpy(np.load(scored.folders[0] / "scores.npy"))
+        self.scores["self-influence"] = torch.from_numpy(np.load(scored.folders[0] / "self_influence.npy"))
 
-    def check(self, lm: nn.Module) -> None:
-        """Print how far all numbers are from those of the reference model `lm`.
-
-        Raises:
-            ValueError: A check failed.
-        """
+    def checks(self, lm: nn.Module) -> Iterator[Check]:
+        """Compare all numbers with those of the reference model `lm`."""
         sides = reference.projections(self.run.folder, list(self.run.layers))
         self.expected = reference.projected_sums(lm, sides, self.train)
-        failed = []
         for part in (self.check_projections, self.check_gradients, self.check_scores):
-            for line in part(lm, sides):
-                line.say()
-                failed += [line.what] if line.failed else []
-        if failed:
-            raise ValueError(
-                f"expected all checks of --verify to pass, got FAIL in {len(failed)} ({', '.join(failed)}); where "
-                "layers are named, leave them out with --layers, and report it"
-            )
+            yield from part(lm, sides)
 
     def check_projections(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
         """Check which layers are tracked, and the projections."""
@@ -252,14 +268,6 @@ class ScoredRun:
 
     def check_gradients(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
         """Check gradients, factor sums, and what is stored of the gradients."""
-        folder, dtype = self.run.folder / "gradients", self.settings.store_dtype
-        self.stored: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
-        for number in range(len(self.run.shards)):
-            for name, tensor in load_file(folder / f"{number:05d}.safetensors").items():
-                self.stored[name] = torch.cat([self.stored[name], tensor]) if name in self.stored else tensor
-            for name, tensor in load_file(folder / f"{number:05d}.factors.safetensors").items():
-                self.sums[name] = self.sums.get(name, 0) + tensor.double()
         tolerance = GRADIENT_TOLERANCE[self.settings.dtype]
         asked = reference.projected_sums(lm, sides, self.queries)
         for what, grads, expected in (("train", self.grads, self.expected), ("query", self.query_grads, asked)):
@@ -268,23 +276,35 @@ class ScoredRun:
         errors = {key: relative_error(value, self.expected[key]) for key, value in self.sums.items()}
         counts = {key: float(self.sums[key] != self.expected[key]) for key in ("examples", "tokens")}
         yield Check("factor sums", errors | counts, tolerance)
-        yield Check("stored values", reference.stored_errors(self.stored, self.grads, dtype), ROUNDING_TOLERANCE)
+        yield Check(
+            "stored values",
+            reference.stored_errors(self.stored, self.grads, self.settings.store_dtype),
+            ROUNDING_TOLERANCE,
+        )
 
     def check_scores(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
         """Compare the scores with those of dense algebra, and with steps of the model."""
-        kind, dtype, solved, z = self.kind, self.settings.store_dtype, {}, {}
+        yield Check("scores", self.score_errors(), self.score_tolerance)
+        if steps := self.step_errors(lm, sides, self.solved):
+            yield Check("steps of the model", steps, STEP_TOLERANCE)
+
+    def score_errors(self) -> dict[str, float]:
+        """Compare the scores with those of dense algebra. `solved` is (C + lambda I)^-1 z from now on."""
+        kind, dtype, z = self.kind, self.settings.store_dtype, {}
+        self.solved: dict[str, Tensor] = {}
         for layer, g in self.grads.items():
             z[layer] = g.double() if dtype == "none" else reference.restored(self.stored, layer, g.shape[1], dtype)
             c = reference.hessian(kind, z[layer], self.sums, layer, self.settings.basis == "eigen")
-            solved[layer] = reference.preconditioned(kind, z[layer], c, dtype)
-        expected = reference.scores(self.query_grads, z, solved)
-        errors = {name: relative_error(self.scores[name], value) for name, value in expected.items()}
-        tolerance = SIGN_SCORE_TOLERANCE if dtype == "int1" else SCORE_TOLERANCE
-        if dtype == "none":  # stage 3 computes the gradients again, at full width without rounding the projected ones
-            tolerance = GRADIENT_TOLERANCE[self.settings.dtype]
-        yield Check("scores", errors, tolerance)
-        if steps := self.step_errors(lm, sides, solved):
-            yield Check("steps of the model", steps, STEP_TOLERANCE)
+            self.solved[layer] = reference.preconditioned(kind, z[layer], c, dtype)
+        expected = reference.scores(self.query_grads, z, self.solved)
+        return {name: relative_error(self.scores[name], value) for name, value in expected.items()}
+
+    @property
+    def score_tolerance(self) -> float:
+        """The largest error of scores that passes."""
+        if self.settings.store_dtype == "none":  # stage 3 computes the gradients again, at full width unrounded
+            return GRADIENT_TOLERANCE[self.settings.dtype]
+        return SIGN_SCORE_TOLERANCE if self.settings.store_dtype == "int1" else SCORE_TOLERANCE
 
     def step_errors(self, lm: nn.Module, sides: reference.Sides, solved: dict[str, Tensor]) -> dict[str, float]:
         """Compare dots with how fast a query's loss falls along small steps of the model.

@@ -174,6 +174,17 @@ def projections(folder: Path, layers: list[str]) -> Sides:
     return {layer: (stored.get(f"{layer}.in"), stored.get(f"{layer}.out")) for layer in layers}
 
 
+def read_shards(folder: Path, shards: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the stored gradients of a run with so many shards, joined, and its factor sums, added in float64."""
+    stored, sums = {}, {}
+    for number in range(shards):
+        for name, tensor in load_file(folder / f"gradients/{number:05d}.safetensors").items():
+            stored[name] = torch.cat([stored[name], tensor]) if name in stored else tensor
+        for name, tensor in load_file(folder / f"gradients/{number:05d}.factors.safetensors").items():
+            sums[name] = sums.get(name, 0) + tensor.double()
+    return stored, sums
+
+
 def project(matrix: Tensor, p: Tensor | None) -> Tensor:
     """Return the rows of a matrix [., d], projected, [., r]."""
     return matrix if p is None else matrix @ p.to(matrix).T

@@ -11,7 +11,9 @@ import torch
 from conftest import write_jsonl
 from helpers import QUERIES, extract, influence
 
+from logra.quantise import BitQueries, pack
 from logra.scoring.score_files import ScoreFile
+from logra.scoring.self_check import _lost_bits
 
 
 def test_self_influence_is_kept_for_the_same_run_only(cli, tiny, workspace):
@@ -64,3 +66,13 @@ def test_top_k_only(cli, tiny, workspace, mode):
     assert np.allclose([r["score"] for r in rows[0]], [r["score"] for r in rows[1]])
     status, out, _ = cli("analysis", "--log_dir", "log", "--top_k", 7)
     assert status == 0 and "5 instead of 7" in out
+
+
+def test_what_rounding_a_query_takes_from_a_dot():
+    """A CPU rounds int1's queries to 8 bits. The check knows the loss, also where signs add it up."""
+    torch.manual_seed(0)
+    query = torch.randn(2000).sign() * torch.tensor([127.0] + 1999 * [0.4])  # all but the first are rounded to 0
+    packed, scale = pack(query.sign()[None], 1)
+    dot, lost = BitQueries(query[None]).score(packed, scale).item(), (_lost_bits(query) @ query.sign()).item()
+    assert dot == pytest.approx((query.abs().sum() - lost).item(), rel=1e-5)
+    assert lost > 6 * (2000 / 12) ** 0.5  # six standard deviations of errors that are independent of the signs

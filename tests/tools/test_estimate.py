@@ -67,6 +67,29 @@ def test_the_estimate_is_of_the_documents_that_the_run_takes(cli, tiny, workspac
         assert disk == pytest.approx(sizes, rel=0.02 + error), sample
 
 
+def test_the_disk_of_checkpoints_is_that_of_their_runs(cli, workspace, monkeypatch):
+    """The files in train/ count once: with them twice, the error would be larger. A warning is about all runs."""
+    write_jsonl(Path("docs.jsonl"), [{"text": text} for text in make_texts(600)])
+    for seed in range(3):
+        make_model("llama", seed=seed).save_pretrained(f"step-{seed}")
+        make_tokenizer().save_pretrained(f"step-{seed}")
+    flags = ("extract_log", "--checkpoints", *(f"step-{i}" for i in range(3)), *DATA, "--layers", "1.mlp.down_proj")
+    flags += ("--rank", 6, "--shard_examples", 600)
+    out = cli(*flags, "--dry_run")[1]
+    number, unit = re.search(r"disk of the runs of 3 checkpoints: ([\d.]+) ([MG]B)", out).groups()
+    train = float(re.search(r"train ([\d.]+) MB", out)[1]) * 1e6
+    total, one = float(number) * 1e6, needed(out)
+    assert unit == "MB" and total == pytest.approx(3 * one - 2 * train, rel=0.01)
+    assert "one of the 3 models is in memory at a time" in out and "WARNING" not in out
+    assert cli(*flags)[0] == 0
+    files = {path.stat().st_ino: path.stat().st_size for path in Path("log").rglob("*") if path.is_file()}
+    assert abs(total - sum(files.values())) < min(0.1 * total, train / 2)
+    assert not [path for path in Path("log").rglob("*") if path.suffix == ".tmp"]
+    for free, warned in ((one + train, True), (total + train, False)):
+        monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _, free=free: type("", (), {"free": free}))
+        assert ("WARNING" in cli(*flags, "--dry_run")[1]) == warned
+
+
 def test_warnings_come_before_anything_runs(cli, tiny, workspace, monkeypatch):
     """Too little disk and too little memory are said."""
     flags = ("--model_name", tiny / "gpt2", *DATA, "--dry_run")
@@ -79,7 +102,7 @@ def test_warnings_come_before_anything_runs(cli, tiny, workspace, monkeypatch):
 
 def predicted_parts(out: str) -> dict[str, float]:
     """Return the predicted seconds of each part that --trial printed, and their sum as `all`."""
-    (line,) = re.findall(r"^predicted seconds: (.*)$", out, re.MULTILINE)
+    (line,) = re.findall(r"^predicted seconds(?: of one checkpoint)?: (.*)$", out, re.MULTILINE)
     parts = {name: float(value.replace(",", "")) for name, value in (part.rsplit(" ", 1) for part in line.split(", "))}
     return parts | {"all": 3600 * float(re.search(r"1 process +([\d.e-]+) hours", out)[1])}
 
@@ -97,6 +120,18 @@ def test_a_trial_predicts_all_parts(cli, tiny, workspace, monkeypatch):
     assert 0.5 < parts["calibration"] < 1.5 and 0.3 < parts["Hessian"] < 1.3 and parts["gradients"] > 0
     assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"], abs=0.05)
     assert sorted(Path(".").rglob("*")) == before
+
+
+def test_a_trial_of_checkpoints_predicts_the_hours_of_all(cli, tiny, workspace, monkeypatch):
+    """The examples are tokenised once; all else takes its time at each checkpoint."""
+    seconds = {"loading": 20.0, "calibration": 30.0, "gradients": 400.0, "Hessian": 50.0}
+    monkeypatch.setattr(trial, "trial", lambda *_: seconds)
+    flags = ("--checkpoints", tiny / "llama", tiny / "llama_tied", *DATA, "--trial")
+    status, out, err = cli("extract_log", *flags)
+    assert status == 0, err
+    parts = predicted_parts(out)
+    assert parts["all"] == pytest.approx(parts["tokenising"] + 2 * 500, rel=0.01)
+    assert "for all 2 checkpoints, one after another; their examples are tokenised once" in out
 
 
 @pytest.mark.parametrize("kind", ["raw", "ekfac"])

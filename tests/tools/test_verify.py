@@ -3,15 +3,17 @@
 import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import verify_faults
 from conftest import ROOT, save_model
-from helpers import DATA
+from helpers import DATA, launch, refused
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from logra.stages import open_run
 from logra.tools.verify_reference import random_errors
 
 FLAGS = [
@@ -48,8 +50,12 @@ def test_the_page_has_all_faults():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied", "longrope", "xglm", "mixtral"])
-def test_verify_passes_without_a_fault(cli, workspace, name):
-    """With the presets on every architecture, and with all kinds of flags on one. Nothing is left behind."""
+def test_verify_passes_without_a_fault(cli, workspace, monkeypatch, name):
+    """With the presets on every architecture, and with all kinds of flags on one. Nothing is left behind.
+
+    Nor do stage 3's own checks find any, of many scores.
+    """
+    monkeypatch.setattr(verify_faults.self_check, "PAIRS", 10)
     save_model(workspace / "m", name)
     rows = [{"prompt": "the old mill", "response": f" ran past {w}"} for w in ("birds", "cold water", "a dog")]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -59,6 +65,42 @@ def test_verify_passes_without_a_fault(cli, workspace, name):
         lines = ["tracked layers", "train gradients", "query gradients", "factor sums", "stored values", "scores"]
         assert all(f"  pass  {line}: " in out for line in lines) and "reference in float64" in out, out
     assert {path.name for path in workspace.iterdir()} == {"m", "docs.jsonl", "pairs.jsonl", "queries.jsonl"}
+
+
+@pytest.mark.parametrize("flags", ["--verify 2", "--preset best", "--store_dtype none --hessian ekfac"])
+def test_verify_passes_with_checkpoints(cli, planted, workspace, monkeypatch, flags):
+    """Each one's scores, and the combined ones. One model is in memory at a time, and nothing is left behind."""
+    load, models = open_run.load_model, weakref.WeakSet()
+
+    def load_model(*values):
+        assert not models, "another checkpoint's model is still there"
+        found = load(*values)
+        models.add(found[0])
+        return found
+
+    monkeypatch.setattr(open_run, "load_model", load_model)
+    checkpoints = [planted / name for name in ("step-1", "step-2", "llama")]
+    status, out, err = cli("extract_log", "--checkpoints", *checkpoints, *DATA, "--verify", *flags.split())
+    assert status == 0 and "FAIL" not in out, err
+    assert [f"checkpoint {i} of 3: {path}" in out for i, path in enumerate(checkpoints, 1)] == 3 * [True]
+    assert "pass  scores of the other checkpoints: 8 compared" in out
+    count = 2 * (2 * 3 + 2) if "none --hessian ekfac" in flags else 2 * 3 + 2 + 4 * 3 + 2
+    assert f"pass  combined scores: {count} compared" in out
+    assert {path.name for path in workspace.iterdir()} == {"docs.jsonl", "queries.jsonl"}
+
+
+def test_verify_of_one_example_with_checkpoints(cli, planted, workspace):
+    """It has no standard deviation, so nothing could fail."""
+    flags = ("--checkpoints", planted / "step-1", planted / "step-2", *DATA, "--verify", 1)
+    refused(cli("extract_log", *flags), "at least 2 train examples", "use --verify 2")
+
+
+def test_two_processes_verify_checkpoints(planted, workspace):
+    """Each of them scores and combines its shards."""
+    flags = f"--checkpoints {planted}/step-1 {planted}/step-2 --data_name docs.jsonl --log_dir log --verify"
+    done = launch(2, workspace, flags)
+    assert done.returncode == 0 and "FAIL" not in done.stdout, done.stderr
+    assert "pass  combined scores: 22 compared" in done.stdout
 
 
 @pytest.mark.parametrize("width", [4, 12, 40])
@@ -105,5 +147,6 @@ def test_verify_copies_no_model(cli, tiny, workspace, monkeypatch):
 def test_a_failure_is_one_line(cli, tiny, workspace, monkeypatch):
     """It names what failed."""
     verify_faults.FAULTS["the sign of the scores"][1](monkeypatch)
+    monkeypatch.setattr(verify_faults.self_check, "PAIRS", 0)
     status, out, err = cli("extract_log", "--model_name", tiny / "llama", *DATA, "--verify")
     assert status == 2 and "got FAIL in 2 (scores, steps of the model)" in err and len(err.splitlines()) == 1
