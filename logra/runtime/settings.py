@@ -304,7 +304,8 @@ class ScoreSettings:
         given = list(self.checkpoint_weights or [1.0] * checkpoints)
         if len(given) != checkpoints:
             raise ValueError(
-                f"expected a weight for each of {checkpoints} checkpoints in --checkpoint_weights, got {len(given)}"
+                f"expected a weight for each of {checkpoints} checkpoints in --checkpoint_weights, got {len(given)}; "
+                "give as many, or leave the flag out"
             )
         return given
 
