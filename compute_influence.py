@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Open the run, or those of the checkpoints
     parent, members = checkpoints.find(run_flags, must_exist=True)
-    weights = score_settings.weights(len(members) if parent else 0)
+    weights = checkpoints.weights(score_settings.checkpoint_weights, len(members) if parent else 0)
     runs = [open_run.find_run(member.folder, member.flags, must_exist=True) for member in members]
     if parent:
         checkpoints.check_runs(runs, score_settings.top_k_only)

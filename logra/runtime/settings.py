@@ -295,20 +295,6 @@ class ScoreSettings:
         if self.layerwise and self.top_k_only:
             raise ValueError("expected --layerwise without --top_k_only, which keeps no matrix; leave one out")
 
-    def weights(self, checkpoints: int) -> list[float]:
-        """Return the weight of each checkpoint.
-
-        Raises:
-            ValueError: The flag names more or fewer; 0 checkpoints have none.
-        """
-        given = list(self.checkpoint_weights or [1.0] * checkpoints)
-        if len(given) != checkpoints:
-            raise ValueError(
-                f"expected a weight for each of {checkpoints} checkpoints in --checkpoint_weights, got {len(given)}; "
-                "give as many, or leave the flag out"
-            )
-        return given
-
     def dampings(self, hessian: str, store_dtype: str) -> list[Damping]:
         """Return the dampings of the flags, or the default for this Hessian and store type."""
         if self.damping_absolute:

@@ -36,7 +36,6 @@ class Member(NamedTuple):
         return {name: self.flags.user_flags[name] for name in ("model_name", "revision")}
 
 
-@processes.on_rank_0
 def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
     """Return the parent folder and the runs that a command line names; without checkpoints no parent, and one run.
 
@@ -47,7 +46,12 @@ def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
     Raises:
         ValueError: A checkpoint is neither a folder nor a revision, or comes twice; or --log_dir holds something else.
     """
-    folder = open_run.find_folder(flags, must_exist)
+    return _members(open_run.find_folder(flags, must_exist), flags, must_exist)
+
+
+@processes.on_rank_0
+def _members(folder: Path, flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
+    """Return what find does, for the folder of the run or of the checkpoints."""
     known = read_models(folder)
     if not flags.checkpoints and not known:
         return None, [Member(folder, flags)]
@@ -199,6 +203,12 @@ def _check_members(folder: Path, members: Sequence[Member], execution: Execution
                 continue  # checked when it is loaded
             run = RunDir(member.folder, RunRecord(settings, {"hessian": member.flags.hessian}, **described))
         first = first or run
+        parts = zip(run.fingerprints, first.fingerprints, strict=False)  # one of them may have further documents
+        if member.flags.extend and any(own != other for own, other in parts):
+            raise ValueError(
+                f"expected the documents of {first.folder} in {run.folder}, got others; extract one of them again with "
+                "--overwrite, or leave it out"
+            )
         check_model(first, run.settings.model_name, vars(run.record))
 
 
@@ -263,3 +273,17 @@ def check_runs(runs: Sequence[RunDir], top_k_only: int | None) -> None:
                 f"expected one setting of {', '.join(differing)} for all checkpoints, got others in {run.folder} than "
                 f"in {first.folder}; extract one of them again with --overwrite, or leave it out"
             )
+
+
+def weights(given: Sequence[float] | None, checkpoints: int) -> list[float]:
+    """Return the weight of each checkpoint (--checkpoint_weights): 1, if none are given.
+
+    Raises:
+        ValueError: More or fewer are given.
+    """
+    if given and len(given) != checkpoints:
+        raise ValueError(
+            f"expected a weight for each of {checkpoints} checkpoints in --checkpoint_weights, got {len(given)}; give "
+            "as many, or leave the flag out"
+        )
+    return list(given or [1.0] * checkpoints)
