@@ -101,6 +101,7 @@ def test_runs_of_one_folder(trajectory):
     assert all(table.samefile(tables[0]) for table in tables)
 
 
+@pytest.mark.slow
 def test_each_run_stands_alone(trajectory, place, cli, score):
     """A checkpoint's run is what one makes without --checkpoints; it can be resumed, scored and checked by itself."""
     log = Path("log/checkpoint-10")
@@ -290,6 +291,7 @@ def test_further_documents(place, make, cli, score, tokenised):
     assert len(RunDir.load(Path("log/checkpoint-5")).parts) == 4, "found before the first one is changed"
 
 
+@pytest.mark.slow
 def test_overwrite(place, make, score, tokenised):
     """All runs are made anew, tokenised once; the combined scores go. Some alone must keep the others' settings."""
     done(score())
