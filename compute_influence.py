@@ -43,10 +43,11 @@ def main(args: argparse.Namespace) -> None:
     parent, members = checkpoints.find(run_flags, must_exist=True)
     weights = checkpoints.weights(score_settings.checkpoint_weights, len(members) if parent else 0)
     runs = [open_run.find_run(member.folder, member.flags, must_exist=True) for member in members]
+    if parent:
+        checkpoints.check_runs(runs, score_settings.top_k_only)
     for run in runs:
-        open_run.check_model_files(run)
         kind = open_run.usable_hessian(run, args.hessian)
-    checkpoints.check_runs(runs, score_settings.top_k_only)
+        open_run.check_model_files(run)
     progress.keep_log(parent or run.folder)
     dampings = score_settings.dampings(kind, run.settings.store_dtype)
     layers = run.matching_layers(score_settings.score_layers)

@@ -58,14 +58,13 @@ def main(args: argparse.Namespace) -> None:
         return
 
     if parent:
-        checkpoints.record(parent, members, args.overwrite)
+        checkpoints.prepare(parent, members, execution)
         progress.keep_log(parent)
     tokens = 0
     for i, member in enumerate(members):
-        sibling = checkpoints.sibling(parent, members, i, args.overwrite) if parent else None
         if parent:
             progress.say(f"checkpoint {i + 1} of {len(members)}: {member.folder.name}")
-        tokens += extract_run(args, member, sibling, execution)
+        tokens += extract_run(args, member, checkpoints.sibling(parent, members, i), execution)
     progress.summary("compute_influence.py with the same flags", tokens)
 
 
@@ -83,6 +82,7 @@ def extract_run(
         first_hessian = (run or sibling).first_hessian if run or sibling else args.hessian or "raw"
         kind = args.hessian or first_hessian
         settings.check_hessian(kind, first_hessian)
+        run = processes.on_rank_0(extract.share_train)(run, sibling) if args.extend and sibling else run
         further = run_flags.documents if args.extend and not extract.has_documents(run, run_flags.documents) else None
         if run:
             extract.check_data_files(run)
@@ -122,7 +122,7 @@ def set_up(
             model_files = model.source_contents(settings.model_name)
             arguments = vars(args) | ({"hessian": sibling.first_hessian} if sibling else {})
             run = RunDir(folder, RunRecord(settings, arguments, **described, model_files=model_files))
-        if sibling and len(sibling.parts) > len(run.parts):
+        if sibling and not run.parts:
             extract.share_train(run, sibling)
         else:
             extract.write_train(run, tokenizer, further, args.cache_dir, args.num_proc)

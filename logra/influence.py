@@ -208,7 +208,8 @@ def checkpoint_factors(deviations: Tensor, weights: Sequence[float], mode: str) 
         weights: Of each checkpoint in the mean.
         mode: dot, cosine or l2.
     """
-    shares = torch.tensor(weights, dtype=torch.float64)[:, None] / sum(weights)
+    shares = torch.tensor(weights, dtype=torch.float64)[:, None] / max(weights)  # their sum may be infinite
+    shares = shares / shares.sum()
     if mode == "cosine":
         return shares.expand(deviations.shape).clone()
     return torch.where(deviations > 0, shares / deviations.clamp_min(1e-300), 0.0)

@@ -35,7 +35,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from logra.runtime import files
+from logra.runtime import files, progress
 from logra.runtime.flags import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +205,7 @@ def run_cli(script: str, *flags: object) -> int:
         return stop.code
     finally:
         sys.argv = argv
+        progress.begin(quiet=False)  # or later lines of this process would go to the run's log.txt
     return 0
 
 
@@ -220,6 +221,37 @@ def cli(capsys):
         return status, out, "\n".join(lines)
 
     return call
+
+
+TRAJECTORY = "--rank 4 --mlp_only --block_size 32 --shard_examples 7 --batch_tokens 200 --hessian ekfac".split()
+
+
+@pytest.fixture(scope="session")
+def trajectory(tmp_path_factory) -> Path:
+    """A folder with three checkpoints of a tiny Llama in out/, documents and queries, and their runs in parent/.
+
+    The flags of the runs are TRAJECTORY and --store_dtype int1. Three of the 23 documents have no gradient.
+    """
+    root = tmp_path_factory.mktemp("trajectory")
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    texts = make_texts(20, seed=1)
+    steps = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(15):
+        ids = torch.tensor([tokenizer(texts[step])["input_ids"][:32]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        steps.step()
+        steps.zero_grad()
+        if step % 5 == 4:
+            model.save_pretrained(root / f"out/checkpoint-{step + 1}")
+            tokenizer.save_pretrained(root / f"out/checkpoint-{step + 1}")
+    texts[4:4] = texts[11:11] = texts[20:20] = ["t"]
+    write_jsonl(root / "docs.jsonl", [{"id": f"doc{i}", "text": text} for i, text in enumerate(texts)])
+    queries = [{"text": text, "topic": topic} for text, topic in zip(make_texts(2, seed=2), "ab", strict=True)]
+    queries.append({"id": "pr", "prompt": "the old mill", "response": " and the river ran past", "topic": "a"})
+    write_jsonl(root / "queries.jsonl", queries)
+    flags = ("--checkpoints", f"{root}/out/*", "--data_name", root / "docs.jsonl", "--log_dir", root / "parent")
+    assert run_cli("extract_log", *flags, *TRAJECTORY, "--store_dtype", "int1") == 0
+    return root
 
 
 @pytest.fixture(scope="session")

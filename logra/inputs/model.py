@@ -28,13 +28,16 @@ from transformers.utils import find_adapter_config_file, logging
 
 from logra.inputs.weights import check_blocks, check_config, check_loaded, gguf_file, merge_adapter, quantization
 from logra.loss import check_head
-from logra.runtime import fsdp
+from logra.runtime import files, fsdp
 from logra.runtime.files import atomic, file_content, has_shape, parse_json
 from logra.runtime.settings import DEFAULT_MODEL
 
 POSITIONS_AFTER_PADDING = "roberta|camembert|data2vec-text|xmod"  # their first position is pad_token_id + 1
 MODEL_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+# What transformers' Trainer keeps beside a checkpoint for its own use; the optimizer's state is twice the model
+TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler|training_args)\.(pt|bin)|rng_state.*\.pth|trainer_state\.json")
 TOKENIZER_PROBE = "The 2 rivers' names -- Łaba/Elbe, 長江 --\n\tdon't  tokenise alike: e\u0301, été, 1,234.50, 🙂."
+CHECK_NAME = "check the name, the network and your access to it"
 logging.disable_progress_bar()
 
 
@@ -64,8 +67,8 @@ def hub_options(revision: str | None, trust_remote_code: bool) -> dict[str, Any]
     return {"revision": revision, "trust_remote_code": trust_remote_code}
 
 
-def _load(loader, name: str, what: str, trust_remote_code: bool = False, **options):
-    """Return loader.from_pretrained(name), or raise a ValueError; `what` names in the message what is loaded."""
+def _load(loader, name: str, what: str, trust_remote_code: bool = False, remedy: str = CHECK_NAME, **options):
+    """Return loader.from_pretrained(name), or raise a ValueError, which says `what` is loaded and a remedy."""
     if Path(name) == Path(DEFAULT_MODEL) and not Path(name).exists():
         _convert_default()
     file = gguf_file(name)
@@ -79,7 +82,6 @@ def _load(loader, name: str, what: str, trust_remote_code: bool = False, **optio
                 "read that code, and give --trust_remote_code to run it"
             ) from error
         reason, *more = str(error).strip().split("\n")
-        remedy = "check the name, the network and your access to it"
         if isinstance(error, ImportError):
             reason, remedy = " ".join([reason, *more[:1]]), "install what is missing"
         raise ValueError(
@@ -165,10 +167,17 @@ def rope_boundaries(config) -> list[int]:
 
 
 def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; an adapter without one uses its base model's. `hub`: see hub_options."""
+    """Return the model's tokenizer; an adapter without one uses its base model's. `hub`: see hub_options.
+
+    Raises:
+        ValueError: There is none. transformers makes an empty one for some models, which turns texts into nothing.
+    """
     if Path(name).exists() and not any(Path(name).glob("tokenizer*")):
         name, _, hub = _base(name, **hub)
-    tokenizer = _load(AutoTokenizer, name, "a tokenizer", **hub)
+    remedy = "copy the tokenizer's files of the base model into this folder" if Path(name).is_dir() else CHECK_NAME
+    tokenizer = _load(AutoTokenizer, name, "a tokenizer", remedy=remedy, **hub)
+    if not tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]:
+        raise ValueError(f"expected a tokenizer in a local folder or on the Hub, got none in {name!r}; {remedy}")
     tokenizer.model_max_length = 10**12  # no warnings about long texts; lengths are checked elsewhere
     return tokenizer
 
@@ -277,17 +286,26 @@ def default_dtype(device: torch.device | str) -> str:
 def source_contents(name: str) -> dict[str, str] | None:
     """Return the content of each file of a local model, by name, those of an adapter's base included; None for the Hub.
 
-    Of a folder, only those files at its top count that transformers may read.
+    Of a folder, only those files at its top count that transformers may read for the model.
     """
     if not Path(name).is_dir():
         file = gguf_file(name)
         return {file.name: file_content(file)} if file else None
-    found = sorted(path for path in Path(name).iterdir() if path.suffix in MODEL_FILES and path.is_file())
+    found = sorted(path for path in Path(name).iterdir() if _is_of_model(path.name) and path.is_file())
     base = _base(name).name
     contents = {} if base == name else source_contents(base) or {}
     return {f"base/{file}": content for file, content in contents.items()} | {
         path.name: file_content(path) for path in found
     }
+
+
+def changed_file(known: dict[str, str], found: dict[str, str]) -> str | None:
+    """Compare results of source_contents as files.changed_file does. Those of older versions hold further files."""
+    return files.changed_file({name: content for name, content in known.items() if _is_of_model(name)}, found)
+
+
+def _is_of_model(name: str) -> bool:
+    return Path(name).suffix in MODEL_FILES and not TRAINER_FILES.fullmatch(Path(name).name)
 
 
 def fingerprint(model: nn.Module) -> str:

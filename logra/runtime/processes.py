@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
@@ -33,6 +34,7 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 8}  # seco
 CONNECT_SECONDS = 60
 GOODBYE = b"."  # what a rank sends before it ends without an error
 _connections: list[socket.socket] = []  # rank 0: to all others; the others: to rank 0
+_deciding = ContextVar("_deciding", default=False)  # rank 0 runs a function of on_rank_0
 
 
 def start() -> None:
@@ -92,17 +94,23 @@ def on_rank_0(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function that decides something from the disk: rank 0 runs it, and every rank returns its result.
 
     Over a network file system, machines may see different files for a while. Ranks that decided each for itself could
-    then wait for each other without end. A ValueError or OSError of rank 0 is raised on every rank.
+    then wait for each other without end. A ValueError or OSError of rank 0 is raised on every rank. Inside another
+    decorated function, which the other ranks do not run, a function just runs.
     """
 
     @wraps(function)
     def decided(*values: P.args, **options: P.kwargs) -> T:
+        if _deciding.get():
+            return function(*values, **options)
         outcome: list = [None, None]
         if state().is_main_process:
+            token = _deciding.set(True)
             try:
                 outcome[0] = function(*values, **options)
             except (ValueError, OSError) as error:
                 outcome[1] = error
+            finally:
+                _deciding.reset(token)
         broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]

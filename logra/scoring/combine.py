@@ -19,7 +19,7 @@ from logra import influence
 from logra.hessian import Damping
 from logra.inputs.queries import Query, query_rows
 from logra.runtime import processes, progress
-from logra.scoring.score_files import ScoredCheckpoint, ScoreFile, ScoreRecord, score_files
+from logra.scoring.score_files import ScoredCheckpoint, ScoreFile, ScoreRecord, deviation, score_files
 
 BLOCK_SCORES = 2**24  # of each checkpoint in memory at a time
 PAIRS = 100  # combined scores that are computed again from the files
@@ -46,7 +46,8 @@ def combine(
     own_influences: list[Tensor | None] = [None] * len(dampings)
     if self_influence:
         stacked = torch.stack([checkpoint.self_influence for checkpoint in scored], dim=1)  # [S, C, N]
-        of_examples = [influence.checkpoint_factors(_deviations(part)[:, None], weights, "dot") for part in stacked]
+        spread = deviation(stacked.double().mean(dim=2), stacked.double().square().mean(dim=2))  # [S, C]
+        of_examples = [influence.checkpoint_factors(part[:, None], weights, "dot") for part in spread]
         own_influences = [(f * part).sum(dim=0).float() for f, part in zip(of_examples, stacked, strict=True)]
     with score_files(base, record, dampings, scored[0].run.shards) as made:
         _fill(made, scored, factors)
@@ -56,11 +57,6 @@ def combine(
             np.save(file.folder / "factors.npy", factors[s].numpy())
             file.describe(query_rows(queries), own_influences[s])
     processes.state().wait_for_everyone()
-
-
-def _deviations(values: Tensor) -> Tensor:
-    """Return the standard deviation of each row of values [C, N], [C] float64."""
-    return values.double().std(dim=1, unbiased=False)
 
 
 def _fill(made: list[ScoreFile], scored: Sequence[ScoredCheckpoint], factors: list[Tensor]) -> None:
@@ -84,15 +80,19 @@ def _fill(made: list[ScoreFile], scored: Sequence[ScoredCheckpoint], factors: li
             for file, factor, checkpoints in zip(made, factors, by_damping, strict=True):
                 parts = [f[rows, None] * part.scores for f, part in zip(factor, checkpoints, strict=True)]
                 layer_parts = _layer_parts(checkpoints, factor[:, rows], record.mode) if record.blocks else []
-                file.put(first, ids, sum(parts).float(), layer_parts, torch.stack(parts).float())
+                kept = None if record.top_k_only is None else torch.stack(parts).float()
+                file.put(first, ids, sum(parts).float(), layer_parts, kept)
     for file in made:
         file.close()
 
 
 class _Block(NamedTuple):
-    """Scores [q, n] of a checkpoint for some queries and a shard's examples; dots of blocks of layers [L, q, n]."""
+    """A checkpoint's part of a shard's examples: scores [q, n], self-influence [n] unless the mode is dot, and with
+    --layerwise the dots of blocks of layers [L, q, n].
+    """
 
     scores: Tensor
+    self_influence: Tensor | None
     block_dots: Tensor | None = None
 
 
@@ -101,24 +101,24 @@ def _stored_blocks(
 ) -> Iterator[tuple[range, list[list[_Block]]]]:
     """Yield the example ids of each shard and, for each damping and checkpoint, the scores in its files."""
     names = ["scores.npy", "layer_scores.npy"] if record.blocks else ["scores.npy"]
-    dampings = range(len(scored[0].folders))
     matrices = [
-        [[np.load(checkpoint.folders[s] / name, mmap_mode="r") for name in names] for checkpoint in scored]
-        for s in dampings
+        [[np.load(folder / name, mmap_mode="r") for name in names] for folder in checkpoint.folders]
+        for checkpoint in scored
     ]
     for shard in shards:
         ids = scored[0].run.shards[shard]
-        columns = slice(ids.start, ids.stop)
-        yield (
-            ids,
-            [
-                [
-                    _Block(*(torch.from_numpy(matrix[..., rows, columns].copy()) for matrix in found))
-                    for found in checkpoints
-                ]
-                for checkpoints in matrices
-            ],
-        )
+        by_damping: list[list[_Block]] = [[] for _ in scored[0].folders]
+        for checkpoint, of_dampings in zip(scored, matrices, strict=True):
+            for s, found in enumerate(by_damping):
+                values = (torch.from_numpy(m[..., rows, ids.start : ids.stop].copy()) for m in of_dampings[s])
+                scores, *block_dots = values
+                found.append(_Block(scores, _self_influence(checkpoint, s, ids), *block_dots))
+        yield ids, by_damping
+
+
+def _self_influence(checkpoint: ScoredCheckpoint, damping: int, ids: range) -> Tensor | None:
+    """Return the self-influences of a shard's examples."""
+    return None if checkpoint.self_influence is None else checkpoint.self_influence[damping, ids.start : ids.stop]
 
 
 def _scored_again(
@@ -139,25 +139,20 @@ def _scored_again(
         by_damping: list[list[_Block]] = [[] for _ in scored[0].folders]
         for checkpoint, (_, dots, _) in zip(scored, blocks, strict=True):
             for s, found in enumerate(by_damping):
-                own = None if checkpoint.self_influence is None else checkpoint.self_influence[s, ids.start : ids.stop]
+                own = _self_influence(checkpoint, s, ids)
                 part = dots[""].T[s * count : (s + 1) * count].cpu()
-                found.append(_Block(influence.scores_of_mode(part, own, record.mode)))
+                found.append(_Block(influence.scores_of_mode(part, own, record.mode), own))
         yield ids, by_damping
 
 
 def _layer_parts(checkpoints: Sequence[_Block], factors: Tensor, mode: str) -> list[Tensor]:
     """Return the parts of combined scores by block of layers, L times [q, n]; factors [C, q].
 
-    They add up to the scores; for l2, up to the part of the self-influence.
+    They add up to the scores; for l2, up to the part of the scores that is not self-influence.
     """
-    total = torch.zeros(())
-    for factor, (scores, block_dots) in zip(factors, checkpoints, strict=True):
-        scale = factor[:, None].expand(scores.shape)
-        if mode == "cosine":  # divides all blocks of a pair by the same number
-            dots = block_dots.double().sum(dim=0)
-            scale = torch.where(dots != 0, scale * scores / torch.where(dots != 0, dots, 1), 0)
-        total = total + scale * block_dots
-    return list(total.float())
+    own_mode = "cosine" if mode == "cosine" else "dot"
+    parts = [influence.scores_of_mode(block.block_dots, block.self_influence, own_mode) for block in checkpoints]
+    return list(sum(factor[:, None] * part for factor, part in zip(factors, parts, strict=True)).float())
 
 
 def _check(file: ScoreFile, folders: list[Path], factors: Tensor) -> None:

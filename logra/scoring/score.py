@@ -159,6 +159,7 @@ class Scorer:
     def score(self, groups: list[list[Query]]) -> ShardScores:
         """Yield what influence.score_shards does; a group's mean gradient is one query."""
         run, task = self.run, self.task
+        self.stored_queries = {}  # frees those of the last pass
         if task.stores_gradients:
             queries, forms = self.preconditioned(groups)
             self.stored_queries = queries

@@ -143,6 +143,12 @@ SCORES_JSON = {
 } | dict.fromkeys(("split", "query_loss", "queries"), str)
 
 
+def deviation(mean: Tensor, mean_square: Tensor) -> Tensor:
+    """Return standard deviations from means and mean squares, float64; 0 where it is a rounding error."""
+    variance = mean_square - mean.square()
+    return torch.where(variance > ROUNDING * mean_square, variance.clamp_min(0).sqrt(), 0)
+
+
 class ScoreFile:
     """The scores of one damping. Each rank writes files of its own, the columns of its shards; rank 0 joins them.
 
@@ -209,10 +215,8 @@ class ScoreFile:
         self.sums[:, first_query:] = 0
 
     def deviations(self) -> Tensor:
-        """Return the standard deviation of each query's scores over all examples, [Q] float64; 0 if it is rounding."""
-        mean, square = processes.sum_over_ranks(self.sums) / self.record.num_examples
-        variance = square - mean.square()
-        return torch.where(variance > ROUNDING * square, variance.clamp_min(0).sqrt(), 0)
+        """Return the standard deviation of each query's scores over all examples, [Q] float64."""
+        return deviation(*processes.sum_over_ranks(self.sums) / self.record.num_examples)
 
     def kept_examples(self, first_query: int, query: int, ids: range) -> Sequence[int]:
         """Return the examples `ids`; with top_k_only, this rank's examples with the highest scores for a query."""

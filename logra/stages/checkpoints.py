@@ -6,6 +6,7 @@ parent/checkpoints.json    {"checkpoints": {folder of a run: {"model_name", "rev
 """
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -14,10 +15,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from logra.run_dir import RunDir
-from logra.runtime import files, processes
+from logra.run_dir import RunDir, RunRecord
+from logra.runtime import files, processes, progress
 from logra.runtime.flags import RunFlags
-from logra.runtime.settings import DATA_FIELDS, RunSettings
+from logra.runtime.settings import DATA_FIELDS, Execution, RunSettings
 from logra.stages import open_run
 
 REMEDY = "restore it, or extract to another --log_dir"
@@ -48,7 +49,7 @@ def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
         must_exist: The runs must exist.
 
     Raises:
-        ValueError: A checkpoint is neither a folder nor a revision; or --log_dir holds something else.
+        ValueError: A checkpoint is neither a folder nor a revision, or comes twice; or --log_dir holds something else.
     """
     return _members(open_run.find_folder(flags, must_exist), flags, must_exist)
 
@@ -61,6 +62,9 @@ def _members(folder: Path, flags: RunFlags, must_exist: bool) -> tuple[Path | No
         return None, [Member(folder, flags)]
     if (folder / "run.json").exists():
         raise ValueError(f"expected a folder for checkpoints in {folder}, got a run; give another --log_dir")
+    if not known:
+        open_run.check_new_folder(folder, must_exist)
+    _check_model_flags(flags, folder, known)
     if not flags.checkpoints and not must_exist:
         raise ValueError(
             f"expected --checkpoints with {folder}, which holds runs of several, got none; name them, or give the "
@@ -69,8 +73,7 @@ def _members(folder: Path, flags: RunFlags, must_exist: bool) -> tuple[Path | No
     asked = list(_models(flags)) if flags.checkpoints else list(known.values())
     members: dict[str, Member] = {}
     for entry in asked:
-        name = next((name for name, other in known.items() if _same(entry, other)), None)
-        name = name or _free_name(entry, {*known, *members})
+        name = _folder_name(entry, known | {name: member.model for name, member in members.items()})
         if name in members:
             raise ValueError(f"expected each checkpoint once, got {entry['model_name']} twice; leave one out")
         members[name] = Member(folder / name, _flags_of(flags, entry, folder / name))
@@ -88,22 +91,17 @@ def read_models(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     content = files.read_json(path, REMEDY).get("checkpoints")
     shape = {"model_name": str, "revision": str | None}
-    if not content or not files.has_shape(content, dict) or not files.has_shape([*content.values()], [shape]):
+    entries = [*content.values()] if files.has_shape(content, dict) else []
+    if not entries or not files.has_shape(entries, [shape]) or any(entry.keys() != shape.keys() for entry in entries):
         raise ValueError(f"expected checkpoints in {path}, got other entries; {REMEDY}")
     if any(files.short_name(name) != name for name in content):
         raise ValueError(f"expected names of folders in {path}, got others; {REMEDY}")
     return content
 
 
-def _same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    return one["revision"] == two["revision"] and files.same_name(one["model_name"], two["model_name"])
-
-
 def _models(flags: RunFlags) -> Iterator[dict[str, Any]]:
     """Yield the model and the revision of each of --checkpoints. A local path has priority over a revision."""
     hub_name = flags.user_flags.get("model_name")
-    if flags.user_flags.get("revision"):
-        raise ValueError("expected --checkpoints without --revision, got both; name revisions after --checkpoints")
     for name in flags.checkpoints:
         matches = [name] if Path(name).exists() else sorted(glob.glob(name), key=_natural_order)
         for match in matches:
@@ -117,19 +115,50 @@ def _models(flags: RunFlags) -> Iterator[dict[str, Any]]:
             yield {"model_name": hub_name, "revision": name}
 
 
+def _check_model_flags(flags: RunFlags, folder: Path, known: dict[str, dict[str, Any]]) -> None:
+    """Refuse --revision, and a --model_name that is not that of all checkpoints, where these stand for themselves."""
+    name = flags.user_flags.get("model_name")
+    if "revision" in flags.user_flags:
+        raise ValueError("expected checkpoints without --revision, got both; name revisions after --checkpoints")
+    if name and not flags.checkpoints and not all(files.same_name(name, known[key]["model_name"]) for key in known):
+        raise ValueError(
+            f"expected --checkpoints, or no --model_name, with {folder}, which holds runs of several checkpoints, got "
+            f"{name}; leave it out, or give the folder of one of the runs as --log_dir"
+        )
+
+
 def _natural_order(path: str) -> list:
     """Sort checkpoint-500 before checkpoint-1000."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
-def _free_name(entry: dict[str, Any], taken: set[str]) -> str:
-    """Return a folder's name for a new checkpoint: its name or revision; if that is taken, after its parent's name."""
-    path = Path(entry["model_name"])
-    names = [entry["revision"]] if entry["revision"] else [path.name, f"{path.absolute().parent.name}-{path.name}"]
-    for name in map(files.short_name, names):
-        if name not in {*taken, "scores"}:
+def _folder_name(entry: dict[str, Any], taken: dict[str, dict[str, Any]]) -> str:
+    """Return the name of a checkpoint's folder.
+
+    It is that of the same checkpoint in `taken`; else the checkpoint's name or revision, which also finds one that
+    was moved; or with the name of the folder or model that it is in, if that is taken.
+    """
+    for name, other in taken.items():
+        if entry["revision"] == other["revision"] and files.same_name(entry["model_name"], other["model_name"]):
             return name
-    raise ValueError(f"expected checkpoints with different names, got {path} and another {path.name}; rename a folder")
+    path = Path(os.path.abspath(entry["model_name"]))
+    own, group = path.name, path.parent.name
+    if entry["revision"]:
+        own, group = entry["revision"].replace("/", "-"), path.name
+    names = [files.short_name(name) for name in (own, f"{group}-{own}")]
+    for name in reversed(names):
+        if name in taken and not (entry["revision"] or taken[name]["revision"] or _exists(taken[name])):
+            return name  # if this is another checkpoint of that name, open_run.check_flags refuses it
+    for name in names:
+        if name and name not in {*taken, "scores"}:
+            return name
+    raise ValueError(
+        f"expected checkpoints whose folders have different names, got {own} in {group} and another; rename a folder"
+    )
+
+
+def _exists(entry: dict[str, Any]) -> bool:
+    return Path(entry["model_name"]).exists()
 
 
 def _flags_of(flags: RunFlags, entry: dict[str, Any], folder: Path) -> RunFlags:
@@ -146,35 +175,60 @@ def _flags_of(flags: RunFlags, entry: dict[str, Any], folder: Path) -> RunFlags:
 
 
 @processes.on_rank_0
-def record(folder: Path, members: Sequence[Member], overwrite: bool) -> None:
-    """Write the checkpoints of a command line into checkpoints.json, with those that are there.
+def prepare(folder: Path, members: Sequence[Member], execution: Execution) -> None:
+    """Check that the checkpoints of a command line can be combined, and write them into checkpoints.json.
 
-    They keep the order of the command line if it names them all; else new ones come last. With `overwrite` the combined
-    scores are deleted.
+    They keep the order of the command line if it names all that are in the file; else new ones come last. With
+    --overwrite the combined scores are deleted.
+
+    Raises:
+        ValueError: A checkpoint does not fit the others; this is found here, before the first one takes its hours.
     """
+    with progress.silent():
+        _check_members(folder, members, execution)
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder / "checkpoints.json.lock", f"{folder / 'checkpoints.json'}"):
         known, named = read_models(folder), {member.folder.name: member.model for member in members}
         found = named if named.keys() >= known.keys() else known | named
         if list(found.items()) != list(known.items()):
             files.write_json(folder / "checkpoints.json", {"checkpoints": found})
-    if overwrite:
+    if members[0].flags.overwrite:
         files.remove(folder / "scores")
 
 
+def _check_members(folder: Path, members: Sequence[Member], execution: Execution) -> None:
+    """Compare the flags and models of all checkpoints, those of new ones without their weights."""
+    first = sibling(folder, members, 0)
+    for member in members:
+        run = open_run.find_run(member.folder, member.flags, must_exist=member.flags.extend)
+        if run is None:
+            settings = open_run.new_settings(member.flags, execution, first)
+            described = open_run.describe_without_weights(settings, execution)
+            if described is None:
+                continue  # checked when it is loaded
+            run = RunDir(member.folder, RunRecord(settings, {"hessian": member.flags.hessian}, **described))
+        first = first or run
+        parts = zip(run.fingerprints, first.fingerprints, strict=False)  # one of them may have further documents
+        if member.flags.extend and any(own != other for own, other in parts):
+            raise ValueError(
+                f"expected the documents of {first.folder} in {run.folder}, got others; extract one of them again with "
+                "--overwrite, or leave it out"
+            )
+        check_model(first, run.settings.model_name, vars(run.record))
+
+
 @processes.on_rank_0
-def sibling(parent: Path, members: Sequence[Member], number: int, overwrite: bool) -> RunDir | None:
+def sibling(parent: Path | None, members: Sequence[Member], number: int) -> RunDir | None:
     """Return a run of another checkpoint, whose settings and examples the run of members[number] shares; None at first.
 
-    With `overwrite`, members that are still to be made anew do not count.
+    It is one that has most documents (--extend). With --overwrite, members that are still to be made anew do not count.
     """
-    left_out = members[number:] if overwrite else members[number : number + 1]
-    for name in read_models(parent):
-        if name not in [member.folder.name for member in left_out] and (parent / name / "run.json").exists():
-            run = RunDir.load(parent / name)
-            if run.parts:
-                return run
-    return None
+    if parent is None:
+        return None
+    left_out = members[number:] if members[0].flags.overwrite else members[number : number + 1]
+    names = [name for name in read_models(parent) if name not in [member.folder.name for member in left_out]]
+    runs = [RunDir.load(parent / name) for name in names if (parent / name / "run.json").exists()]
+    return max((run for run in runs if run.parts), key=lambda run: len(run.parts), default=None)
 
 
 def check_model(first: RunDir, name: str, described: dict[str, Any]) -> None:
@@ -198,14 +252,14 @@ def check_model(first: RunDir, name: str, described: dict[str, Any]) -> None:
 
 @processes.on_rank_0
 def check_runs(runs: Sequence[RunDir], top_k_only: int | None) -> None:
-    """Check that the scores of runs can be combined.
+    """Check that the scores of checkpoints' runs can be combined.
 
     Raises:
         ValueError: They have other tokenizers, layers, examples or settings; or they store no gradients, and not all
             scores are kept.
     """
     first = runs[0]
-    if len(runs) > 1 and top_k_only and first.settings.bits == 0:
+    if top_k_only and first.settings.bits == 0:
         raise ValueError(
             "expected stored gradients for --top_k_only with checkpoints, whose shards are scored twice, got "
             "--store_dtype none; leave --top_k_only out"
@@ -234,6 +288,7 @@ def weights(given: Sequence[float] | None, checkpoints: int) -> list[float]:
     """
     if given and len(given) != checkpoints:
         raise ValueError(
-            f"expected a weight for each of {checkpoints} checkpoints in --checkpoint_weights, got {len(given)}"
+            f"expected a weight for each of {checkpoints} checkpoints in --checkpoint_weights, got {len(given)}; give "
+            "as many, or leave the flag out"
         )
     return list(given or [1.0] * checkpoints)

@@ -165,15 +165,24 @@ def write_train(
         progress.say(f"dropped {part.dropped_rows} rows without text")
 
 
-def share_train(run: RunDir, source: RunDir) -> None:
-    """Give a run the examples that it lacks and another checkpoint's run has: the same files. Runs on one rank."""
-    first, is_new = len(run.parts), not run.parts
-    if is_new:
+def share_train(run: RunDir, source: RunDir) -> RunDir:
+    """Give a run the examples that it lacks and another checkpoint's run has: the same files. Runs on one rank.
+
+    Returns:
+        The run with them.
+    """
+    first, missing = len(run.parts), source.parts[len(run.parts) :]
+    if not missing:
+        return run
+    if first == 0:
         files.remove(run.folder)
         run.save()
+    else:
+        progress.say(f"{run.folder} gets the further documents of {source.folder}")
     for number in range(first, len(source.parts)):
         files.link_files(source.train_folder(number), run.train_folder(number))
-    run.save(parts=(*run.parts, *source.parts[first:]))
+    run.save(parts=(*run.parts, *missing))
+    return RunDir.load(run.folder)
 
 
 def _check_new_documents(run: RunDir, further: Path) -> None:

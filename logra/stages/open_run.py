@@ -6,6 +6,7 @@ from typing import Any
 
 import xxhash
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logra.inputs import layers, model
@@ -18,6 +19,7 @@ from logra.runtime.progress import say
 from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettings
 from logra.stages.gradients import check_layers
 
+RUN_FILES = ("run.json", "checkpoints.json")  # of a run, and of a folder with the runs of checkpoints
 OWN_SETTINGS = ("model_name", "revision", "seed")  # of each checkpoint of a training; all other settings are shared
 
 
@@ -64,7 +66,7 @@ def find_folder(flags: RunFlags, must_exist: bool) -> Path:
 
 def _has_runs(folder: Path) -> bool:
     """Return whether a folder is a run or holds runs of checkpoints."""
-    return any((folder / name).exists() for name in ("run.json", "checkpoints.json"))
+    return any((folder / name).exists() for name in RUN_FILES)
 
 
 @processes.on_rank_0
@@ -77,7 +79,7 @@ def find_run(folder: Path, flags: RunFlags, must_exist: bool) -> RunDir | None:
         ValueError: A flag differs from run.json. Or the run must exist, and does not.
     """
     if not (folder / "run.json").exists():
-        _check_new_folder(folder, must_exist)
+        check_new_folder(folder, must_exist)
         return None
     run = RunDir.load(folder)
     if flags.overwrite:
@@ -117,10 +119,11 @@ def _same_content(run: RunDir, name: str, value: str) -> bool:
     """Return whether a model or data set under another name has the files of the run's, and say so."""
     settings = run.settings
     if name == "model_name":
-        known, found = run.record.model_files, model.source_contents(value)
+        known, found, compare = run.record.model_files, model.source_contents(value), model.changed_file
     else:
-        known, found = run.parts[0].source, source_contents(value, settings.data_config, settings.data_split)
-    same = isinstance(known, dict) and found is not None and files.changed_file(known, found) is None
+        known, compare = run.parts[0].source, files.changed_file
+        found = source_contents(value, settings.data_config, settings.data_split)
+    same = isinstance(known, dict) and found is not None and compare(known, found) is None
     if same:
         say(f"--{name} {value}: the same files as {getattr(settings, name)}")
     return same
@@ -141,22 +144,23 @@ def check_model_files(run: RunDir) -> None:
     """Raise a ValueError if the files of a run's local model have changed. A model that is gone raises elsewhere."""
     name, known = run.settings.model_name, run.record.model_files
     found = model.source_contents(name) if known else None
-    if found and (change := files.changed_file(known, found)):
+    if found and (change := model.changed_file(known, found)):
         raise ValueError(
             f"expected the model {name} as it was when {run.folder} was started, got other files ({change}); restore "
             "them, use another --log_dir, or start again with extract_log.py --overwrite"
         )
 
 
-def _check_new_folder(folder: Path, must_exist: bool) -> None:
+def check_new_folder(folder: Path, must_exist: bool) -> None:
     """Raise a ValueError if a folder without run.json must hold a run, or holds other files."""
     if must_exist:
-        known = ", ".join(sorted(str(path.parent) for path in Path("logs").glob("*/run.json"))) or "none"
+        found = (path for name in RUN_FILES for path in Path("logs").glob(f"*/{name}"))
+        known = ", ".join(sorted(str(path.parent) for path in found)) or "none"
         raise ValueError(
             f"expected a run in {folder}, got none (runs here: {known}); run extract_log.py with the same flags "
             "first, or give --log_dir"
         )
-    if folder.exists() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+    if folder.exists() and any(path.suffix not in (".tmp", ".lock") for path in folder.iterdir()):
         raise ValueError(f"expected a new folder or a run in {folder}, got other files; give another --log_dir")
 
 
@@ -222,6 +226,21 @@ def new_settings(flags: RunFlags, execution: Execution, sibling: RunDir | None =
     if settings.block_size is None and completed.block_size < 512:
         say(f"--block_size is {completed.block_size}, the model's context")
     return completed
+
+
+def describe_without_weights(settings: RunSettings, execution: Execution) -> dict[str, Any] | None:
+    """Return what load_model says of a model, but for its fingerprint, from its configuration and tokenizer alone.
+
+    None if the model's code computes with its weights.
+    """
+    hub = model.hub_options(settings.revision, execution.trust_remote_code)
+    config, tokenizer = (load(settings.model_name, **hub) for load in (model.load_config, model.load_tokenizer))
+    try:
+        with FakeTensorMode():
+            empty = model.empty_model(config, FLOAT_DTYPES[settings.dtype], execution.trust_remote_code)
+            return layers.describe(empty, "", tokenizer, settings)
+    except RuntimeError:  # of FakeTensorMode
+        return None
 
 
 def say_tracked(lm: PreTrainedModel, described: dict[str, Any], settings: RunSettings) -> None:

@@ -40,6 +40,24 @@ def test_a_lock_of_another_host(tmp_path, monkeypatch):
         assert "host=elsewhere" not in path.read_text()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_linked_files(tmp_path, monkeypatch, links):
+    """The same files in another folder, or copies where the file system has no hard links; what was there is gone."""
+    source, folder = tmp_path / "train", tmp_path / "other"
+    for path in (source, folder):
+        path.mkdir()
+    (source / "data.arrow").write_text("examples")
+    (folder / "old").touch()
+    if not links:
+        monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
+    files.link_files(source, folder)
+    assert [path.name for path in folder.iterdir()] == ["data.arrow"]
+    assert (folder / "data.arrow").read_text() == "examples"
+    assert (folder / "data.arrow").samefile(source / "data.arrow") == links
+    files.remove(folder)
+    assert (source / "data.arrow").read_text() == "examples"
+
+
 def test_a_folder_that_was_removed_does_not_come_back(tmp_path):
     """A shard of a run whose folder is gone is an error; it makes no folder with a part of the run."""
     shard = store.Shard(tmp_path / "log/gradients", 0, range(2), {"gradients": {}, "factors": {}})

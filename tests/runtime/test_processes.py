@@ -174,3 +174,13 @@ def test_the_connection_ends_before_python_does(monkeypatch):
     assert other.recv(1) == processes.GOODBYE and not dist.is_initialized()
     own.close()
     other.close()
+
+
+def test_a_decision_inside_a_decision(monkeypatch):
+    """Rank 0 alone runs a decided function; one that it calls must not broadcast, as no other rank would receive."""
+    broadcasts = []
+    monkeypatch.setattr(processes, "broadcast_object_list", lambda outcome: broadcasts.append(list(outcome)))
+    inner = processes.on_rank_0(lambda: Path("log"))
+    assert processes.on_rank_0(lambda: [inner(), 1])() == [Path("log"), 1]
+    assert broadcasts == [[[Path("log"), 1], None]]
+    assert inner() == Path("log") and len(broadcasts) == 2
