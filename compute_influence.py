@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from logra.hessian import Damping
-from logra.inputs import model
-from logra.inputs.queries import group_queries, load_queries, merge_group
+from logra.inputs.queries import group_queries, merge_group
 from logra.runtime import flags, processes, progress
 from logra.runtime.memory import release_memory
 from logra.runtime.settings import QuerySettings, ScoreSettings
-from logra.scoring.combine import combine
+from logra.scoring.combine import combine, kept_scores
 from logra.scoring.score import ScoreTask, block_name, describe_scores, score_run
 from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord
 from logra.stages import checkpoints, open_run
@@ -53,25 +52,28 @@ def main(args: argparse.Namespace) -> None:
     layers = run.matching_layers(score_settings.score_layers)
     blocks = {layer: block_name(layer) if score_settings.layerwise else "" for layer in layers}
 
-    # Score with each model, the last one's queries, and write a folder for each damping
+    # Read the queries: with checkpoints, those of the last one
+    name, queries = open_run.read_queries(query_settings, run.settings, execution, args.cache_dir)
+    groups = group_queries(queries, query_settings.group_by)
+    queries = [merge_group(group) for group in groups] if query_settings.group_by else queries
+
+    # Score with each model, and write a folder for each damping
     scored: list[ScoredCheckpoint] = []
     with processes.temporary_folder("queries-", parent) if parent else nullcontext() as temporary:
         for run in runs:
-            lm, tokenizer, described = open_run.load_model(run.settings, execution)
-            run.check_model(described)
-            if not scored:
-                context, settings = model.context_length(lm.config), runs[-1].settings
-                name, queries = load_queries(query_settings, settings, tokenizer, context, args.cache_dir)
-                groups = group_queries(queries, query_settings.group_by)
-                queries = [merge_group(group) for group in groups] if query_settings.group_by else queries
             record = describe_scores(run, kind, layers, queries, query_settings, score_settings)
             task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
-            keep_queries = temporary / run.folder.name if score_settings.top_k_only and temporary else None
             base = run.folder / "scores" / record.label(name)
-            scored.append(score_run(task, lm, execution, score_settings, base, record, groups, queries, keep_queries))
+            found = kept_scores(run, base, record, dampings, score_settings.self_influence) if parent else None
+            if found is None:
+                lm, _, described = open_run.load_model(run.settings, execution)
+                run.check_model(described)
+                keep = temporary / run.folder.name if score_settings.top_k_only and temporary else None
+                found = score_run(task, lm, execution, score_settings, base, record, groups, queries, keep)
+                del lm
+                release_memory()
+            scored.append(found)
             say_scores(record, base, dampings)
-            del lm
-            release_memory()
         if parent:
             record = replace(
                 record,

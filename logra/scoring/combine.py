@@ -6,8 +6,10 @@ the sum over checkpoints of factor times score. With --top_k_only no checkpoint'
 scored a second time, with the preconditioned queries of the first time.
 """
 
+import json
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +20,67 @@ from torch import Tensor
 from logra import influence
 from logra.hessian import Damping
 from logra.inputs.queries import Query, query_rows
-from logra.runtime import processes, progress
-from logra.scoring.score_files import ScoredCheckpoint, ScoreFile, ScoreRecord, deviation, score_files
+from logra.run_dir import RunDir
+from logra.runtime import files, processes, progress
+from logra.scoring.score_files import (
+    AGAIN,
+    ScoredCheckpoint,
+    ScoreFile,
+    ScoreRecord,
+    deviation,
+    needed_self_influence,
+    score_files,
+    score_folders,
+)
 
 BLOCK_SCORES = 2**24  # of each checkpoint in memory at a time
 PAIRS = 100  # combined scores that are computed again from the files
 TOLERANCE = 1e-5  # relative to the sum of the absolute parts
+
+
+def kept_scores(
+    run: RunDir, base: Path, record: ScoreRecord, dampings: list[Damping], self_influence: bool
+) -> ScoredCheckpoint | None:
+    """Return what score.score_run does, if an earlier command wrote the same scores and they are whole; else None.
+
+    With --top_k_only the queries are needed too, which are not kept.
+
+    Args:
+        run: Of a checkpoint.
+        base, record, dampings: See score_files.score_files.
+        self_influence: The folders must have the self-influences.
+    """
+    values = needed_self_influence(run, record, dampings, self_influence)
+    if record.top_k_only is not None or (values and not values.complete):
+        return None
+    deviations = _kept_deviations(base, record, dampings, self_influence)
+    if deviations is None:
+        return None
+    return ScoredCheckpoint(run, score_folders(base, dampings), deviations, values and values.values, None, 0)
+
+
+@processes.on_rank_0
+def _kept_deviations(base: Path, record: ScoreRecord, dampings: list[Damping], self_influence: bool) -> Tensor | None:
+    """Return the standard deviations [S, Q] of scores that an earlier command wrote; None if there are no such scores.
+
+    Args:
+        base, record, dampings: See score_files.score_files.
+        self_influence: Whether the folders must have the self-influences.
+    """
+    found = []
+    for damping, folder in zip(dampings, score_folders(base, dampings), strict=True):
+        try:
+            content = files.read_json(folder / "run.json", AGAIN)
+        except ValueError:
+            return None
+        names = content["files"] if files.has_shape(content, {"files": dict}) else {}
+        expected = replace(record, damping=damping.relative, damping_absolute=damping.absolute, files=names).to_json()
+        same = json.loads(json.dumps(expected)) == content and ("self_influence.npy" in names) == self_influence
+        if not same or files.file_checksums(folder, names) != names:
+            return None
+        rows = (torch.from_numpy(row.copy()).double() for row in np.load(folder / "scores.npy", mmap_mode="r"))
+        found.append(torch.stack([deviation(row.mean(), row.square().mean()) for row in rows]))
+    return torch.stack(found)
 
 
 def combine(

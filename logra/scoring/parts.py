@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from logra.run_dir import RunDir
-from logra.scoring.rank import AGAIN, StoredScores, examples_of_score, load_matrix, read_record
-from logra.scoring.score_files import ScoreRecord
+from logra.scoring.rank import StoredScores, examples_of_score, load_matrix, read_record
+from logra.scoring.score_files import AGAIN, ScoreRecord
 
 TOLERANCE = 1e-5  # of a score, relative to the sum of its absolute parts
 

@@ -17,9 +17,8 @@ from logra import store
 from logra.influence import top_k
 from logra.run_dir import RunDir
 from logra.runtime import files, progress
-from logra.scoring.score_files import ScoreRecord, are_checkpoints, extremes_layout
+from logra.scoring.score_files import AGAIN, ScoreRecord, are_checkpoints, extremes_layout
 
-AGAIN = "run compute_influence.py again"
 CSV_COLUMNS = (
     "query", "side", "rank", "score", "percentile", "z", "document", "documents", "combine", "example", "examples",
     "block", "text",

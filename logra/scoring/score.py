@@ -23,7 +23,15 @@ from logra.runtime.memory import available_memory, free_memory, is_out_of_memory
 from logra.runtime.settings import Execution, QuerySettings, ScoreSettings
 from logra.scoring import self_check
 from logra.scoring.matrix_files import KeptQueries
-from logra.scoring.score_files import ScoredCheckpoint, ScoreFile, ScoreRecord, SelfInfluence, score_files
+from logra.scoring.score_files import (
+    ScoredCheckpoint,
+    ScoreFile,
+    ScoreRecord,
+    SelfInfluence,
+    needed_self_influence,
+    score_files,
+    score_folders,
+)
 from logra.stages.gradients import make_extractor
 
 ShardScores = Iterator[tuple[int, dict[str, Tensor], list[Tensor]]]  # see influence.score_shards
@@ -287,8 +295,7 @@ def score_run(
         queries: What queries.jsonl says of each group.
         keep_queries: A new folder for the preconditioned queries; None: they are not kept.
     """
-    needs_self_influence = record.mode != "dot" or score_settings.self_influence
-    self_influence = SelfInfluence(task.run, task.kind, record.layers, task.dampings) if needs_self_influence else None
+    self_influence = needed_self_influence(task.run, record, task.dampings, score_settings.self_influence)
     scorer = Scorer(task, lm, execution, self_influence)
     widths = {layer: math.prod(task.run.projected[layer]) for layer in task.blocks}
     kept = KeptQueries(keep_queries, widths, len(task.dampings), len(groups)) if keep_queries else None
@@ -298,9 +305,9 @@ def score_run(
         for s, file in enumerate(files) if processes.state().is_main_process else ():
             file.describe(query_rows(queries), self_influence.values[s] if score_settings.self_influence else None)
     processes.state().wait_for_everyone()
-    folders = [base.with_name(f"{base.name}-{damping.label}") for damping in task.dampings]
     deviations = torch.stack([file.deviations() for file in files])
     values, kept_files = self_influence and self_influence.values, kept.close() if kept else None
+    folders = score_folders(base, task.dampings)
     return ScoredCheckpoint(task.run, folders, deviations, values, kept_files, scorer.queries_per_step)
 
 

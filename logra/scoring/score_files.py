@@ -37,6 +37,7 @@ from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files, processes
 from logra.scoring.matrix_files import create_matrix
 
+AGAIN = "run compute_influence.py again"
 ROUNDING = 1e-12  # of a variance, relative to the mean square: scores are float32
 
 
@@ -147,6 +148,11 @@ def deviation(mean: Tensor, mean_square: Tensor) -> Tensor:
     """Return standard deviations from means and mean squares, float64; 0 where it is a rounding error."""
     variance = mean_square - mean.square()
     return torch.where(variance > ROUNDING * mean_square, variance.clamp_min(0).sqrt(), 0)
+
+
+def score_folders(base: Path, dampings: list[Damping]) -> list[Path]:
+    """Return the folder of the scores of each damping, <base>-<damping>."""
+    return [base.with_name(f"{base.name}-{damping.label}") for damping in dampings]
 
 
 class ScoreFile:
@@ -294,7 +300,7 @@ def score_files(
     Raises:
         ValueError: Another command writes the same scores.
     """
-    folders = [base.with_name(f"{base.name}-{damping.label}") for damping in dampings]
+    folders = score_folders(base, dampings)
     records = [replace(record, damping=d.relative, damping_absolute=d.absolute) for d in dampings]
     with ExitStack() as stack:
         if processes.state().is_main_process:
@@ -367,3 +373,11 @@ class ScoredCheckpoint(NamedTuple):
     self_influence: Tensor | None
     queries: dict[str, Path] | None
     queries_per_pass: int
+
+
+def needed_self_influence(
+    run: RunDir, record: ScoreRecord, dampings: list[Damping], wanted: bool
+) -> SelfInfluence | None:
+    """Return the self-influences that the mode of the scores or --self_influence (`wanted`) needs, or None."""
+    needed = record.mode != "dot" or wanted
+    return SelfInfluence(run, record.hessian, record.layers, dampings) if needed else None

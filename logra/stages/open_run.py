@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logra.inputs import layers, model
 from logra.inputs.documents import source_contents
+from logra.inputs.queries import Query, load_queries
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 from logra.run_dir import RunDir
 from logra.runtime import files, processes
 from logra.runtime.flags import RunFlags
 from logra.runtime.progress import say
-from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, RunSettings
+from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, Execution, QuerySettings, RunSettings
 from logra.stages.gradients import check_layers
 
 RUN_FILES = ("run.json", "checkpoints.json")  # of a run, and of a folder with the runs of checkpoints
@@ -252,6 +253,17 @@ def say_tracked(lm: PreTrainedModel, described: dict[str, Any], settings: RunSet
     unprojected = sum((d_out == r_out) + (d_in == r_in) for d_out, d_in, r_out, r_in in sizes)
     if unprojected and settings.lora != "none":
         say(f"{unprojected} of {2 * len(sizes)} sides of layers are not projected: they are no wider than the rank")
+
+
+@processes.on_rank_0
+def read_queries(
+    query_settings: QuerySettings, settings: RunSettings, execution: Execution, cache_dir: str | None
+) -> tuple[str, list[Query]]:
+    """Return load_queries (see there) with the tokenizer and the context of a run's model."""
+    hub = model.hub_options(settings.revision, execution.trust_remote_code)
+    context = model.context_length(model.load_config(settings.model_name, **hub))
+    tokenizer = model.load_tokenizer(settings.model_name, **hub)
+    return load_queries(query_settings, settings, tokenizer, context, cache_dir)
 
 
 def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, PreTrainedTokenizerBase, dict]:

@@ -16,6 +16,7 @@ from logra.run_dir import RunDir
 from logra.scoring import combine
 from logra.scoring.score import Scorer
 from logra.scoring.score_files import deviation
+from logra.stages import open_run
 
 
 def by_the_rule(scores: np.ndarray, weights: list[float], mode: str) -> np.ndarray:
@@ -220,3 +221,36 @@ def test_queries_of_one_pass_in_memory(cli, trajectory, queries_per_pass, monkey
     monkeypatch.setattr(Scorer, "preconditioned", watched)
     flags = ("--log_dir", trajectory / "parent/checkpoint-5", "--split", trajectory / "queries.jsonl")
     assert cli("compute_influence", *flags)[0] == 0 and kept == [0, 0, 0]
+
+
+def test_scores_that_are_there_are_kept(parents, score, monkeypatch, tmp_path):
+    """A checkpoint whose scores are whole and the same is not loaded again; the combined scores do not change."""
+    parent = shutil.copytree(parents(SIGNS), tmp_path / "log")
+    for folder in [parent, *parent.glob("checkpoint-*")]:
+        shutil.rmtree(folder / "scores", ignore_errors=True)
+    loaded, load = [], open_run.load_model
+
+    def counted(settings, execution):
+        loaded.append(Path(settings.model_name).name)
+        return load(settings, execution)
+
+    monkeypatch.setattr(open_run, "load_model", counted)
+    names = sorted((path.name for path in parent.glob("checkpoint-*/")), key=lambda name: int(name.split("-")[1]))
+    flags = ("--mode", "l2", "--damping", 0.1, 0.2)
+    score(parent, *flags, "--checkpoints", f"{RunDir.load(parent / names[-1]).settings.model_name}")
+    assert loaded == names[-1:]
+    first = [np.load(folder / "scores.npy") for folder in score(parent, *flags)]
+    assert loaded == [names[-1], *names[:-1]], "one that is added costs only itself"
+    loaded.clear()
+    again = score(parent, *flags)
+    assert not loaded and all((np.load(path / "scores.npy") == a).all() for path, a in zip(again, first, strict=True))
+    own = read(again[0])[1][1]
+    matrix = np.load(own / "scores.npy", mmap_mode="r+")
+    matrix[0, 0] += 1
+    matrix.flush()
+    score(parent, *flags)
+    assert loaded == names[1:2], "it was altered"
+    for more in (("--self_influence",), ("--query_loss", "all")):
+        loaded.clear()
+        score(parent, *flags, *more)
+        assert loaded == names, more
