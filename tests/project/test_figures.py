@@ -18,6 +18,8 @@ RECORDS = {
     "lds": "evaluation/results/lds_epyc-2-cores_2026-11-24.md",
     "fortunes": "evaluation/results/lds_fortunes_epyc-2-cores_2026-11-24.md",
     "moe": "evaluation/results/lds_moe_epyc-2-cores_2026-11-27.md",
+    "trajectory": "evaluation/results/lds_trajectory_epyc-2-cores_2026-11-28.md",
+    "variants_checkpoints": "evaluation/results/variants_checkpoints_2026-11-28.md",
     "agreement": "evaluation/results/agreement_smollm2_epyc-2-cores_2026-11-24.md",
     "planted": "evaluation/results/planted_epyc-2-cores_2026-11-24.md",
     "tail": "evaluation/results/tail_patch_brittleness_epyc-2-cores_2026-11-25.md",
@@ -159,6 +161,8 @@ def default_batches(a: float, b: float, c: float, d: float, e: float, f: float) 
 
 # fmt: off
 FIGURES: list[tuple] = [
+    (README, "each text seen # times: ~ the mean over three | #; #; **#** | | three of rank #, # times the bytes of one: # |", [("trajectory", "Each text is seen # times,"), ("trajectory", "`--preset best`): # |"), ("trajectory", "| one checkpoint, after half of the training, rank 136 | the same | # |"), ("trajectory", "| three, rank 136 | 3 times | # |"), ("trajectory", "| three (.2, .5 and the final one), rank # | # times | # |")], None),
+    ("docs/method.md", "LDS # instead of #", [("variants_checkpoints", "| a seed of its own for each | #, #, #, #, # |"), ("variants_checkpoints", "| one seed for all checkpoints | #, # |")], lambda *x: [sum(x[:5]) / 5, sum(x[5:]) / 2]),
     *lds_rows(),
     readme_lds("GPT-2", "Python's manual", "lds#gpt2"),
     readme_lds("Llama", "Python's manual", "lds#llama"),
@@ -170,7 +174,7 @@ FIGURES: list[tuple] = [
     (README, "It stores a seventh of the bytes", [AGREEMENT[1], AGREEMENT[0]], lambda *x: check_is(x[2] / x[5], 7, 0.1)),
     (README, "no 4096 x 4096 matrix per layer", [], lambda: check_is(64 * 64, 4096, 0)),
     (README, "up to 10 queries at least three times as fast (100 queries: as fast; 300: half as fast; measured with rank 128)", [*SPEEDS, ("few_bits", "300 queries 12,454 and 6,105, ratio #")], lambda one, ten, _, hundred, more: check_is(min(one, ten, 4), 3, 0.2) + check_is(hundred, 1, 0.02) + check_is(more, 0.5, 0.02)),
-    (README, "from 2 CPU cores (AMD EPYC) and small models, 2026-11-24 to 27", [("few_bits", "- More queries (2026-11-27, ")], None),
+    (README, "from 2 CPU cores (AMD EPYC) and small models, 2026-11-24 to 28", [("few_bits", "- More queries (2026-11-27, ")], None),
     (README, "minus the query's loss under the half's model. 1 is perfect", [], None),
     (README, "The LDS of `best` is #, #, # and # times that of `paper` at its default damping (#). It is #, #, # and # times", [*RATIOS, *RAW_BEST, ("lds", "default damping (raw #,")], lambda *x: [*x[1:16:4], x[20], *(best / raw for best, raw in zip(x[0:16:4], x[16:20], strict=True))]),
     (README, "| bytes per example and layer, computed for layers wider than 136 | # | # |", [], lambda: [136 * 136 / 8 + 4, 64 * 64 * 4]),
