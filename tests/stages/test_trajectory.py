@@ -426,7 +426,7 @@ def other_layers(folder: Path, like: Path) -> None:
 def other_shapes(folder: Path, like: Path) -> None:
     shutil.copytree(like, folder)
     config = AutoModelForCausalLM.from_pretrained(like).config
-    config.intermediate_size = 44
+    config.update({"intermediate_size": 44})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
