@@ -58,7 +58,7 @@ def build_parser() -> Parser:
     )
     group = parser.add_argument_group("a new testbed")
     group.add_argument("--architecture", choices=testbed.ARCHITECTURES, default="gpt2", help="(gpt2)")
-    group.add_argument("--texts", nargs="+", default=["pydoc"], help="data sets as for --data_name (pydoc)")
+    group.add_argument("--texts", nargs="+", default=["pydoc"], help="docstrings, or as for --data_name (pydoc)")
     group.add_argument("--num_texts", type=positive_int, default=2000, help="train texts at most (2000)")
     group.add_argument(
         "--num_queries", type=positive_int, default=100, help="texts that are not like a train text (100)"

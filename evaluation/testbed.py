@@ -3,9 +3,11 @@
 A model has the architecture of GPT-2, Llama or OLMoE (a mixture of experts) and starts from random weights.
 """
 
+import ast
 import multiprocessing
 import os
 import re
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,17 +41,30 @@ IGNORED_LABEL = -100  # of transformers
 AtShare = Callable[[float, torch.nn.Module], object]
 
 
+def docstrings() -> list[str]:
+    """Return the docstrings of Python's standard library, without its tests."""
+    library, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in sorted(library.rglob("*.py")):
+        if not {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & {*path.relative_to(library).parts}:
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            found += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    return found
+
+
 def passages(*sources: str) -> list[str]:
     """Cut the documents of data sets into passages of at most 32 words; leave out passages of fewer than 8 words.
 
     Args:
-        sources: As --data_name of the pipeline. In a .txt file, lines with a single % separate documents, if there are
-            such lines.
+        sources: As --data_name of the pipeline, or `docstrings`, those of Python's standard library. In a .txt file,
+            lines with a single % separate documents, if there are such lines.
     """
     documents: list[str] = []
     for source in sources:
         if source.endswith(".txt") and "\n%\n" in (text := Path(source).read_text("utf-8")):
             documents += text.split("\n%\n")
+        elif source == "docstrings":
+            documents += docstrings()
         else:
             documents += [text for (text,) in values_of(load_documents(source, None, "train"), ("text",))]
     found: dict[str, None] = {}

@@ -14,7 +14,7 @@ REQUIREMENTS=tests/requirements.txt
 
 # edit here
 TEXTS=${TEXTS:-pydoc}                       # of gpt2 and llama
-MORE_TEXTS=${MORE_TEXTS:-pydoc}             # of few: several data sets, e.g. "pydoc fortunes.txt"
+MORE_TEXTS=${MORE_TEXTS:-pydoc docstrings}  # of few: the manual, and the docstrings of Python's standard library
 TESTBEDS=${TESTBEDS:-testbeds}
 RESULTS=${RESULTS:-$TESTBEDS/trajectory}
 SHARES=(0.05 0.1 0.2 0.35 0.5 0.65 0.8)     # of the training; the final model comes last

@@ -1,5 +1,6 @@
 """The linear datamodelling score: its arithmetic, its testbeds, and the reduced table."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -111,6 +112,15 @@ def test_queries_are_held_out(tmp_path):
         assert not [text for text in train if 2 * len(grams & lds.testbed.five_grams(text)) >= len(grams)], query
     with pytest.raises(ValueError, match="share less than half of their 5-grams"):
         lds.make_texts(tmp_path / "other", settings | {"num_texts": 1000, "num_queries": 20})
+
+
+def test_texts_of_a_testbed():
+    """The manual's passages, then those of the standard library's docstrings: at most 32 words, each once."""
+    manual, both = lds.testbed.passages("pydoc"), lds.testbed.passages("pydoc", "docstrings")
+    assert both[: len(manual)] == manual and len(both) == len({*both}) > len(manual) + 5000
+    assert max(len(text.split()) for text in both) == 32
+    start = " ".join((argparse.ArgumentParser.__doc__ or "").split()[:12])
+    assert any(text.startswith(start) for text in both[len(manual) :])
 
 
 @pytest.mark.slow
