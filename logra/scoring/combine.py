@@ -53,34 +53,32 @@ def kept_scores(
     values = needed_self_influence(run, record, dampings, self_influence)
     if record.top_k_only is not None or (values and not values.complete):
         return None
-    deviations = _kept_deviations(base, record, dampings, self_influence)
-    if deviations is None:
+    if not _are_kept(base, record, dampings, self_influence):
         return None
-    return ScoredCheckpoint(run, score_folders(base, dampings), deviations, values and values.values, None, 0)
+    return ScoredCheckpoint(run, score_folders(base, dampings), None, values and values.values, None, 0)
 
 
 @processes.on_rank_0
-def _kept_deviations(base: Path, record: ScoreRecord, dampings: list[Damping], self_influence: bool) -> Tensor | None:
-    """Return the standard deviations [S, Q] of scores that an earlier command wrote; None if there are no such scores.
-
-    Args:
-        base, record, dampings: See score_files.score_files.
-        self_influence: Whether the folders must have the self-influences.
-    """
-    found = []
+def _are_kept(base: Path, record: ScoreRecord, dampings: list[Damping], self_influence: bool) -> bool:
+    """Return whether an earlier command wrote these scores, and they are whole; arguments as for kept_scores."""
     for damping, folder in zip(dampings, score_folders(base, dampings), strict=True):
         try:
             content = files.read_json(folder / "run.json", AGAIN)
         except ValueError:
-            return None
+            return False
         names = content["files"] if files.has_shape(content, {"files": dict}) else {}
         expected = replace(record, damping=damping.relative, damping_absolute=damping.absolute, files=names).to_json()
         same = json.loads(json.dumps(expected)) == content and ("self_influence.npy" in names) == self_influence
         if not same or files.file_checksums(folder, names) != names:
-            return None
-        rows = (torch.from_numpy(row.copy()).double() for row in np.load(folder / "scores.npy", mmap_mode="r"))
-        found.append(torch.stack([deviation(row.mean(), row.square().mean()) for row in rows]))
-    return torch.stack(found)
+            return False
+    return True
+
+
+@processes.on_rank_0
+def _stored_deviations(folder: Path) -> Tensor:
+    """Return the standard deviation of each query's scores in a folder, [Q] float64."""
+    rows = (torch.from_numpy(row.copy()).double() for row in np.load(folder / "scores.npy", mmap_mode="r"))
+    return torch.stack([deviation(row.mean(), row.square().mean()) for row in rows])
 
 
 def combine(
@@ -98,7 +96,13 @@ def combine(
         self_influence: Also combine the examples' self-influences, as if they were the scores of one query.
     """
     weights = [checkpoint["weight"] for checkpoint in record.checkpoints or ()]
-    deviations = torch.stack([checkpoint.deviations for checkpoint in scored], dim=1)  # [S, C, Q]
+    by_checkpoint = [
+        torch.stack([_stored_deviations(folder) for folder in checkpoint.folders])
+        if record.top_k_only is None
+        else checkpoint.deviations
+        for checkpoint in scored
+    ]
+    deviations = torch.stack(by_checkpoint, dim=1)  # [S, C, Q]
     factors = [influence.checkpoint_factors(part, weights, record.mode) for part in deviations]
     own_influences: list[Tensor | None] = [None] * len(dampings)
     if self_influence:

@@ -305,7 +305,7 @@ def score_run(
         for s, file in enumerate(files) if processes.state().is_main_process else ():
             file.describe(query_rows(queries), self_influence.values[s] if score_settings.self_influence else None)
     processes.state().wait_for_everyone()
-    deviations = torch.stack([file.deviations() for file in files])
+    deviations = torch.stack([file.deviations() for file in files]) if kept else None
     values, kept_files = self_influence and self_influence.values, kept.close() if kept else None
     folders = score_folders(base, task.dampings)
     return ScoredCheckpoint(task.run, folders, deviations, values, kept_files, scorer.queries_per_step)

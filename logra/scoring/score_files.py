@@ -204,8 +204,9 @@ class ScoreFile:
             block_dots: Dots of each block, L times [queries, n].
             parts: Of combined scores: the parts of the checkpoints, [C, queries, n].
         """
-        exact = scores.double()
-        self.sums[:, first_query : first_query + len(scores)] += torch.stack([exact.sum(1), exact.square().sum(1)])
+        totals = scores.sum(dim=1, dtype=torch.float64)
+        squares = torch.linalg.vector_norm(scores, dim=1, dtype=torch.float64).square()
+        self.sums[:, first_query : first_query + len(scores)] += torch.stack([totals, squares])
         if self.top_k_only is not None:
             for end in ("top", "bottom"):
                 running = RunningTopK(len(scores), self.top_k_only, end == "top", 0 if parts is None else len(parts))
@@ -361,7 +362,7 @@ class ScoredCheckpoint(NamedTuple):
     Attributes:
         run: The run.
         folders: Of its scores, one for each damping.
-        deviations: Standard deviation of each query's scores over the train examples, [S, Q] float64.
+        deviations: Standard deviation of each query's scores over all examples, [S, Q] float64; None without `queries`.
         self_influence: [S, N]; None if the mode does not need it.
         queries: Layer -> file of preconditioned queries [S, Q, k]; None if all scores are kept.
         queries_per_pass: How many of these fit in memory.
@@ -369,7 +370,7 @@ class ScoredCheckpoint(NamedTuple):
 
     run: RunDir
     folders: list[Path]
-    deviations: Tensor
+    deviations: Tensor | None
     self_influence: Tensor | None
     queries: dict[str, Path] | None
     queries_per_pass: int

@@ -317,7 +317,7 @@ def test_moved_folders(trajectory, place, make, score):
     Path("mine").rename("yours")
     before = {Path("yours", *path.parts[1:]): time for path, time in before.items()}
     there = ("elsewhere/checkpoint-5", "elsewhere/checkpoint-10")
-    refused(score(log="yours"), "own/checkpoint-5")
+    refused(score(log="yours"), "own/checkpoint-10")
     done(score("--checkpoints", *there, log="yours"))
     assert "the same files as own/checkpoint-5" in done(make(checkpoints=there, log="yours"))
     assert times(Path("yours/checkpoint-10")) == before
