@@ -145,7 +145,9 @@ def draw(folder: Path) -> None:
                     f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) |"
                 )
         of_share.set(title=bed, xlabel="share of the training", ylabel="LDS of one checkpoint")
-        of_count.set(xlabel="checkpoints (mean over all sets; band: lowest to highest)", ylabel="LDS of their mean")
+        of_count.set(
+            title="all sets: mean, lowest, highest", xlabel="checkpoints", xticks=counts, ylabel="LDS of their mean"
+        )
         for plot in (of_share, of_count):
             plot.axhline(content["ceiling"], ls="--", lw=0.8, color="gray")
         of_share.legend(fontsize=8)
