@@ -59,7 +59,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Score with each model, and write a folder for each damping
     scored: list[ScoredCheckpoint] = []
-    with processes.temporary_folder("queries-", parent) if parent else nullcontext() as temporary:
+    keeps_queries = parent and score_settings.top_k_only
+    with processes.temporary_folder("queries-", parent) if keeps_queries else nullcontext() as temporary:
         for run in runs:
             record = describe_scores(run, kind, layers, queries, query_settings, score_settings)
             task = ScoreTask(run, kind, blocks, dampings, score_settings.query_rank)
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
             if found is None:
                 lm, _, described = open_run.load_model(run.settings, execution)
                 run.check_model(described)
-                keep = temporary / run.folder.name if score_settings.top_k_only and temporary else None
+                keep = temporary / run.folder.name if temporary else None
                 found = score_run(task, lm, execution, score_settings, base, record, groups, queries, keep)
                 del lm
                 release_memory()

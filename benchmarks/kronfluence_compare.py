@@ -127,7 +127,6 @@ def timed(seconds: Counter, phase: str, function):
 
 def add_clocks(seconds: Counter) -> None:
     """Time the steps of stages 2 and 3, where the two scripts look them up."""
-    import compute_influence  # not at the top: see build_parser
     from logra.runtime import processes
     from logra.scoring import score
     from logra.stages import calibrate, extract, open_run
@@ -138,7 +137,7 @@ def add_clocks(seconds: Counter) -> None:
         PHASES[2]: [(score, "Scorer"), (score, "write_scores")],
         LEFT_OUT: [
             (processes, "start"), (open_run, "new_settings"), (open_run, "load_model"), (extract, "write_train"),
-            (compute_influence, "load_queries"),
+            (open_run, "read_queries"),
         ],
     }  # fmt: skip
     for phase, places in steps.items():

@@ -9,7 +9,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +37,10 @@ class Member(NamedTuple):
 
     def settings(self, first: RunSettings) -> RunSettings:
         """Return the settings of the run. All but the model and the seed are those of the first checkpoint's run."""
-        own = {name: value for name, value in self.flags.user_flags.items() if name in open_run.OWN_SETTINGS}
-        return replace(first, **own)
+        return open_run.with_own_settings(first, self.flags)
 
 
+@processes.on_rank_0
 def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
     """Return the parent folder and the runs that a command line names; without checkpoints no parent, and one run.
 
@@ -51,12 +51,7 @@ def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
     Raises:
         ValueError: A checkpoint is neither a folder nor a revision, or comes twice; or --log_dir holds something else.
     """
-    return _members(open_run.find_folder(flags, must_exist), flags, must_exist)
-
-
-@processes.on_rank_0
-def _members(folder: Path, flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
-    """Return what find does, for the folder of the run or of the checkpoints."""
+    folder = open_run.find_folder(flags, must_exist)
     known = read_models(folder)
     if not flags.checkpoints and not known:
         return None, [Member(folder, flags)]

@@ -201,6 +201,12 @@ def usable_hessian(run: RunDir, hessian: str | None) -> str:
     return kind
 
 
+def with_own_settings(settings: RunSettings, flags: RunFlags) -> RunSettings:
+    """Return the settings of one checkpoint's run with the model, revision and seed of another checkpoint."""
+    own = {name: value for name, value in flags.user_flags.items() if name in OWN_SETTINGS}
+    return replace(settings, **own)
+
+
 @processes.on_rank_0
 def new_settings(flags: RunFlags, execution: Execution, sibling: RunDir | None = None) -> RunSettings:
     """Return the complete settings of a new run: block_size from the model's configuration, dtype from the device.
@@ -214,10 +220,9 @@ def new_settings(flags: RunFlags, execution: Execution, sibling: RunDir | None =
         ValueError: Flags exclude one another or differ from the sibling's, or block_size is above the model's context.
     """
     if sibling:
-        own = {name: value for name, value in flags.user_flags.items() if name in OWN_SETTINGS}
-        shared = {name: value for name, value in flags.user_flags.items() if name not in own}
+        shared = {name: value for name, value in flags.user_flags.items() if name not in OWN_SETTINGS}
         check_flags(sibling, flags._replace(user_flags=shared))
-        settings = replace(sibling.settings, **own)
+        settings = with_own_settings(sibling.settings, flags)
     else:
         settings = RunSettings.from_user_flags(flags.user_flags, flags.hessian or "raw")
         settings.check_hessian(flags.hessian or "raw", flags.hessian or "raw")
