@@ -589,8 +589,9 @@ def test_a_checkpoint_without_a_tokenizer(tiny, tmp_path, name):
 @pytest.mark.slow
 def test_four_stages_of_a_model_that_was_tuned_on_the_manual(tmp_path, monkeypatch, cli):
     """SmolLM2, three checkpoints of a few steps on pydoc: prompts, runs, scores, and lists with each one's part."""
+    monkeypatch.chdir(ROOT)  # where the default model is converted once, in a fresh clone
+    model, tokenizer = load_model(DEFAULT_MODEL, torch.bfloat16), load_tokenizer(DEFAULT_MODEL)
     monkeypatch.chdir(tmp_path)
-    model, tokenizer = load_model(str(ROOT / DEFAULT_MODEL), torch.bfloat16), load_tokenizer(str(ROOT / DEFAULT_MODEL))
     texts = [topics[name] for name in ("with", "lambda", "if", "class", "del", "pass")]
     tuned = [p for name, p in model.requires_grad_(False).named_parameters() if re.search(r"layers\.2[89]\.mlp", name)]
     steps = torch.optim.SGD([p.requires_grad_() for p in tuned], 1e-2)
