@@ -15,6 +15,7 @@ import numpy as np
 from logra.runtime import files, flags, processes, progress
 from logra.runtime.settings import positive_int
 from logra.scoring import parts, rank
+from logra.scoring.reranked import Reranked
 from logra.tools import report
 from logra.tools.diagnose import diagnose
 
@@ -69,22 +70,23 @@ def main(args: argparse.Namespace) -> None:
 
     # Rank, and write the lists
     owners = rank.document_numbers(examples, run.settings.pack)
-    queries = rank_queries(args.top_k, combine, query_rows, scores, examples, owners)
-    parts.add_checkpoints(queries, folder, record, runs, scores, owners)
+    fine = Reranked.load(folder, record, combine)
+    queries = rank_queries(args.top_k, combine, query_rows, scores, fine, examples, owners)
+    parts.add_checkpoints(queries, folder, record, runs, fine or scores, owners)
     rank.write_lists(folder, queries, sides, args.format)
     diagnosis = diagnose(run, record, scores, query_rows, examples) if args.diagnose else ""
 
     # Write the report
     if "html" in args.format:
-        report.add_layers(queries, folder, record, scores.matrix, owners)
+        report.add_layers(queries, folder, record, scores.matrix, fine, owners)
         if args.tokens:
             from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
 
             processes.start()
-            factors = parts.read_factors(folder, record)
-            tokens.add_shares(queries, runs, record, factors, examples, args.trust_remote_code)
+            models = parts.scored_models(folder, record, runs, fine)
+            tokens.add_shares(queries, models, examples, args.trust_remote_code)
         report.add_word_matches(queries, examples["text"], args.top_k, owners if combine else np.arange(len(owners)))
-        content = report.header(run, record, args.tokens) | {"diagnosis": diagnosis, "combine": combine}
+        content = report.header(run, record, fine, args.tokens) | {"diagnosis": diagnosis, "combine": combine}
         content |= {"top_k": args.top_k, "lists": [f"top_k.{n}" for n in args.format if n != "html"], "listed": sides}
         with files.atomic(folder / "report.html") as path:
             path.write_text(report.render(content, queries), "utf-8")
@@ -104,6 +106,7 @@ def rank_queries(
     combine: str | None,
     query_rows: list[dict],
     scores: rank.StoredScores,
+    fine: Reranked | None,
     examples: rank.Dataset,
     owners: np.ndarray,
 ) -> list[dict[str, Any]]:
@@ -111,20 +114,23 @@ def rank_queries(
     total, queries = owners.max() + 1 if combine else len(owners), []
     for number, query in enumerate(query_rows):
         rankings = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
-        best = rank.by_document(rankings["top"], owners, True, combine or "max")
         if combine:
             rankings = {side: rank.by_document(r, owners, side == "top", combine) for side, r in rankings.items()}
         values: dict[str, np.ndarray] = {}  # highest first
         if scores.matrix is not None:
             values = {"top": rankings["top"].scores, "bottom": rankings["bottom"].scores[::-1]}
+        for side, stored in rankings.items() if fine else ():
+            rankings[side] = rank.rank_again(*fine.candidates(number), stored, side == "top", fine.record.kept, owners)
+        table = rankings["top"] if combine else rank.by_document(rankings["top"], owners, True, "max")
         rankings["bottom"] = rankings["bottom"].without(rankings["top"].examples[:top_k], owners)
         rows, notes = {}, {}
         for side, ranking in rankings.items():
             rows[side] = rank.ranked_rows(query, side, ranking, top_k, examples, values.get(side))
             on_top = len(rows["top"]) if side == "bottom" else 0
-            notes[side] = rank.shortage(len(rows[side]), top_k, total, on_top, "documents" if combine else "examples")
+            unit = "documents" if combine else "examples"
+            notes[side] = rank.shortage(len(rows[side]), top_k, total, on_top, unit, fine and fine.record.kept)
         shown = {"number": number, "rows": rows, "notes": notes, "histograms": report.histograms(values, combine)}
-        shown["table"] = rank.ranked_rows(query, "top", best, TABLE_ROWS, examples, None)
+        shown["table"] = rank.ranked_rows(query, "top", table, TABLE_ROWS, examples, None)
         queries.append(rank.query_text(query) | shown)
     return queries
 

@@ -7,19 +7,26 @@ With several processes (accelerate launch) each one reads its share of the shard
 """
 
 import argparse
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from logra.hessian import Damping
 from logra.inputs.queries import group_queries, merge_group
+from logra.run_dir import RunDir
 from logra.runtime import flags, processes, progress
 from logra.runtime.memory import release_memory
-from logra.runtime.settings import QuerySettings, ScoreSettings
+from logra.runtime.settings import Execution, QuerySettings, RerankSettings, ScoreSettings
+from logra.scoring import rerank
 from logra.scoring.combine import combine, kept_scores
 from logra.scoring.score import ScoreTask, block_name, describe_scores, score_run
-from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord
+from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord, score_folders
 from logra.stages import checkpoints, open_run
+from logra.stages.calibrate import make_fine_statistics
+from logra.stages.fine_run import FineRun, at_checkpoint, choose_rank
 
 
 def build_parser() -> flags.Parser:
@@ -29,6 +36,7 @@ def build_parser() -> flags.Parser:
     flags.add_execution_flags(parser)
     flags.add_settings(parser.add_argument_group("queries"), QuerySettings())
     flags.add_settings(parser.add_argument_group("scores"), ScoreSettings())
+    flags.add_settings(parser.add_argument_group("re-ranking"), RerankSettings())
     return parser
 
 
@@ -36,12 +44,15 @@ def main(args: argparse.Namespace) -> None:
     """Score every train example for every query; with checkpoints at each of them, and combine these scores."""
     run_flags, execution = flags.read_run_flags(args), flags.read_execution(args)
     query_settings, score_settings = flags.read_settings(QuerySettings, args), flags.read_settings(ScoreSettings, args)
+    rerank_settings = flags.read_settings(RerankSettings, args)
     processes.start()
 
     # Open the run, or those of the checkpoints
     parent, members = checkpoints.find(run_flags, must_exist=True)
     weights = checkpoints.weights(score_settings.checkpoint_weights, len(members) if parent else 0)
     runs = [open_run.find_run(member.folder, member.flags, must_exist=True) for member in members]
+    if rerank_settings.rerank:
+        rerank.check(rerank_settings, runs[-1], score_settings.top_k_only)
     if parent:
         checkpoints.check_runs(runs, score_settings.top_k_only)
     for run in runs:
@@ -71,8 +82,9 @@ def main(args: argparse.Namespace) -> None:
                 run.check_model(described)
                 keep = temporary / run.folder.name if temporary else None
                 found = score_run(task, lm, execution, score_settings, base, record, groups, queries, keep)
-                del lm
-                release_memory()
+                if parent:
+                    del lm
+                    release_memory()
             scored.append(found)
             say_scores(record, base, dampings)
         if parent:
@@ -86,7 +98,40 @@ def main(args: argparse.Namespace) -> None:
             base = parent / "scores" / record.label(name)
             combine(base, record, scored, dampings, queries, score_settings.self_influence)
             say_scores(record, base, dampings)
+    if rerank_settings.rerank:
+        models = fine_models(runs, weights, None if parent else lm, rerank_settings, execution)
+        rerank.rerank(score_folders(base, dampings), runs[-1], record, models, groups, rerank_settings, execution)
     progress.summary("analysis.py")
+
+
+def fine_models(
+    runs: list[RunDir], weights: list[float], lm: nn.Module | None, settings: RerankSettings, execution: Execution
+) -> Iterator[rerank.FineModel]:
+    """Yield the models that re-rank, with their statistics: --rerank_checkpoints, or those of the runs.
+
+    Args:
+        runs: The scored run, or those of the checkpoints.
+        weights: Of the checkpoints' scores. Those of --rerank_checkpoints have equal weights.
+        lm: The scored run's model; None with checkpoints, where one model is in memory at a time.
+        settings: Of re-ranking.
+        execution: How to run the models.
+    """
+    rank = choose_rank(runs[0].shapes, settings.rerank_rank)
+    named = [("", run, weight) for run, weight in zip(runs, weights or [1.0], strict=True)]
+    if settings.rerank_checkpoints:
+        members = checkpoints.named_models(settings.rerank_checkpoints, runs[-1])
+        named = [(name, at_checkpoint(runs[-1], **entry, model={}), 1.0) for name, entry in members.items()]
+    for name, run, weight in named:
+        model, described = lm, vars(run.record)
+        if lm is None or name:
+            model, _, described = open_run.load_model(run.settings, execution)
+            checkpoints.check_model(runs[-1], run.settings.model_name, described)
+        entry = {"model_name": run.settings.model_name, "revision": run.settings.revision, "model": described["model"]}
+        fine = FineRun(at_checkpoint(run, **entry), rank, name)
+        make_fine_statistics(model, fine, execution)
+        yield rerank.FineModel(fine, model, entry | {"run": run.folder.name, "name": name, "weight": weight})
+        del model
+        release_memory()
 
 
 def say_scores(record: ScoreRecord, base: Path, dampings: list[Damping]) -> None:

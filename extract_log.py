@@ -14,9 +14,12 @@ from torch import nn
 from logra.inputs import model
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
-from logra.runtime.settings import DataSettings, Execution, RunSettings, number, positive_int
+from logra.runtime.settings import DataSettings, Execution, RerankSettings, RunSettings, positive_int
 from logra.stages import calibrate, checkpoints, extract, open_run
+from logra.stages.fine_run import FineRun, choose_rank
 from logra.tools import estimate, trial, verify
+
+STAGE_3_FLAGS = ("rerank", "rerank_by", "rerank_damping", "rerank_checkpoints")
 
 
 def build_parser() -> flags.Parser:
@@ -31,16 +34,8 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--extend", action="store_true", help="add the documents of --data_name to the finished run in --log_dir"
     )
-    group = parser.add_argument_group("before the run (with one of these, extract_log.py does nothing else)")
-    group.add_argument("--dry_run", action="store_true", help="print what the run needs: disk and memory")
-    group.add_argument(
-        "--trial", type=number(float, 1, "1 to 86400 seconds", 86400), nargs="?", const=30, metavar="SECONDS",
-        help="like --dry_run, and the hours predicted from so many seconds of extraction (off; 30 without a value)",
-    )  # fmt: skip
-    group.add_argument(
-        "--verify", type=positive_int, nargs="?", const=4, metavar="EXAMPLES",
-        help="check a small run of these flags, its stored bits and scores, against autograd (off; 4 without a value)",
-    )  # fmt: skip
+    flags.add_settings(parser.add_argument_group("re-ranking"), RerankSettings(), True, skip=STAGE_3_FLAGS)
+    flags.add_look_ahead_flags(parser)
     return parser
 
 
@@ -90,7 +85,7 @@ def extract_run(
 
         # Write examples, projections and gradients, unless all shards exist and are whole
         pending = extract.unfinished_shards(run) if run and not further else None
-        tokens = 0
+        tokens, lm = 0, None
         if pending != []:
             lm, run = set_up(args, folder, settings, run, further, execution, sibling)
             if processes.state().is_main_process:
@@ -98,9 +93,14 @@ def extract_run(
                 extract.check_hessian_memory(run, kind)
             pending = extract.unfinished_shards(run) if pending is None else pending
             tokens = extract.write_shards(lm, run, pending, execution)
-            del lm
 
+        # Write the Hessian, and with --rerank_rank the statistics of re-ranking
         progress.keep_log(folder)
+        if args.rerank_rank:
+            lm = lm or open_run.load_model(run.settings, execution)[0]
+            fine = FineRun(run, choose_rank(run.shapes, args.rerank_rank))
+            calibrate.make_fine_statistics(lm, fine, execution)
+        del lm
         extract.write_hessian(kind, run)
     extract.say_finished(run, kind)
     return tokens

@@ -239,6 +239,25 @@ class ScoreCapture(GradientCapture):
         return torch.cat([dots, *(form(grads)[:, None] for form in forms)], dim=1)
 
 
+class SquareCapture(GradientCapture):
+    """Sums the squares of the gradients over examples, layer by layer, and keeps no gradient.
+
+    take_factors returns <layer>.square [r_out * r_in] and the counts `examples` and `tokens`.
+    """
+
+    def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
+        if name in self._grads:
+            raise ValueError(f"expected each layer to run once, got two runs of {name}; leave --rerank out")
+        return super()._reduce(name, x, d).square().sum(dim=0)
+
+    def backward(self, losses: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Run the backward pass (see GradientCapture.backward) and return nothing."""
+        squares = super().backward(losses, positions)
+        counts = {"examples": torch.tensor(len(losses)), "tokens": positions.sum()}
+        self._batch_sums |= {f"{name}.square": total for name, total in squares.items()} | counts
+        return {}
+
+
 class TokenCapture(GradientCapture):
     """Splits the dots of examples with matrices M by token: d~_t^T M x~_t, in the backward pass.
 

@@ -213,3 +213,26 @@ def checkpoint_factors(deviations: Tensor, weights: Sequence[float], mode: str) 
     if mode == "cosine":
         return shares.expand(deviations.shape).clone()
     return torch.where(deviations > 0, shares / deviations.clamp_min(1e-300), 0.0)
+
+
+def low_rank(queries: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
+    """Approximate each query by a sum of `rank` outer products (torch.svd_lowrank).
+
+    Args:
+        queries: [rows, r_out * r_in].
+        shape: (r_out, r_in).
+        rank: R; at most min(shape) is used.
+
+    Returns:
+        Left factors [rows, R, r_out], scaled by the singular values, and right factors [rows, R, r_in].
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # svd_lowrank draws random numbers; all ranks need the same result
+        u, s, v = torch.svd_lowrank(queries.view(-1, *shape), q=min(rank, *shape), niter=4)
+    return (u * s[:, None]).mT.contiguous(), v.mT.contiguous()
+
+
+def cut(queries: Tensor, shape: tuple[int, int], rank: int) -> Tensor:
+    """Return the approximations of low_rank as matrices, [rows, r_out * r_in]."""
+    left, right = low_rank(queries, shape, rank)
+    return (left.mT @ right).flatten(1)

@@ -131,3 +131,17 @@ def rotate(projection: Projection, cov_in: Tensor, cov_out: Tensor, shape: tuple
     p_in, values_in = rotate_side(projection.p_in, cov_in, shape[1])
     p_out, values_out = rotate_side(projection.p_out, cov_out, shape[0])
     return Projection(p_in, p_out, values_in, values_out)
+
+
+def unrotated(queries: Tensor, projection: Projection, shape: tuple[int, int]) -> Tensor:
+    """Return P_out^T Q P_in of queries Q [rows, r_out * r_in].
+
+    Its dot with vec(G) is the dot of Q with vec(P_out G P_in^T), so G need not be rotated.
+    """
+    q = queries.view(-1, *shape)
+    return times(times(q.mT, projection.p_out).mT, projection.p_in).flatten(1)
+
+
+def times(rows: Tensor, p: Tensor | None) -> Tensor:
+    """Return rows [..., r] @ P [r, d]; None stands for the identity."""
+    return rows if p is None else rows @ p

@@ -22,6 +22,7 @@ from logra.runtime.settings import (
     Execution,
     RunSettings,
     Sampling,
+    number,
     positive_int,
 )
 
@@ -125,6 +126,20 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group = parser.add_argument_group("execution (these change results by rounding errors only)")
     add_settings(group, Execution())
     return group
+
+
+def add_look_ahead_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what can be done before a run."""
+    group = parser.add_argument_group("before the run (with one of these, extract_log.py does nothing else)")
+    group.add_argument("--dry_run", action="store_true", help="print what the run needs: disk and memory")
+    group.add_argument(
+        "--trial", type=number(float, 1, "1 to 86400 seconds", 86400), nargs="?", const=30, metavar="SECONDS",
+        help="like --dry_run, and the hours predicted from so many seconds of extraction (off; 30 without a value)",
+    )  # fmt: skip
+    group.add_argument(
+        "--verify", type=positive_int, nargs="?", const=4, metavar="EXAMPLES",
+        help="check a small run of these flags, its stored bits and scores, against autograd (off; 4 without a value)",
+    )  # fmt: skip
 
 
 def add_generation_flags(parser: argparse.ArgumentParser, model: str, prompts: Path, sampling: Sampling) -> None:

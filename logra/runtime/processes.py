@@ -70,14 +70,15 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def check_memory(bytes_per_process: int, what: str) -> None:
+def check_memory(
+    bytes_per_process: int,
+    what: str,
+    remedy: str = "use --hessian ekfac, --lora random, a lower --rank or fewer --layers",
+) -> None:
     """Raise a ValueError if this machine lacks the memory for `what` in each of its processes."""
     needed, available = bytes_per_process * processes_here(), available_memory()
     if needed > available:
-        raise ValueError(
-            f"expected {needed / 1e9:.3g} GB of memory for {what}, got {available / 1e9:.3g}; use "
-            "--hessian ekfac, --lora random, a lower --rank or fewer --layers"
-        )
+        raise ValueError(f"expected {needed / 1e9:.3g} GB of memory for {what}, got {available / 1e9:.3g}; {remedy}")
 
 
 def share(count: int, rank: int | None = None) -> range:

@@ -58,6 +58,11 @@ def positive_int_or_auto(text: str) -> int | str:
     return text if text == "auto" else positive_int(text)
 
 
+def positive_int_auto_or_none(text: str) -> int | str:
+    """Argparse type of a positive integer, `auto` or `none`."""
+    return text if text in ("auto", "none") else positive_int(text)
+
+
 def setting(default: Any, help: str, type: Callable = str, **options: Any) -> Any:
     """Return a dataclass field that is also a flag. A bool becomes a switch; `options` go to add_argument."""
     options |= {"action": "store_const", "const": True} if isinstance(default, bool) else {"type": type}
@@ -301,6 +306,30 @@ class ScoreSettings:
             return [Damping(None, value) for value in dict.fromkeys(self.damping_absolute)]
         relative = self.damping or [default_damping(hessian, store_dtype)]
         return [Damping(value, None) for value in dict.fromkeys(relative)]
+
+
+@dataclass(frozen=True)
+class RerankSettings:
+    """Which scores to compute again without compression, and how."""
+
+    # fmt: off
+    rerank: int | None = setting(None, "compute the K highest and K lowest scores of each query again, without "
+        "compression, and rank by these (off)", positive_int, metavar="K")
+    rerank_rank: int | str = setting("auto", "projected size of the gradients that re-rank: none does not project; auto"
+        " is none if their statistics take at most 4 GB, else the highest power of two that does",
+        positive_int_auto_or_none)
+    rerank_by: str = setting("example", "what K counts: examples, or documents with all their examples",
+        choices=["example", "document"])
+    rerank_damping: float = setting(0.01, "lambda of these scores, in units of the layer's mean eigenvalue", positive)
+    rerank_checkpoints: Sequence[str] | None = setting(None, "average these scores over checkpoints: local folders, a "
+        "quoted pattern of them, or revisions on the Hub; their gradients are not stored (the run's own model, or its "
+        "checkpoints)", nargs="+", metavar="CHECKPOINT")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        changed = [f.name for f in fields(self) if f.name != "rerank" and getattr(self, f.name) != f.default]
+        if self.rerank is None and changed:
+            raise ValueError(f"expected --rerank with --{changed[0]}, got none; add --rerank 50, say")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 Notation: C checkpoints, Q queries, N train examples, of which n.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from logra.run_dir import RunDir
 from logra.scoring.rank import StoredScores, examples_of_score, load_matrix, read_record
+from logra.scoring.reranked import Reranked, ScoredModel
 from logra.scoring.score_files import AGAIN, ScoreRecord
+from logra.stages.fine_run import FineRun, at_checkpoint
 
 TOLERANCE = 1e-5  # of a score, relative to the sum of its absolute parts
 
@@ -47,7 +50,7 @@ class CheckpointParts:
             read_record(own, run)
             self.matrices.append(load_matrix(own / "scores.npy", scores.matrix.shape))
 
-    def of(self, query: int, largest: bool, ids: np.ndarray) -> np.ndarray:
+    def of_scores(self, query: int, largest: bool, ids: np.ndarray) -> np.ndarray:
         """Return the parts of a query's scores of some examples, [C, n] float64.
 
         Args:
@@ -73,21 +76,45 @@ class CheckpointParts:
 
 
 def add_checkpoints(
-    queries: list[dict], folder: Path, record: ScoreRecord, runs: Sequence[RunDir], scores: StoredScores,
+    queries: list[dict], folder: Path, record: ScoreRecord, runs: Sequence[RunDir], scores: StoredScores | Reranked,
     owners: np.ndarray,
 ) -> None:  # fmt: skip
-    """Add to all rows of combined scores `checkpoints`: {folder of the run: part of the row's score}.
+    """Add to all rows of combined scores `checkpoints`: {folder of the run, or checkpoint: part of the row's score}.
 
     Args:
         queries: `number` and `rows` of each ({"top": rows, "bottom": rows}, see ranked_rows).
-        folder, record, runs, scores: See CheckpointParts.
+        folder, record, runs: See CheckpointParts.
+        scores: The scores that are ranked.
         owners: Number of each example's document, [N].
     """
-    if record.checkpoints is None:
-        return
-    parts, names = CheckpointParts(folder, record, runs, scores), [run.folder.name for run in runs]
-    for query in queries:
+    names = [run.folder.name for run in runs] if record.checkpoints else []
+    parts: CheckpointParts | Reranked
+    if isinstance(scores, Reranked):
+        parts, names = scores, scores.names if len(scores.names) > 1 else []
+    elif names:
+        parts = CheckpointParts(folder, record, runs, scores)
+    for query in queries if names else ():
         for side, rows in query["rows"].items():
             for row in rows:
-                found = parts.of(query["number"], side == "top", examples_of_score(row, owners)).sum(axis=1)
+                found = parts.of_scores(query["number"], side == "top", examples_of_score(row, owners)).sum(axis=1)
                 row["checkpoints"] = dict(zip(names, found.tolist(), strict=True))
+
+
+def scored_models(
+    folder: Path, record: ScoreRecord, runs: Sequence[RunDir], fine: Reranked | None
+) -> Iterator[ScoredModel]:
+    """Yield the models of the scores in a folder (of the re-ranked ones if there are any); arguments as above."""
+    if fine is None:
+        for run, factors in zip(runs, read_factors(folder, record), strict=True):
+            yield ScoredModel(run, record, factors)
+        return
+    record = replace(record, hessian="ekfac", damping=fine.record.damping, damping_absolute=None, query_rank=None)
+    of_folder = {run.folder.name: run for run in runs}
+    for number, entry in enumerate(fine.record.models):
+        run = at_checkpoint(of_folder[entry["run"]], entry["model_name"], entry["revision"], entry["model"])
+        own = None
+        if record.mode != "dot":
+            values = fine.tensors["self_influence"][number]
+            own = dict(zip(fine.tensors["ids"].tolist(), values.tolist(), strict=True))
+        run = FineRun(run, fine.record.rank, entry["name"])
+        yield ScoredModel(run, record, fine.tensors["factors"][number], own)

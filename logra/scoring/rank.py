@@ -33,18 +33,32 @@ class Ranking(NamedTuple):
         scores: [n].
         counts: Number of examples of the run that each score stands for, [n].
         combine: None for examples; for documents how their scores were formed (see by_document).
+        stored: Of re-ranked scores: the stored ones [n], and the ranks that these have on this side.
     """
 
     examples: np.ndarray
     scores: np.ndarray
     counts: np.ndarray
     combine: str | None = None
+    stored: tuple[np.ndarray, np.ndarray] | None = None
 
     def without(self, others: np.ndarray, owners: np.ndarray) -> "Ranking":
         """Leave out the examples `others`; sums of documents: those of the documents of these examples."""
         units = owners if self.combine == "sum" else np.arange(len(owners))
-        kept = ~np.isin(units[self.examples], units[others])
-        return Ranking(self.examples[kept], self.scores[kept], self.counts[kept], self.combine)
+        return self.take(~np.isin(units[self.examples], units[others]))
+
+    def take(self, rows: np.ndarray | slice) -> "Ranking":
+        """Return some rows of the ranking."""
+        stored = self.stored and (self.stored[0][rows], self.stored[1][rows])
+        return Ranking(self.examples[rows], self.scores[rows], self.counts[rows], self.combine, stored)
+
+    def with_stored(self, ranking: "Ranking", owners: np.ndarray) -> "Ranking":
+        """Add the stored scores, and their ranks, from a ranking of them. What is not in it gets NaN and rank 0."""
+        units = owners if self.combine else np.arange(len(owners))
+        known = np.full(len(owners), -1)
+        known[units[ranking.examples]] = np.arange(len(ranking.examples))
+        places = known[units[self.examples]]
+        return self._replace(stored=(np.where(places < 0, np.nan, ranking.scores[places]), places + 1))
 
 
 def load_matrix(path: Path, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
@@ -169,10 +183,33 @@ class StoredScores:
         if self.matrix is None:
             ids, scores = (self.extremes[largest][key][query].numpy() for key in ("ids", "scores"))
         else:
-            row = torch.from_numpy(np.array(self.matrix[query]))
-            order = top_k(row, len(row), largest)
-            ids, scores = order.numpy(), row[order].numpy()
+            return rank_scores(np.arange(self.matrix.shape[1]), np.array(self.matrix[query]), largest)
         return Ranking(ids, scores, np.ones(len(ids), np.int64))
+
+
+def rank_scores(ids: np.ndarray, scores: np.ndarray, largest: bool) -> Ranking:
+    """Rank examples, whose ids [n] ascend, by scores [n], highest (or lowest) first."""
+    order = top_k(torch.from_numpy(scores), len(scores), largest).numpy()
+    return Ranking(ids[order], scores[order], np.ones(len(ids), np.int64))
+
+
+def rank_again(
+    ids: np.ndarray, scores: np.ndarray, stored: Ranking, largest: bool, kept: int, owners: np.ndarray
+) -> Ranking:
+    """Rank a query's candidates [n] by their re-ranked scores [n]; at most `kept` of them, with the stored scores.
+
+    Args:
+        ids: Example ids, ascending.
+        scores: Of the examples.
+        stored: The ranking of the stored scores on the same side: of examples or documents.
+        largest: The ranking starts with the highest score.
+        kept: K.
+        owners: Number of each example's document, [N].
+    """
+    ranking = rank_scores(ids, scores, largest)
+    if stored.combine:
+        ranking = by_document(ranking, owners, largest, stored.combine)
+    return ranking.take(slice(kept)).with_stored(stored, owners)
 
 
 def document_numbers(examples: Dataset, packed: bool) -> np.ndarray:
@@ -261,22 +298,26 @@ def ranked_rows(
         ranking: Of examples or documents.
         count: Rows at most.
         examples: The run's train examples.
-        values: All scores of the query (see percentile_and_z_score).
+        values: All stored scores of the query (see percentile_and_z_score).
     """
     ids, scores, counts = (getattr(ranking, name)[:count].tolist() for name in ("examples", "scores", "counts"))
-    places, columns = percentile_and_z_score(ranking.scores[:count], values), examples[ids]
+    stored, ranks = ranking.stored or (ranking.scores, None)
+    places, columns = percentile_and_z_score(stored[:count], values), examples[ids]
     rows = []
     for n in range(len(ids)):
         example = {name: column[n] for name, column in columns.items()}
         row = {"query": query["id"], "side": side, "rank": n + 1, "score": scores[n], "example": ids[n]}
         row |= {"combine": ranking.combine, "examples": counts[n]} | places[n]
         row |= {"document": example["document_id"], "block": example.get("block")}
+        if ranks is not None:
+            known = ranks[n] > 0  # else --top_k_only did not keep the score
+            row["stored_score"], row["stored_rank"] = (v[n].item() if known else None for v in (stored, ranks))
         row |= {"documents": example["document_ids"]} if "document_ids" in example else {}
         rows.append(row | {"text": example["text"]})
     return rows
 
 
-def shortage(found: int, asked: int, total: int, on_top: int, unit: str) -> list[str]:
+def shortage(found: int, asked: int, total: int, on_top: int, unit: str, reranked: int | None = None) -> list[str]:
     """Return a line that says why a side of a query has fewer rows than were asked for; none if it has not.
 
     Args:
@@ -285,18 +326,25 @@ def shortage(found: int, asked: int, total: int, on_top: int, unit: str) -> list
         total: Examples or documents (`unit`) of the run.
         on_top: For the bottom: rows of the top, which are not shown twice.
         unit: examples or documents.
+        reranked: On each side at most, with --rerank.
     """
     if found >= asked:
         return []
     reason = f"the run has {total} {unit}" + (f", of which {on_top} have the highest scores" if on_top else "")
     if found < min(asked, total - on_top):
-        reason = "--top_k_only kept no more"
+        reason = f"--rerank {reranked} computed no more" if reranked else "--top_k_only kept no more"
     return [f"{'Lowest' if on_top else 'Highest'} scores: {found} instead of {asked}, since {reason}"]
 
 
 def document_names(row: dict[str, Any]) -> str:
     """Return the ids of all documents of a row of ranked_rows: several with --pack."""
     return ", ".join(row.get("documents") or [row["document"]])
+
+
+def move(row: dict[str, Any]) -> str:
+    """Return where a row of re-ranked scores stood by its stored score, if that was elsewhere; else nothing."""
+    before = row.get("stored_rank", row["rank"])
+    return "" if before == row["rank"] else f" (stored: {before or 'not kept'})"
 
 
 def scored_examples(row: dict[str, Any]) -> str:
@@ -324,7 +372,8 @@ def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     if "csv" in formats:
         with files.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
-            further = ["checkpoints"] if any("checkpoints" in row for row in rows) else []
+            optional = ("stored_score", "stored_rank", "checkpoints")
+            further = [name for name in optional if any(name in row for row in rows)]
             writer = csv.DictWriter(file, [*CSV_COLUMNS, *further], extrasaction="ignore")
             writer.writeheader()
             writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
@@ -348,7 +397,7 @@ def text_lines(queries: list[dict], sides: Sequence[str]) -> list[str]:
         lines += ["=" * 100, f"Query {query['id']}{group}: {query['prompt']}", query["response"], ""]
         for row in (row for side in sides for row in query["rows"][side]):
             place = f"{document_names(row)}  ({scored_examples(row)})"
-            lines += [f"--- {row['side']} {row['rank']}: {row['score']:+.4g}  {place}"]
+            lines += [f"--- {row['side']} {row['rank']}{move(row)}: {row['score']:+.4g}  {place}"]
             if parts := row.get("checkpoints"):
                 lines += [f"by checkpoint: {', '.join(f'{name} {part:+.4g}' for name, part in parts.items())}"]
             lines += [row["text"].strip(), ""]

@@ -6,9 +6,10 @@ layer, R rank of a query (--query_rank).
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from logra import hessian, influence
 from logra.hooks import GradientCapture, ScoreCapture
 from logra.inputs.queries import Query, query_hash, query_rows
-from logra.projection import Projection, identity
+from logra.projection import identity, times, unrotated
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
 from logra.runtime.memory import available_memory, free_memory, is_out_of_memory, release_memory
@@ -27,7 +28,6 @@ from logra.scoring.score_files import (
     ScoredCheckpoint,
     ScoreFile,
     ScoreRecord,
-    SelfInfluence,
     needed_self_influence,
     score_files,
     score_folders,
@@ -43,43 +43,6 @@ def block_name(layer: str) -> str:
     """Return the transformer block that a layer is in: its name up to the first number."""
     match = re.match(r"(.*?\.\d+)(\.|$)", layer)
     return match[1] if match else layer
-
-
-def low_rank(queries: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
-    """Approximate each query by a sum of `rank` outer products (torch.svd_lowrank).
-
-    Args:
-        queries: [rows, r_out * r_in].
-        shape: (r_out, r_in).
-        rank: R; at most min(shape) is used.
-
-    Returns:
-        Left factors [rows, R, r_out], scaled by the singular values, and right factors [rows, R, r_in].
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # svd_lowrank draws random numbers; all ranks need the same result
-        u, s, v = torch.svd_lowrank(queries.view(-1, *shape), q=min(rank, *shape), niter=4)
-    return (u * s[:, None]).mT.contiguous(), v.mT.contiguous()
-
-
-def cut(queries: Tensor, shape: tuple[int, int], rank: int) -> Tensor:
-    """Return the approximations of low_rank as matrices, [rows, r_out * r_in]."""
-    left, right = low_rank(queries, shape, rank)
-    return (left.mT @ right).flatten(1)
-
-
-def unrotated(queries: Tensor, projection: Projection, shape: tuple[int, int]) -> Tensor:
-    """Return P_out^T Q P_in of queries Q [rows, r_out * r_in].
-
-    Its dot with vec(G) is the dot of Q with vec(P_out G P_in^T), so G need not be rotated.
-    """
-    q = queries.view(-1, *shape)
-    return times(times(q.mT, projection.p_out).mT, projection.p_in).flatten(1)
-
-
-def times(rows: Tensor, p: Tensor | None) -> Tensor:
-    """Return rows [..., r] @ P [r, d]; None stands for the identity."""
-    return rows if p is None else rows @ p
 
 
 @dataclass(frozen=True)
@@ -124,6 +87,22 @@ def describe_scores(
     )  # fmt: skip
 
 
+class ScoreSink(Protocol):
+    """Takes the scores of passes, of one damping; score_files.ScoreFile is one."""
+
+    def put(self, first_query: int, ids: range, scores: Tensor, block_dots: list[Tensor]) -> None: ...
+
+
+class StreamedValues(Protocol):
+    """Self-influences [S, N] that are summed along with the scores; score_files.SelfInfluence is one."""
+
+    values: Tensor
+    complete: bool
+
+    def add(self, ids: range, parts: list[Tensor]) -> None: ...
+    def save(self) -> None: ...
+
+
 class Scorer:
     """Scores groups of queries against a run's train examples. Every rank calls the same methods.
 
@@ -137,11 +116,10 @@ class Scorer:
         stored_queries: Layer -> preconditioned queries [rows, k] of the last pass over stored gradients.
     """
 
-    def __init__(self, task: ScoreTask, lm: nn.Module, execution: Execution, self_influence: SelfInfluence | None):
+    def __init__(self, task: ScoreTask, lm: nn.Module, execution: Execution, self_influence: StreamedValues | None):
         self.task, self.run, self.lm, self.execution = task, task.run, lm, execution
         self.self_influence, self.device = self_influence, processes.state().device
         self.projections = self.run.projections()
-        self.own_shards = processes.share(len(self.run.shards))
         query_bytes = 4 * sum(r_out * r_in for r_out, r_in in self.run.projected.values()) * (1 + len(task.dampings))
         memory = int(min(available_memory() / processes.processes_here(), free_memory(self.device)) / 4)
         self.queries_per_step = min(processes.gather_list([max(1, memory // query_bytes)]))
@@ -150,6 +128,11 @@ class Scorer:
         self.capture = GradientCapture(lm, self.projections)
         with self.capture:
             self.extractor = make_extractor(lm, self.capture, execution, self.run)
+
+    @property
+    def own_shards(self) -> range:
+        """The shards of this rank."""
+        return processes.share(len(self.run.shards))
 
     def halve_queries(self, queries: int) -> None:
         """Score fewer queries in later passes, after memory ran out in one of `queries` queries."""
@@ -181,7 +164,7 @@ class Scorer:
             for layer in list(step_queries):
                 q, shape, projection = step_queries.pop(layer), run.projected[layer], self.projections[layer]
                 if task.query_rank:
-                    left, right = low_rank(q, shape, task.query_rank)  # before it is unrotated, as `cut` does
+                    left, right = influence.low_rank(q, shape, task.query_rank)  # before it is unrotated, as `cut` does
                     if full_width:
                         left, right = times(left, projection.p_out), times(right, projection.p_in)
                     step_queries[layer] = left, right
@@ -339,7 +322,7 @@ def write_scores(
     return pairs
 
 
-def write_pass(scorer: Scorer, batch: list[list[Query]], first: int, files: list[ScoreFile], mode: str) -> bool:
+def write_pass(scorer: Scorer, batch: list[list[Query]], first: int, files: Sequence[ScoreSink], mode: str) -> bool:
     """Score a batch of groups, of which `first` is the first one's number. Return False if memory runs out.
 
     Raises:

@@ -1,19 +1,24 @@
 """Make a run's projections: draw them at random, and rotate them into the eigenbasis of a calibration sample.
 
+The statistics of re-ranking come from the same sample.
+
 Notation: r_in/r_out projected sizes of a layer; A and B are sums of x~ x~^T and d~ d~^T over the sample's tokens.
 """
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from logra import experts, projection
-from logra.hooks import GradientCapture
+from logra.hooks import GradientCapture, SquareCapture
 from logra.inputs.examples import token_counts
 from logra.projection import Projection, Shapes
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
 from logra.runtime.settings import Execution
+from logra.stages.fine_run import FineRun
 from logra.stages.gradients import Extractor, make_extractor
 
 MAX_DEFAULT_SAMPLE = 2048  # examples; LDS at 250, 500, 1000, 2000 examples: .5004, .5062, .5079, .5103
@@ -21,19 +26,48 @@ MAX_DEFAULT_SAMPLE = 2048  # examples; LDS at 250, 500, 1000, 2000 examples: .50
 
 def make_projections(lm: nn.Module, run: RunDir, execution: Execution) -> None:
     """Draw the run's projections, rotate them if its settings say so, and save them."""
-    if run.settings.lora == "random":
-        drawn = projection.draw(run.shapes, run.projected, run.settings.seed, experts.wide_sides(lm))
-        projections, sizes = drawn, run.projected
-    else:
-        projections, sizes = projection.identity(run.shapes), run.shapes
+    projections = drawn(lm, run)
     if run.rotated:
-        processes.check_memory(sum(12 * (o * o + i * i) for o, i in sizes.values()), "all layers' covariances")
-        with GradientCapture(lm, projections, grads=False, factors=True) as capture:
-            extractor = make_extractor(lm, capture, execution, run)
-            sums = factor_sums(extractor, run, sizes)
-        projections = rotate(projections, sums, run.projected)
+        projections = in_eigenbasis(lm, run, projections, execution)
     if processes.state().is_main_process:
         run.save_projections(projections)
+
+
+def drawn(lm: nn.Module, run: RunDir) -> dict[str, Projection]:
+    """Return the run's projections before any rotation."""
+    if run.settings.lora == "random":
+        return projection.draw(run.shapes, run.projected, run.settings.seed, experts.wide_sides(lm))
+    return projection.identity(run.shapes)
+
+
+def in_eigenbasis(
+    lm: nn.Module, run: RunDir, projections: dict[str, Projection], execution: Execution
+) -> dict[str, Projection]:
+    """Rotate projections into the eigenbasis of the run's calibration sample."""
+    sizes = run.projected if run.settings.lora == "random" else run.shapes
+    processes.check_memory(sum(12 * (o * o + i * i) for o, i in sizes.values()), "all layers' covariances")
+    layout: dict[str, tuple[int, ...]] = {f"{layer}.A": (r_in, r_in) for layer, (_, r_in) in sizes.items()}
+    layout |= {f"{layer}.B": (r_out, r_out) for layer, (r_out, _) in sizes.items()}
+    with GradientCapture(lm, projections, grads=False, factors=True) as capture:
+        sums = sample_sums(make_extractor(lm, capture, execution, run), run, layout)
+    return rotate(projections, sums, run.projected)
+
+
+def make_fine_statistics(lm: nn.Module, run: FineRun, execution: Execution) -> None:
+    """Write the eigenbasis and the eigenvalues of re-ranking, unless they are there: two passes over the sample."""
+    if processes.on_rank_0(run.problem)() is None:
+        return
+    progress.say(f"statistics of re-ranking, rank {run.rank or 'none'}: {run.bytes / 1e9:.3g} GB of disk and memory")
+    processes.check_memory(run.bytes, "the statistics of re-ranking", "use --rerank_rank 512, say")
+    projections = in_eigenbasis(lm, run, drawn(lm, run), execution)
+    with SquareCapture(lm, projections) as capture:
+        layout: dict[str, tuple[int, ...]] = {"examples": (), "tokens": ()}
+        layout |= {f"{layer}.square": (math.prod(size),) for layer, size in run.projected.items()}
+        sums = sample_sums(make_extractor(lm, capture, execution, run), run, layout)
+    squares = {key: processes.sum_over_ranks(sums.pop(key)) for key in list(sums)}
+    if processes.state().is_main_process:
+        run.save_statistics(projections, squares)
+    processes.state().wait_for_everyone()
 
 
 def calibration_size(run: RunDir) -> int:
@@ -42,15 +76,15 @@ def calibration_size(run: RunDir) -> int:
     return min(run.examples, run.settings.calibration_examples or default)
 
 
-def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes) -> dict[str, Tensor]:
-    """Return this rank's sums over the calibration sample: <layer>.A [r_in, r_in], <layer>.B [r_out, r_out], float64.
+def sample_sums(extractor: Extractor, run: RunDir, layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return this rank's sums over the calibration sample, float64.
 
     The sample does not depend on the number of processes.
 
     Args:
-        extractor: Its capture computes factors and no gradients.
+        extractor: Its capture computes the sums; no gradients are kept.
         run: Its examples, and the seed and size of the sample.
-        sizes: Layer -> (r_out, r_in) of the projections so far.
+        layout: Name (see GradientCapture.take_factors) -> shape of the sums.
 
     Raises:
         ValueError: A sum is NaN or infinite; or as Extractor.gradients.
@@ -59,10 +93,7 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes) -> dict[str, T
     sample = np.sort(generator.choice(run.examples, calibration_size(run), replace=False))
     sample = sample[processes.share(len(sample))]  # before batching: ranks may have found different batch sizes
     batches = extractor.batches(token_counts(examples)[sample])
-    sums = {}
-    for layer, (r_out, r_in) in sizes.items():
-        sums[f"{layer}.A"] = torch.zeros(r_in, r_in, dtype=torch.float64)
-        sums[f"{layer}.B"] = torch.zeros(r_out, r_out, dtype=torch.float64)
+    sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in layout.items()}
     for batch in progress.bar(batches, desc="calibrating", unit="batch"):
         ids = sample[batch].tolist()
         rows = examples[ids]
@@ -75,7 +106,7 @@ def factor_sums(extractor: Extractor, run: RunDir, sizes: Shapes) -> dict[str, T
             if not total.sum().isfinite():
                 raise ValueError(
                     f"expected finite gradients, got NaN or infinity in one of the examples {ids} "
-                    f"(layer {key[:-2]}); use --dtype float32, or leave the example out"
+                    f"(layer {key.rpartition('.')[0]}); use --dtype float32, or leave the example out"
                 )
     extractor.finish()
     return sums
@@ -86,7 +117,7 @@ def rotate(projections: dict[str, Projection], sums: dict[str, Tensor], projecte
 
     Args:
         projections: Before the rotation.
-        sums: See factor_sums; emptied.
+        sums: <layer>.A [r_in, r_in] and <layer>.B [r_out, r_out] of this rank; emptied.
         projected: Layer -> (r_out, r_in) after the rotation.
     """
     own_layers, rotated = processes.share(len(projections)), []

@@ -65,7 +65,8 @@ def find(flags: RunFlags, must_exist: bool) -> tuple[Path | None, list[Member]]:
             f"expected --checkpoints with {folder}, which holds runs of several, got none; name them, or give the "
             "folder of one of the runs as --log_dir"
         )
-    asked = list(_models(flags)) if flags.checkpoints else list(known.values())
+    hub_name = flags.user_flags.get("model_name")
+    asked = list(_models(flags.checkpoints, hub_name)) if flags.checkpoints else list(known.values())
     members: dict[str, Member] = {}
     for entry in asked:
         name = _folder_name(entry, known | {name: member.model for name, member in members.items()})
@@ -94,10 +95,9 @@ def read_models(folder: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _models(flags: RunFlags) -> Iterator[dict[str, Any]]:
+def _models(checkpoints: Sequence[str], hub_name: str | None) -> Iterator[dict[str, Any]]:
     """Yield the model and the revision of each of --checkpoints. A local path has priority over a revision."""
-    hub_name = flags.user_flags.get("model_name")
-    for name in flags.checkpoints:
+    for name in checkpoints:
         matches = [name] if Path(name).exists() else sorted(glob.glob(name), key=_natural_order)
         for match in matches:
             yield {"model_name": match, "revision": None}
@@ -150,6 +150,23 @@ def _folder_name(entry: dict[str, Any], taken: dict[str, dict[str, Any]]) -> str
     raise ValueError(
         f"expected checkpoints whose folders have different names, got {own} in {group} and another; rename a folder"
     )
+
+
+@processes.on_rank_0
+def named_models(names: Sequence[str], run: RunDir) -> dict[str, dict[str, Any]]:
+    """Return model_name and revision of --rerank_checkpoints by a name for each; that of the run's own model is "".
+
+    Raises:
+        ValueError: A checkpoint is neither a folder nor a revision, or comes twice.
+    """
+    own = {"model_name": run.settings.model_name, "revision": run.settings.revision}
+    taken, found = {"": own}, {}
+    for entry in _models(names, run.settings.model_name):
+        name = _folder_name(entry, taken)
+        if name in found:
+            raise ValueError(f"expected each checkpoint once, got {entry['model_name']} twice; leave one out")
+        taken[name] = found[name] = entry
+    return found
 
 
 def _exists(entry: dict[str, Any]) -> bool:

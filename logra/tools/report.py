@@ -13,7 +13,8 @@ import jinja2
 import numpy as np
 
 from logra.run_dir import RunDir
-from logra.scoring.rank import document_names, examples_of_score, load_matrix, scored_examples
+from logra.scoring.rank import document_names, examples_of_score, load_matrix, move, scored_examples
+from logra.scoring.reranked import Reranked
 from logra.scoring.score_files import ScoreRecord
 
 MAX_REPORT_BYTES = 5_000_000
@@ -43,7 +44,7 @@ class Shaded(NamedTuple):
     share: float
 
 
-def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
+def header(run: RunDir, scores: ScoreRecord, fine: Reranked | None, shaded: bool) -> dict:
     """Return what the page shows for all queries together: run, scores, and the settings of both.
 
     Of combined scores the folder shown is that of all checkpoints; `run` and its settings are the last checkpoint's.
@@ -54,9 +55,13 @@ def header(run: RunDir, scores: ScoreRecord, shaded: bool) -> dict:
     settings |= asdict(run.settings) | {"layers": f"{len(scores.layers)} of {len(run.layers)}"}
     settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     weights = {checkpoint["run"]: checkpoint["weight"] for checkpoint in scores.checkpoints or ()}
-    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    if fine:
+        weights = {name: entry["weight"] for name, entry in zip(fine.names, fine.record.models, strict=True)}
+        settings |= {"rerank": fine.record.kept, "rerank_rank": fine.record.rank or "none"}
+        settings |= {"rerank_by": fine.record.by, "rerank_damping": fine.record.damping}
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items() if not fine or len(weights) > 1}
     content = {"run": run, "name": folder.name, "scores": scores, "settings": settings, "shaded": shaded}
-    return content | {"checkpoints": shares}
+    return content | {"checkpoints": shares, "fine": fine and fine.record}
 
 
 def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
@@ -138,7 +143,7 @@ def render(content: dict, queries: list[dict]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(shade=shade, mean_layers=mean_layers, checkpoint_bars=checkpoint_bars)
-    environment.filters.update(names=document_names, scored=scored_examples)
+    environment.filters.update(names=document_names, scored=scored_examples, move=move)
     template = environment.get_template("report.html.j2")
     most = max(len(rows) for query in queries for rows in query["rows"].values())
     cards, count = most, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
@@ -161,7 +166,10 @@ def split_by_layers(dots: np.ndarray, scores: np.ndarray, blocks: list[str], mod
     return parts | ({L2_PART: float((scores - totals).sum())} if mode == "l2" else {})
 
 
-def add_layers(queries: list[dict], folder: Path, record: ScoreRecord, scores: np.ndarray, owners: np.ndarray) -> None:
+def add_layers(
+    queries: list[dict], folder: Path, record: ScoreRecord, scores: np.ndarray, fine: Reranked | None,
+    owners: np.ndarray,
+) -> None:  # fmt: skip
     """Add the parts of each block of layers to the rows of the top, if stage 3 wrote dots (--layerwise).
 
     Args:
@@ -169,6 +177,7 @@ def add_layers(queries: list[dict], folder: Path, record: ScoreRecord, scores: n
         folder: Of the scores.
         record: Their record.
         scores: [Q, N].
+        fine: The re-ranked scores, whose parts these are if there are any.
         owners: Number of each example's document, [N].
     """
     if record.blocks is None:
@@ -178,7 +187,10 @@ def add_layers(queries: list[dict], folder: Path, record: ScoreRecord, scores: n
     for number, query in enumerate(queries):
         for row in query["rows"]["top"]:
             ids = examples_of_score(row, owners)
-            row["layers"] = split_by_layers(dots[:, number, ids], scores[number, ids], record.blocks, record.mode)
+            parts, shown = dots[:, number, ids], scores[number, ids]
+            if fine:
+                parts, shown = (fine.of_scores(number, True, ids, name) for name in ("blocks", "scores"))
+            row["layers"] = split_by_layers(parts, shown, record.blocks, record.mode)
 
 
 def add_word_matches(queries: list[dict], texts: list[str], k: int, units: np.ndarray) -> None:

@@ -7,13 +7,14 @@ root of the self-influence, and l2 takes q - z / 2 for q. Scores from gradients 
 With several checkpoints a share is the sum over checkpoints of its factor times the share there, as a score is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
+from logra import influence
 from logra.hooks import TokenCapture
 from logra.inputs.queries import Query, group_queries, load_queries, query_hash
 from logra.inputs.rows import split_text
@@ -21,7 +22,8 @@ from logra.run_dir import RunDir
 from logra.runtime.memory import release_memory
 from logra.runtime.progress import bar
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, QuerySettings
-from logra.scoring.score import Scorer, ScoreTask, block_name, cut
+from logra.scoring.reranked import ScoredModel
+from logra.scoring.score import Scorer, ScoreTask, block_name
 from logra.scoring.score_files import ScoreRecord, SelfInfluence
 from logra.stages.gradients import Extractor
 from logra.stages.open_run import check_model_files, load_model
@@ -48,12 +50,19 @@ class TokenSplitter:
         run: The run.
         scores: The record of its scores, or of combined scores to which it contributes.
         trust_remote_code: Run code from the model's folder.
+        self_influence: Of the examples by id; by default as stored in the run.
 
     Raises:
         ValueError: Model or queries are not those that were scored.
     """
 
-    def __init__(self, run: RunDir, scores: ScoreRecord, trust_remote_code: bool):
+    def __init__(
+        self,
+        run: RunDir,
+        scores: ScoreRecord,
+        trust_remote_code: bool,
+        self_influence: Mapping[int, float] | None = None,
+    ):
         self.run, self.mode = run, scores.mode
         check_model_files(run)
         execution = Execution(CPU_BATCH_TOKENS, trust_remote_code=trust_remote_code)
@@ -71,12 +80,13 @@ class TokenSplitter:
         task = ScoreTask(run, scores.hessian, blocks, [scores.applied_damping], scores.query_rank)
         self.scorer = Scorer(task, self.lm, execution, None)
         self.capture = TokenCapture(self.lm, {layer: self.scorer.projections[layer] for layer in blocks})
-        if self.mode != "dot":
-            self_influence = SelfInfluence(run, task.kind, scores.layers, task.dampings)
-            if not self_influence.complete:
-                path = self_influence.paths[0]
+        if self.mode != "dot" and self_influence is None:
+            stored = SelfInfluence(run, task.kind, scores.layers, task.dampings)
+            if not stored.complete:
+                path = stored.paths[0]
                 raise ValueError(f"expected the self-influence in {path}, got none; run compute_influence.py again")
-            self.self_influence = self_influence.values[0]
+            self_influence = dict(enumerate(stored.values[0].tolist()))
+        self.self_influence = self_influence
 
     def split(self, train: Dataset, shown: list[list[int]], proponents: list[list[int]]) -> Split:
         """Split the scores of the examples shown, and the dots of the queries with their proponents.
@@ -99,7 +109,9 @@ class TokenSplitter:
             examples = [] if whole else [[_as_query(train, e) for e in proponents[i]] for i in numbers]
             solved, _ = self.scorer.preconditioned(groups + examples)
             if self.query_rank:
-                solved = {layer: cut(q, self.run.projected[layer], self.query_rank) for layer, q in solved.items()}
+                solved = {
+                    layer: influence.cut(q, self.run.projected[layer], self.query_rank) for layer, q in solved.items()
+                }
             pairs |= self._split_pairs(train, solved, {i: shown[i] for i in numbers})
             with self.capture:
                 for row, i in enumerate(numbers if examples else (), len(groups)):
@@ -119,20 +131,22 @@ class TokenSplitter:
         """
         pairs, row_of = {}, {query: row for row, query in enumerate(shown)}
         examples = sorted({example for ids in shown.values() for example in ids})
-        if self.mode == "l2":
-            solved_examples, _ = self.scorer.preconditioned([[_as_query(train, example)] for example in examples])
-        with self.capture:
-            for number, example in enumerate(bar(examples, desc="tokens", unit="example")):
-                numbers = [query for query, ids in shown.items() if example in ids]
-                matrices = {layer: q[[row_of[query] for query in numbers]] for layer, q in queries.items()}
-                scale = 1.0
-                if self.mode == "l2":
-                    matrices = {layer: q - solved_examples[layer][number] / 2 for layer, q in matrices.items()}
-                elif self.mode == "cosine":
-                    value = self.self_influence[example]
-                    scale = value.clamp_min(1e-30).rsqrt().item() if value > 0 else 0.0
+        step, l2 = self.scorer.queries_per_step, self.mode == "l2"
+        for number, example in enumerate(bar(examples, desc="tokens", unit="example")):
+            if l2 and number % step == 0:
+                texts = [[_as_query(train, other)] for other in examples[number : number + step]]
+                solved_examples, _ = self.scorer.preconditioned(texts)
+            numbers = [query for query, ids in shown.items() if example in ids]
+            matrices = {layer: q[[row_of[query] for query in numbers]] for layer, q in queries.items()}
+            scale = 1.0
+            if l2:
+                matrices = {layer: q - solved_examples[layer][number % step] / 2 for layer, q in matrices.items()}
+            elif self.mode == "cosine":
+                value = self.self_influence[example]
+                scale = max(value, 1e-30) ** -0.5 if value > 0 else 0.0
+            with self.capture:
                 shares = self._shares(_as_query(train, example), matrices, scale)
-                pairs |= {(query, example): split for query, split in zip(numbers, shares, strict=True)}
+            pairs |= {(query, example): split for query, split in zip(numbers, shares, strict=True)}
         return pairs
 
     def _shares(self, text: Query, matrices: dict[str, Tensor], scale: float) -> list[PairShares]:
@@ -181,10 +195,7 @@ def combine(splits: Sequence[Split], factors: np.ndarray) -> Split:
     return Split(pairs, [sum(of_query[i] * split.queries[i] for of_query, split in weighted) for i in numbers])
 
 
-def add_shares(
-    queries: list[dict], runs: Sequence[RunDir], record: ScoreRecord, factors: np.ndarray, examples: Dataset,
-    trust_remote_code: bool,
-) -> None:  # fmt: skip
+def add_shares(queries: list[dict], models: Iterable[ScoredModel], examples: Dataset, trust_remote_code: bool) -> None:
     """Add to the report's queries the shares of tokens (`pieces`, see there) and of blocks of layers (`layers`).
 
     A row keeps the `layers` of --layerwise. A document's sum gets none: the shares are those of the example shown.
@@ -192,22 +203,21 @@ def add_shares(
     Args:
         queries: `rows` of each is {"top": rows, "bottom": rows}. The queries and all rows get `pieces`, the rows of the
             top `layers`.
-        runs: The scored run, or the C runs of checkpoints. One model is in memory at a time.
-        record: Of the scores shown.
-        factors: What the runs' scores are multiplied by, [C, Q].
+        models: Those of the scores shown. One is in memory at a time.
         examples: The run's train examples.
         trust_remote_code: Run code from the model's folder.
     """
     top, bottom = ([[row["example"] for row in query["rows"][side]] for query in queries] for side in ("top", "bottom"))
     shown = [[*best, *worst] for best, worst in zip(top, bottom, strict=True)]
-    splits = []
-    for run in runs:
-        splitter = TokenSplitter(run, record, trust_remote_code)
+    splits, factors = [], []
+    for run, record, of_queries, self_influence in models:
+        splitter = TokenSplitter(run, record, trust_remote_code, self_influence)
         splits.append(splitter.split(examples, shown, top))
+        factors.append(of_queries)
         tokenizer, groups = splitter.tokenizer, splitter.groups
         del splitter
         release_memory()
-    pairs, query_shares = combine(splits, factors)
+    pairs, query_shares = combine(splits, np.stack(factors))
     for number, query in enumerate(queries):
         for row in [*query["rows"]["top"], *query["rows"]["bottom"]]:
             ids, shares = examples[row["example"]]["input_ids"], pairs[number, row["example"]].tokens

@@ -17,10 +17,13 @@ def test_ranks_with_batches_of_different_sizes(cli, tiny, workspace, monkeypatch
     model = load_model(str(tiny / "llama"), torch.float32, torch.device("cpu"))
     projections = projection.draw(run.shapes, run.projected, run.settings.seed)
 
+    layout = {f"{layer}.A": (r_in, r_in) for layer, (_, r_in) in run.projected.items()}
+    layout |= {f"{layer}.B": (r_out, r_out) for layer, (r_out, _) in run.projected.items()}
+
     def sums(rank: int, ranks: int, batch_tokens: int) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(processes, "share", lambda count: range(rank, count, ranks))
         with GradientCapture(model, projections, grads=False, factors=True) as capture:
-            return calibrate.factor_sums(Extractor(model, capture, batch_tokens), run, run.projected)
+            return calibrate.sample_sums(Extractor(model, capture, batch_tokens), run, layout)
 
     expected, one, two = sums(0, 1, 100), sums(0, 2, 40), sums(1, 2, 100)
     assert all(torch.allclose(one[key] + two[key], total, rtol=1e-5) for key, total in expected.items())

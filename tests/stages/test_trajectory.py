@@ -142,11 +142,11 @@ processes.finish()
 
 
 def test_two_processes_give_what_one_gives(trajectory, place, score):
-    """Stages 2 and 3, all scores and the top alone."""
+    """Stages 2 and 3, all scores, the top alone, and re-ranking."""
     stages = [
         ("extract_log", "--checkpoints", "out/*", "--data_name", "docs.jsonl", "--log_dir", "two", *map(str, SIGNS)),
         ("compute_influence", *QUERY, "--mode", "cosine", "--self_influence"),
-        ("compute_influence", *QUERY, "--mode", "cosine", "--top_k_only", "5"),
+        ("compute_influence", *QUERY, "--mode", "cosine", "--top_k_only", "5", "--rerank", "5"),
     ]
     (place / "all.py").write_text(ALL)
     launch = "accelerate launch --num_processes 2 --num_machines 1 --multi_gpu all.py"
@@ -161,6 +161,10 @@ def test_two_processes_give_what_one_gives(trajectory, place, score):
     best = np.sort(full, axis=1)[:, ::-1][:, :5]
     assert np.allclose(kept["scores"], best, rtol=1e-4, atol=1e-5)
     assert np.allclose(kept["parts"].sum(0), kept["scores"], rtol=1e-4, atol=1e-5)
+    done(score("--mode", "cosine", "--top_k_only", "5", "--rerank", "5"))
+    again = [load_file(next(Path(log, "scores").glob("*/reranked.safetensors"))) for log in ("two", "log")]
+    assert again[0].keys() == again[1].keys()
+    assert all(np.allclose(again[0][name], again[1][name], rtol=1e-3, atol=1e-5) for name in again[0])
     assert not [*place.glob("two/**/*.tmp")], "nothing is left over"
 
 
