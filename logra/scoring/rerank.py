@@ -25,7 +25,7 @@ from logra.scoring.score import Scorer, ScoreTask, block_name, write_pass
 from logra.scoring.score_files import ScoreRecord, deviation
 from logra.stages.fine_run import FineRun
 
-SAMPLE = 256  # random train examples
+MIN_SAMPLE, MAX_SAMPLE = 64, 256  # random train examples: a quarter of all in these limits
 
 
 class FineModel(NamedTuple):
@@ -153,9 +153,10 @@ def _all_candidates(folder: Path, run: RunDir, record: ScoreRecord, settings: Re
 
 
 def random_sample(run: RunDir) -> np.ndarray:
-    """Return the ids of at most SAMPLE random train examples, ascending; the run's seed draws them."""
+    """Return the ids of some random train examples, ascending; the run's seed draws them."""
     generator = np.random.default_rng([run.settings.seed, 1])
-    return np.sort(generator.choice(run.examples, min(SAMPLE, run.examples), replace=False))
+    size = min(run.examples, MAX_SAMPLE, max(MIN_SAMPLE, run.examples // 4))
+    return np.sort(generator.choice(run.examples, size, replace=False))
 
 
 def check(settings: RerankSettings, run: RunDir, top_k_only: int | None) -> None:
