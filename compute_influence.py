@@ -106,8 +106,8 @@ def main(args: argparse.Namespace) -> None:
 
 def fine_models(
     runs: list[RunDir], weights: list[float], lm: nn.Module | None, settings: RerankSettings, execution: Execution
-) -> Iterator[rerank.FineModel]:
-    """Yield the models that re-rank, with their statistics: --rerank_checkpoints, or those of the runs.
+) -> Iterator[tuple[FineRun, nn.Module, float]]:
+    """Yield the views and models that re-rank, and their weights: of --rerank_checkpoints, or of the runs.
 
     Args:
         runs: The scored run, or those of the checkpoints.
@@ -126,10 +126,11 @@ def fine_models(
         if lm is None or name:
             model, _, described = open_run.load_model(run.settings, execution)
             checkpoints.check_model(runs[-1], run.settings.model_name, described)
-        entry = {"model_name": run.settings.model_name, "revision": run.settings.revision, "model": described["model"]}
-        fine = FineRun(at_checkpoint(run, **entry), rank, name)
+        fine = FineRun(
+            at_checkpoint(run, run.settings.model_name, run.settings.revision, described["model"]), rank, name
+        )
         make_fine_statistics(model, fine, execution)
-        yield rerank.FineModel(fine, model, entry | {"run": run.folder.name, "name": name, "weight": weight})
+        yield fine, model, weight
         del model
         release_memory()
 

@@ -14,12 +14,11 @@ from torch import nn
 from logra.inputs import model
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
-from logra.runtime.settings import DataSettings, Execution, RerankSettings, RunSettings, positive_int
+from logra.runtime.settings import DataSettings, Execution, RunSettings, positive_int
+from logra.scoring import rerank
 from logra.stages import calibrate, checkpoints, extract, open_run
 from logra.stages.fine_run import FineRun, choose_rank
 from logra.tools import estimate, trial, verify
-
-STAGE_3_FLAGS = ("rerank", "rerank_by", "rerank_damping", "rerank_checkpoints")
 
 
 def build_parser() -> flags.Parser:
@@ -34,8 +33,7 @@ def build_parser() -> flags.Parser:
     group.add_argument(
         "--extend", action="store_true", help="add the documents of --data_name to the finished run in --log_dir"
     )
-    flags.add_settings(parser.add_argument_group("re-ranking"), RerankSettings(), True, skip=STAGE_3_FLAGS)
-    flags.add_look_ahead_flags(parser)
+    flags.add_stage_2_flags(parser)
     return parser
 
 
@@ -138,9 +136,12 @@ def look_ahead(args: argparse.Namespace, members: list[checkpoints.Member], exec
     """Check (--verify) or predict (--dry_run, --trial) the run, or those of all checkpoints."""
     settings, kind = open_run.new_settings(members[0].flags, execution), args.hessian or "raw"
     if args.verify:
-        verify.verify([member.settings(settings) for member in members], kind, execution, args.verify, args.cache_dir)
+        again = (args.rerank_rank, rerank.rerank) if args.rerank_rank else None
+        every = [member.settings(settings) for member in members]
+        verify.verify(every, kind, execution, args.verify, args.cache_dir, again)
         return
-    run, size, sample = estimate.estimate(settings, members[0].folder, kind, execution, args.cache_dir, len(members))
+    wanted = (args.cache_dir, len(members), args.rerank_rank)
+    run, size, sample = estimate.estimate(settings, members[0].folder, kind, execution, *wanted)
     if args.trial:
         trial.say_hours(run, size.tokens, size.seconds, sample, kind, execution, args.trial, len(members))
 

@@ -20,6 +20,7 @@ from logra.runtime.settings import (
     RUN_FIELDS,
     DataSettings,
     Execution,
+    RerankSettings,
     RunSettings,
     Sampling,
     number,
@@ -128,8 +129,11 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     return group
 
 
-def add_look_ahead_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of what can be done before a run."""
+def add_stage_2_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --rerank_rank, and the flags of what can be done before a run."""
+    group = parser.add_argument_group("re-ranking (writes the statistics that stage 3 would compute)")
+    only_stage_3 = {field.name for field in fields(RerankSettings)} - {"rerank_rank"}
+    add_settings(group, RerankSettings(), optional=True, skip=only_stage_3)
     group = parser.add_argument_group("before the run (with one of these, extract_log.py does nothing else)")
     group.add_argument("--dry_run", action="store_true", help="print what the run needs: disk and memory")
     group.add_argument(

@@ -28,14 +28,6 @@ from logra.stages.fine_run import FineRun
 MIN_SAMPLE, MAX_SAMPLE = 64, 256  # random train examples: a quarter of all in these limits
 
 
-class FineModel(NamedTuple):
-    """A model whose gradients re-rank: the view of its run, the model, and its entry in reranked.json."""
-
-    run: FineRun
-    lm: nn.Module
-    entry: dict[str, Any]
-
-
 class FineScores(NamedTuple):
     """Scores of one query, computed again with one model.
 
@@ -73,13 +65,14 @@ class _Sink:
 
 
 def fine_scores(
-    model: FineModel, groups: list[list[Query]], wanted: list[np.ndarray], record: ScoreRecord, damping: float,
-    execution: Execution,
+    run: FineRun, lm: nn.Module, groups: list[list[Query]], wanted: list[np.ndarray], record: ScoreRecord,
+    damping: float, execution: Execution,
 ) -> list[FineScores]:  # fmt: skip
     """Compute scores without compression, on every rank.
 
     Args:
-        model: The model.
+        run: The view of the run.
+        lm: Its model.
         groups: The groups of queries.
         wanted: Example ids [n] of each query, ascending.
         record: Of the stored scores: mode and layers.
@@ -88,12 +81,12 @@ def fine_scores(
     """
     blocks = {layer: block_name(layer) if record.blocks else "" for layer in record.layers}
     count = len(set(blocks.values()))
-    task = ScoreTask(model.run, "ekfac", blocks, [Damping(damping, None)])
-    scorer = Scorer(task, model.lm, execution, None)
+    task = ScoreTask(run, "ekfac", blocks, [Damping(damping, None)])
+    scorer = Scorer(task, lm, execution, None)
     found = list[FineScores]()
     while len(found) < len(groups):
         batch = slice(len(found), len(found) + scorer.queries_per_pass)
-        ids = model.run.choose(np.unique(np.concatenate(wanted[batch])))
+        ids = run.choose(np.unique(np.concatenate(wanted[batch])))
         sink = _Sink(len(groups[batch]), len(ids), count)
         scorer.self_influence = None if record.mode == "dot" else sink
         if not all(processes.gather_list([write_pass(scorer, groups[batch], 0, [sink], record.mode)])):
@@ -178,7 +171,7 @@ def check(settings: RerankSettings, run: RunDir, top_k_only: int | None) -> None
 
 
 def rerank(
-    folders: Sequence[Path], run: RunDir, record: ScoreRecord, models: Iterable[FineModel],
+    folders: Sequence[Path], run: RunDir, record: ScoreRecord, models: Iterable[tuple[FineRun, nn.Module, float]],
     groups: list[list[Query]], settings: RerankSettings, execution: Execution,
 ) -> None:  # fmt: skip
     """Write the re-ranked scores of each folder of stored scores.
@@ -187,7 +180,7 @@ def rerank(
         folders: Of one damping each.
         run: Of the train examples.
         record: Of the stored scores.
-        models: C models; one is in memory at a time.
+        models: The views of C models, with model and weight; one model is in memory at a time.
         groups: The groups of queries.
         settings: K, and how to compute.
         execution: How to run the models.
@@ -198,10 +191,10 @@ def rerank(
         np.unique(np.concatenate([sample, *(own.ids for own in of_query)])) for of_query in zip(*by_folder, strict=True)
     ]
     by_model, entries = list[list[FineScores]](), list[dict[str, Any]]()
-    for model in models:
-        by_model.append(fine_scores(model, groups, wanted, record, settings.rerank_damping, execution))
-        entries.append(model.entry)
-        rank_of_models = model.run.rank
+    for view, lm, weight in models:
+        by_model.append(fine_scores(view, lm, groups, wanted, record, settings.rerank_damping, execution))
+        entries.append(view.entry | {"weight": weight})
+        rank_of_models = view.rank
     by_query = list(zip(*by_model, strict=True))
     in_sample = [places_of(sample, ids) for ids in wanted]
     factors = torch.ones(1, len(groups), dtype=torch.float64)

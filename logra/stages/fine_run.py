@@ -69,13 +69,21 @@ class FineRun(RunDir):
         projected = projection.projected_shapes(run.shapes, rank, rank)
         layers = {layer: [*shape, *projected[layer]] for layer, shape in run.shapes.items()}
         super().__init__(run.folder, replace(run.record, settings=settings, layers=layers))
-        self.rank, self.layout = rank, statistics_layout(self.shapes, self.projected)
+        self.rank, self.checkpoint = rank, checkpoint
+        self.layout = statistics_layout(self.shapes, self.projected)
         self.bytes = store.layout_bytes(self.layout)
         name = f"rerank-{rank or 'none'}" + (f"-{checkpoint}" if checkpoint else "")
         self.path = run.folder / "hessian" / f"{name}.safetensors"
         self.key: dict[str, Any] = {"model": self.record.model, "fingerprints": self.fingerprints}
         self.key |= {"seed": settings.seed, "calibration_examples": settings.calibration_examples}
         self._chosen: Dataset | None = None
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What finds this view again (see scoring/reranked.py): the model, the run's folder, the checkpoint's name."""
+        settings = self.settings
+        model = {"model_name": settings.model_name, "revision": settings.revision, "model": self.record.model}
+        return model | {"run": self.folder.name, "name": self.checkpoint}
 
     def _open(self) -> store.TensorFile:
         manifest = store.read_manifest(self.path.with_suffix(".json"))

@@ -32,6 +32,7 @@ from logra.runtime.memory import available_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, RunSettings
 from logra.stages import open_run
+from logra.stages.fine_run import FineRun, choose_rank
 from logra.store import layout_bytes, projection_layout, projections_of_tensors
 
 SAMPLE = 1000  # documents that are tokenised
@@ -47,9 +48,17 @@ class DataSize(NamedTuple):
 
 
 def estimate(
-    settings: RunSettings, folder: Path, kind: str, execution: Execution, cache_dir: str | None, checkpoints: int
+    settings: RunSettings,
+    folder: Path,
+    kind: str,
+    execution: Execution,
+    cache_dir: str | None,
+    checkpoints: int,
+    rerank_rank: int | str | None,
 ) -> tuple[RunDir, DataSize, Dataset]:
     """Print what a new run in `folder` with a Hessian of this kind needs, and the disk of so many checkpoints' runs.
+
+    With rerank_rank (see RerankSettings) also what re-ranking needs.
 
     Returns:
         The run as it will be, the size of its data, and a sample of its examples.
@@ -82,6 +91,8 @@ def estimate(
     say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples; the data have {len(documents):,} documents\n")
     say_disk(run, kind, size.bytes, checkpoints)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
+    if rerank_rank:
+        say_rerank(run, rerank_rank)
     if checkpoints > 1:
         say(f"one of the {checkpoints} models is in memory at a time")
     return run, size, sample
@@ -201,3 +212,12 @@ def say_memory(run: RunDir, weight_bytes: int, batch_bytes: int, batch_tokens: i
     if peak > free:
         remedy = "use --gradient_checkpointing, --fsdp or a smaller --batch_tokens"
         say(f"WARNING: {gigabytes(free)} of memory are free; {remedy}")
+
+
+def say_rerank(run: RunDir, rerank_rank: int | str) -> None:
+    """Print the disk and memory of re-ranking; warn if they are not free."""
+    fine = FineRun(run, choose_rank(run.shapes, rerank_rank))
+    space, query_bytes = f"rank {fine.rank or 'none'}", 4 * sum(map(math.prod, fine.projected.values()))
+    say(f"re-ranking, {space}: statistics {gigabytes(fine.bytes)} of disk and memory; a query {gigabytes(query_bytes)}")
+    if fine.bytes + query_bytes > available_memory():
+        say(f"WARNING: {gigabytes(available_memory())} of memory are free; use a lower --rerank_rank")

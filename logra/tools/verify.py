@@ -8,14 +8,14 @@ are compared with the scores. Notation: n train examples, Q queries, k = r_out *
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_utils import local_torch_dtype
 
@@ -27,47 +27,32 @@ from logra.inputs.queries import Query
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import processes
 from logra.runtime.memory import release_memory
-from logra.runtime.progress import say
-from logra.runtime.settings import Execution, QuerySettings, RunSettings, ScoreSettings
+from logra.runtime.progress import say, silent
+from logra.runtime.settings import Execution, QuerySettings, RerankSettings, RunSettings, ScoreSettings
 from logra.scoring.combine import combine
 from logra.scoring.score import ScoreTask, describe_scores, score_run
 from logra.scoring.score_files import ScoreRecord
 from logra.stages import calibrate, extract, open_run
+from logra.stages.fine_run import FineRun, choose_rank
 from logra.stages.gradients import make_extractor
 from logra.tools import verify_reference as reference
-from logra.tools.small_run import load_reference, small_settings
-from logra.tools.verify_checkpoints import combined_errors
+from logra.tools.small_run import Check, load_reference, make_queries, report, small_settings
 from logra.tools.verify_reference import Text, relative_error
+from logra.tools.verify_scores import combined_errors, reranked_errors
 
-SHORT_TEXT = 8  # tokens
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}  # by the model's dtype; factor sums too
 ROUNDING_TOLERANCE = 1e-3  # in steps, and of a scale
 SCORE_TOLERANCE, SIGN_SCORE_TOLERANCE = 1e-3, 0.05  # with int1 a CPU rounds the queries to 8 bits
 COMBINED_TOLERANCE = 1e-4  # of sums of float32 scores
 STANDARD_ERRORS, CORRELATION, STEP_TOLERANCE = 6, 0.9, 0.5
+MAX_FINE_BYTES, CHECKED_RANK = 2e9, 32  # of the gradients that the reference of re-ranking holds
+Rerank = tuple[int | str, Callable[..., None]]
 
 
-class Check(NamedTuple):
-    """One line of the report: what was compared, the error of each part by its name, and the largest allowed one."""
-
-    what: str
-    errors: dict[str, float]
-    tolerance: float
-
-    @property
-    def failed(self) -> list[str]:
-        """The parts whose error is too large, or NaN."""
-        return [name for name, error in self.errors.items() if not error <= self.tolerance]
-
-    def say(self) -> None:
-        """Print the line."""
-        worst = max(self.failed or self.errors, key=lambda name: self.errors[name])
-        verdict, places = ("FAIL", self.failed[:3]) if self.failed else ("pass", [worst])
-        say(f"  {verdict}  {self.what}: {len(self.errors)} compared, largest error {self.errors[worst]:.1e}, "
-            f"in {', '.join(places)}")  # fmt: skip
-
-
-def verify(every: list[RunSettings], kind: str, execution: Execution, examples: int, cache_dir: str | None) -> None:
+def verify(
+    every: list[RunSettings], kind: str, execution: Execution, examples: int, cache_dir: str | None,
+    rerank: Rerank | None,
+) -> None:  # fmt: skip
     """Check the flags of a command line of extract_log.py on a small run of the first examples.
 
     Args:
@@ -77,6 +62,7 @@ def verify(every: list[RunSettings], kind: str, execution: Execution, examples: 
         execution: How to run the model.
         examples: Number of train examples at most.
         cache_dir: See load_documents.
+        rerank: The rank of re-ranking (--rerank_rank), and stage 3's function; None: re-ranking is not checked.
 
     Raises:
         ValueError: A check failed.
@@ -93,7 +79,7 @@ def verify(every: list[RunSettings], kind: str, execution: Execution, examples: 
             if len(every) > 1:
                 say(f"checkpoint {number + 1} of {len(every)}: {settings.revision or settings.model_name}")
             first, folder = runs[0].run if runs else None, temporary / f"run-{number}"
-            runs.append(make_run(folder, settings, kind, execution, examples, cache_dir, first, len(every) > 1))
+            runs.append(make_run(folder, settings, kind, execution, examples, cache_dir, first, len(every) > 1, rerank))
             release_memory()
         combined = combine_runs(runs, temporary) if len(runs) > 1 else {}
         if processes.state().is_main_process:
@@ -105,7 +91,7 @@ def verify(every: list[RunSettings], kind: str, execution: Execution, examples: 
 
 def make_run(
     folder: Path, settings: RunSettings, kind: str, execution: Execution, examples: int, cache_dir: str | None,
-    first: RunDir | None, keep_queries: bool,
+    first: RunDir | None, keep_queries: bool, rerank: Rerank | None,
 ) -> "ScoredRun":  # fmt: skip
     """Make a small run, and score it. That of a further checkpoint has the examples of the first one."""
     lm, tokenizer, described = open_run.load_model(settings, execution)
@@ -123,7 +109,10 @@ def make_run(
     run = open_run.reload(folder)
     extract.write_shards(lm, run, extract.unfinished_shards(run), execution)
     extract.write_hessian(kind, run)
-    return ScoredRun(run, kind, lm, execution, keep_queries)
+    scored = ScoredRun(run, kind, lm, execution, keep_queries)
+    if rerank:
+        scored.rerank(*rerank, lm, execution)
+    return scored
 
 
 def combine_runs(runs: list["ScoredRun"], temporary: Path) -> dict[Path, ScoreRecord]:
@@ -164,23 +153,6 @@ def combined_checks(runs: list["ScoredRun"], combined: dict[Path, ScoreRecord]) 
         yield Check("combined scores", errors, COMBINED_TOLERANCE)
 
 
-def report(checks: Iterable[Check]) -> None:
-    """Print the lines.
-
-    Raises:
-        ValueError: A check failed.
-    """
-    failed = []
-    for line in checks:
-        line.say()
-        failed += [line.what] if line.failed else []
-    if failed:
-        raise ValueError(
-            f"expected all checks of --verify to pass, got FAIL in {len(failed)} ({', '.join(failed)}); where "
-            "layers are named, leave them out with --layers, and report it"
-        )
-
-
 class ScoredRun:
     """A small run of stage 2, queries, and their scores by stage 3.
 
@@ -189,14 +161,17 @@ class ScoredRun:
         grads, query_grads: Their gradients before they are stored, {layer: [n, k]} and {layer: [Q, k]} float32.
         scored: What is left of scoring the run in each mode.
         scores: Scores [Q, n] of each mode, and self-influence [n].
+        fine: The view of the run that re-ranked, if one did.
     """
+
+    fine: FineRun | None = None
 
     def __init__(self, run: RunDir, kind: str, lm: nn.Module, execution: Execution, keep_queries: bool):
         self.run, self.kind, self.settings, rows = run, kind, run.settings, run.train()[:]
         counted = rows.get("counted") or [[True] * len(ids) for ids in rows["input_ids"]]
         self.train = [Text(*pair) for pair in zip(rows["input_ids"], counted, strict=True)]
         self.longest = max(range(run.examples), key=lambda number: len(self.train[number].token_ids))
-        self.queries = self.make_queries(model.rope_boundaries(lm.config))
+        self.queries = make_queries(self.train, self.longest, run.settings.block_size, model.rope_boundaries(lm.config))
         batches = [*(self.train[ids.start : ids.stop] for ids in run.shards), self.queries]
         with GradientCapture(lm, run.projections()) as capture:
             extractor = make_extractor(lm, capture, execution, run)
@@ -208,20 +183,6 @@ class ScoredRun:
         self.grads = {layer: torch.cat([shard[layer] for shard in shards]) for layer in run.layers}
         self.stored, self.sums = reference.read_shards(run.folder, len(run.shards))
         self.score(lm, execution, keep_queries and run.settings.store_dtype != "none")
-
-    def make_queries(self, boundaries: list[int]) -> list[Text]:
-        """Return the longest example, a piece of the last one, and texts of very different lengths.
-
-        One text is just above each length where a batch changes the model.
-        """
-        ids, block_size = self.train[-1].token_ids, self.settings.block_size
-        piece = ids[: len(ids) // 2 + 1]
-        queries = [self.train[self.longest], Text(piece, [t > len(piece) // 2 for t in range(len(piece))])]
-        tokens = [token for text in self.train for token in text.token_ids] or [0]
-        above = [length + 1 for length in boundaries if length < block_size]
-        whole = [] if len(queries[0].token_ids) > block_size // 2 else [block_size]
-        lengths = sorted({min(SHORT_TEXT, block_size), *above, *whole})
-        return queries + [Text((tokens * length)[:length], [True] * length) for length in lengths]
 
     def score(self, lm: nn.Module, execution: Execution, keep_queries: bool) -> None:
         """Score the queries in each mode with stage 3's function, with the default damping."""
@@ -242,12 +203,30 @@ class ScoredRun:
             self.scores[mode] = torch.from_numpy(np.load(scored.folders[0] / "scores.npy"))
         self.scores["self-influence"] = torch.from_numpy(np.load(scored.folders[0] / "self_influence.npy"))
 
+    def rerank(self, rank: int | str, rerank: Callable[..., None], lm: nn.Module, execution: Execution) -> None:
+        """Re-rank all examples in each mode with stage 3's function."""
+        self.fine = FineRun(self.run, choose_rank(self.run.shapes, rank))
+        coordinates = sum(map(math.prod, self.fine.projected.values()))
+        if 8 * coordinates * (len(self.train) + len(self.queries)) > MAX_FINE_BYTES:
+            say(f"--rerank_rank {rank}: its gradients are too large for the reference; checking rank {CHECKED_RANK}")
+            self.fine = FineRun(self.run, CHECKED_RANK)
+        calibrate.make_fine_statistics(lm, self.fine, execution)
+        groups, settings = [[query] for query in self.stage_3_queries], RerankSettings(rerank=self.run.examples)
+        for mode, record in self.records.items():
+            folders = self.scored[mode].folders
+            with silent():
+                rerank(folders, self.run, record, [(self.fine, lm, 1.0)], groups, settings, execution)
+
     def checks(self, lm: nn.Module) -> Iterator[Check]:
         """Compare all numbers with those of the reference model `lm`."""
         sides = reference.projections(self.run.folder, list(self.run.layers))
         self.expected = reference.projected_sums(lm, sides, self.train)
         for part in (self.check_projections, self.check_gradients, self.check_scores):
             yield from part(lm, sides)
+        if self.fine:
+            folders = {mode: scored.folders[0] for mode, scored in self.scored.items()}
+            errors = reranked_errors(folders, self.fine.path, lm, self.train, self.queries)
+            yield Check("re-ranked scores", errors, GRADIENT_TOLERANCE[self.settings.dtype])
 
     def check_projections(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:
         """Check which layers are tracked, and the projections."""
@@ -263,7 +242,8 @@ class ScoredRun:
         if shared:
             yield Check("random projections, correlation with one another", shared, CORRELATION)
         if self.run.rotated:
-            errors = reference.eigenbasis_errors(self.run.folder, sides, self.expected, settings.lora != "random")
+            stored = load_file(self.run.folder / "projections.safetensors")
+            errors = reference.eigenbasis_errors(stored, sides, self.expected, settings.lora != "random")
             yield Check("eigenbasis", errors, GRADIENT_TOLERANCE[settings.dtype])
 
     def check_gradients(self, lm: nn.Module, sides: reference.Sides) -> Iterator[Check]:

@@ -243,16 +243,18 @@ def random_errors(sides: Sides, rotated: bool) -> tuple[dict[str, float], dict[s
     return moments, shared
 
 
-def eigenbasis_errors(folder: Path, sides: Sides, sums: dict[str, Tensor], orthonormal: bool) -> dict[str, float]:
+def eigenbasis_errors(
+    stored: dict[str, Tensor], sides: Sides, sums: dict[str, Tensor], orthonormal: bool
+) -> dict[str, float]:
     """Return how far the sample's covariances are from diagonal matrices of the stored eigenvalues, largest first.
 
     Args:
-        folder: Of the run.
-        sides: Its projections.
+        stored: The file of the projections.
+        sides: The projections.
         sums: See projected_sums.
         orthonormal: P has orthonormal rows: it is not random.
     """
-    stored, errors = load_file(folder / "projections.safetensors"), {}
+    errors = {}
     for layer, pair in sides.items():
         for side, factor, p in zip(("in", "out"), "AB", pair, strict=True):
             cov, values = sums[f"{layer}.{factor}"], stored[f"{layer}.{side}.values"].double()

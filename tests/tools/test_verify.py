@@ -17,7 +17,7 @@ from logra.stages import open_run
 from logra.tools.verify_reference import random_errors
 
 FLAGS = [
-    "", "--preset best", "--preset paper", "--hessian kfac", "--hessian none", "--hessian ekfac --basis projected",
+    "", "--preset best --rerank_rank none", "--preset paper --rerank_rank 6", "--hessian kfac", "--hessian none", "--hessian ekfac --basis projected",
     "--store_dtype bfloat16", "--store_dtype float16", "--store_dtype int8 --hessian ekfac",
     "--store_dtype int4 --hessian kfac", "--store_dtype none --hessian ekfac", "--lora pca", "--lora none --layers mlp",
     "--pack", "--train_loss response --data_name pairs.jsonl", "--dtype bfloat16 --preset best",
@@ -63,6 +63,7 @@ def test_verify_passes_without_a_fault(cli, workspace, monkeypatch, name):
         status, out, err = cli("extract_log", "--model_name", "m", *DATA, "--verify", *flags.split())
         assert status == 0 and "FAIL" not in out, (flags, out, err)
         lines = ["tracked layers", "train gradients", "query gradients", "factor sums", "stored values", "scores"]
+        lines += ["re-ranked scores"] if "rerank" in flags else []
         assert all(f"  pass  {line}: " in out for line in lines) and "reference in float64" in out, out
     assert {path.name for path in workspace.iterdir()} == {"m", "docs.jsonl", "pairs.jsonl", "queries.jsonl"}
 

@@ -25,8 +25,8 @@ from conftest import make_model, make_texts, make_tokenizer, run_cli, save_model
 from logra import experts, hessian, hooks, influence, projection, quantise  # noqa: E402
 from logra.inputs import layers  # noqa: E402
 from logra.runtime import settings  # noqa: E402
-from logra.scoring import combine, score, score_files, self_check  # noqa: E402
-from logra.stages import gradients  # noqa: E402
+from logra.scoring import combine, rerank, score, score_files, self_check  # noqa: E402
+from logra.stages import fine_run, gradients  # noqa: E402
 
 Patch = pytest.MonkeyPatch
 FAULTS: dict[str, tuple[str, Callable[[Patch], None]]] = {}  # fault -> flags, and a function that plants it
@@ -292,6 +292,51 @@ def last_queries(original: Callable, self: score.Scorer, task: score.ScoreTask, 
 
 
 fault("the last model's queries at an earlier checkpoint", CHECKPOINTS)(changed(score.Scorer, "__init__", last_queries))
+
+
+# ---- re-ranking
+RERANK = "--preset best --rerank_rank none"
+fault("re-ranked scores of another query", RERANK)(
+    changed(rerank, "fine_scores", lambda f, *values: [*reversed(f(*values))])
+)
+fault("re-ranked scores of the example beside", RERANK)(
+    changed(
+        rerank, "places_of", lambda f, some, ids: (f(some, ids) + 1) % len(ids)
+    )
+)  # fmt: skip
+fault("the eigenvalues of re-ranking are not squares", RERANK)(
+    changed(
+        hooks.SquareCapture, "_reduce",
+        lambda f, self, name, x, d: hooks.GradientCapture._reduce(self, name, x, d).abs().sum(dim=0),
+    )
+)  # fmt: skip
+fault("the eigenvalues of re-ranking are sums", RERANK)(
+    changed(
+        fine_run.FineRun, "save_statistics",
+        lambda f, self, p, sums: f(self, p, sums | {"examples": torch.ones_like(sums["examples"])}),
+    )
+)  # fmt: skip
+
+
+def not_rotated(original: Callable, self: fine_run.FineRun, projections: dict, sums: dict) -> None:
+    """Write the statistics with the identity for each basis."""
+    eyes = {n: p._replace(p_in=torch.eye(len(p.p_in)), p_out=torch.eye(len(p.p_out))) for n, p in projections.items()}
+    original(self, eyes, sums)
+
+
+fault("the rotation of re-ranking is left out", RERANK)(changed(fine_run.FineRun, "save_statistics", not_rotated))
+fault("re-ranking with another damping", RERANK)(
+    changed(rerank, "fine_scores", lambda f, *values: f(*values[:5], 0.1, *values[6:]))
+)
+
+
+def without_root(original: Callable, *values) -> list:
+    """Divide cosines by the self-influence."""
+    fine, mode = original(*values), values[4].mode
+    return [x._replace(scores=x.scores / x.self_influence.sqrt()) if mode == "cosine" else x for x in fine]
+
+
+fault("cosine of re-ranked scores without the root", RERANK)(changed(rerank, "fine_scores", without_root))
 
 
 def found(name: str, folder: Path) -> tuple[int, str]:

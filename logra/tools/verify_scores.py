@@ -1,4 +1,4 @@
-"""The reference of --verify for the combined scores of checkpoints, in float64, in plain code of its own.
+"""The reference of --verify for combined and re-ranked scores, in float64, in plain code of its own.
 
 It reads the files of scores as data. The definition is that of docs/method.md: a combined score is the weighted mean
 over checkpoints of scores, each divided by the standard deviation of its query's scores over the train examples. Of
@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from logra.tools.verify_reference import relative_error
+from logra.tools import verify_reference as reference
+from logra.tools.verify_reference import Text, relative_error
 
+DAMPING = 0.01  # of re-ranking
 ROUNDING = 1e-6  # a standard deviation below this share of the root mean square is that of equal scores
 
 
@@ -67,4 +69,38 @@ def combined_errors(
     if self_influence is not None:
         own = parts([values[None] for values in self_influence], weights, True).sum(dim=0)[0]
         errors["self-influence"] = relative_error(torch.from_numpy(np.load(folder / "self_influence.npy")), own)
+    return errors
+
+
+def reranked_errors(
+    folders: dict[str, Path], statistics: Path, lm: nn.Module, train: list[Text], queries: list[Text]
+) -> dict[str, float]:
+    """Return how far the re-ranked scores of each mode are from EK-FAC by its definition, and its bases from diagonal.
+
+    Args:
+        folders: Mode -> folder of its scores, of which all train examples are candidates.
+        statistics: The file of re-ranking's statistics. The train examples are its calibration sample.
+        lm: The reference's model.
+        train: The train examples.
+        queries: The queries.
+    """
+    stored = load_file(statistics)
+    layers = [name.removesuffix(".square") for name in stored if name.endswith(".square")]
+    sides = {layer: (stored[f"{layer}.in"], stored[f"{layer}.out"]) for layer in layers}
+    z, asked = (reference.projected_sums(lm, sides, texts) for texts in (train, queries))
+    errors = {
+        f"eigenbasis of {name}": error for name, error in reference.eigenbasis_errors(stored, sides, z, False).items()
+    }
+    solved = {}
+    for layer in layers:
+        values = z[layer].square().mean(dim=0)
+        lam = DAMPING * values.mean()
+        solved[layer] = z[layer] / (values + lam) if lam > 0 else torch.zeros_like(z[layer])
+    expected = reference.scores({layer: asked[layer] for layer in layers}, z, solved)
+    for mode, folder in folders.items():
+        found = load_file(folder / "reranked.safetensors")
+        by_query = zip(found["ids"].split(len(train)), found["scores"].split(len(train)), strict=True)
+        errors[mode] = max(
+            relative_error(scores, own[ids]) for (ids, scores), own in zip(by_query, expected[mode], strict=True)
+        )
     return errors
