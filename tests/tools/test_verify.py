@@ -17,7 +17,8 @@ from logra.stages import open_run
 from logra.tools.verify_reference import random_errors
 
 FLAGS = [
-    "", "--preset best --rerank_rank none", "--preset paper --rerank_rank 6", "--hessian kfac", "--hessian none", "--hessian ekfac --basis projected",
+    "", "--preset best --rerank_rank none", "--preset paper --rerank_rank 6",
+    "--hessian kfac", "--hessian none", "--hessian ekfac --basis projected",
     "--store_dtype bfloat16", "--store_dtype float16", "--store_dtype int8 --hessian ekfac",
     "--store_dtype int4 --hessian kfac", "--store_dtype none --hessian ekfac", "--lora pca", "--lora none --layers mlp",
     "--pack", "--train_loss response --data_name pairs.jsonl", "--dtype bfloat16 --preset best",
