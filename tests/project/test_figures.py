@@ -36,7 +36,7 @@ RECORDS = {
     "quickstart": "scripts/quickstart.sh",
     "topics": "docs/results.md",
 }
-README, RESULTS = "README.md", "docs/results.md"
+README, RESULTS, SPEED = "README.md", "docs/results.md", "docs/speed.md"
 PAGES = [README, "CONTRIBUTING.md", "benchmarks/README.md", "evaluation/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 NUMBER = r"(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e-?\d+)?)"
@@ -224,43 +224,43 @@ FIGURES: list[tuple] = [
     # docs/results.md: topic recall, which has no other record
     (RESULTS, "does with cosine (# against # of 24 questions; Fisher's exact test, p = 0.008), but not with dot (# against #; p = 0.3)", [("topics", f"| `{kind}` | `{mode}` | # | #") for mode in ("cosine", "dot") for kind in ("ekfac", "raw")], lambda *x: [24 * share for share in x[1::2]]),
     (README, "For #% of 24 questions, the right topic is among the ten", [("topics", "| `ekfac` | `cosine` | #")], lambda share: [100 * share]),
-    # docs/results.md: speed
-    (RESULTS, "| quickstart, with model conversion, without installation | 4 min 40 s |", [("quickstart", "4 min 40 s")], None),
-    (RESULTS, "| the same again | 31 s |", [], None),
-    (RESULTS, "predicted by a trial of 30 s; measured | 206 s; 227 s |", [], None),
-    (RESULTS, "| shading the tokens of 4 queries x 20 examples | 1 min 50 s |", [], None),
-    (RESULTS, "as wide as a token's experts | #, #; #, # |", [("extraction_experts", "included: # at rank 64 and # at rank 136"), ("extraction_experts", "dense model has # and #")], None),
-    (RESULTS, "median of five pairs (lowest, highest) | # (#, #) |", [("extraction", "hoped for): #, the median of five pairs that were disturbed (# to #)")], None),
-    (RESULTS, "batches of 1024 tokens, shards of # MB | # GB |", [("peers", "none ours ~ MB stored # GB")], lambda peak: [16 * 90 * 4096 * 4 / 1e6, peak]),
-    (RESULTS, "shards of # MB, two of which are in memory | # GB (computed) |", [("peers", "none ours ~ MB stored # GB")], lambda peak: [268, peak - 0.024 + 2 * 0.268]),
-    (RESULTS, "| tokens/s, gradients only: this program, bergson 2.5.1, LogIX 0.1.1 | #, #, # |", PEERS, None),
-    (RESULTS, "fewer examples than k (see the record) | #, #, # |", [("peers", f"raw {name} # tokens/s") for name in ("ours", "bergson", "logix")], None),
-    (RESULTS, "| scoring 1, 10 queries: its bytes/s as a share of a plain read of the same files, in the page cache | #, # |", [("scoring", "plain read 17.9 GB/s, warm; 2.95 GB 1 queries ~ GB/s # of the read ~ 10 queries ~ GB/s # of the read")], None),
-    (RESULTS, "| scoring 100, 1000 queries: its FLOP/s as a share of the matrix product's peak | #, # |", [("scoring", f"{queries} queries {speed} GB/s ~ GFLOP/s # of the product's peak") for queries, speed in ((100, "2.50"), (1000, "0.30"))], None),
+    # docs/speed.md
+    (SPEED, "| quickstart, with model conversion, without installation | 4 min 40 s |", [("quickstart", "4 min 40 s")], None),
+    (SPEED, "| the same again | 31 s |", [], None),
+    (SPEED, "predicted by a trial of 30 s; measured | 206 s; 227 s |", [], None),
+    (SPEED, "| shading the tokens of 4 queries x 20 examples | 1 min 50 s |", [], None),
+    (SPEED, "as wide as a token's experts | #, #; #, # |", [("extraction_experts", "included: # at rank 64 and # at rank 136"), ("extraction_experts", "dense model has # and #")], None),
+    (SPEED, "median of five pairs (lowest, highest) | # (#, #) |", [("extraction", "hoped for): #, the median of five pairs that were disturbed (# to #)")], None),
+    (SPEED, "batches of 1024 tokens, shards of # MB | # GB |", [("peers", "none ours ~ MB stored # GB")], lambda peak: [16 * 90 * 4096 * 4 / 1e6, peak]),
+    (SPEED, "shards of # MB, two of which are in memory | # GB (computed) |", [("peers", "none ours ~ MB stored # GB")], lambda peak: [268, peak - 0.024 + 2 * 0.268]),
+    (SPEED, "| tokens/s, gradients only: this program, bergson 2.5.1, LogIX 0.1.1 | #, #, # |", PEERS, None),
+    (SPEED, "fewer examples than k (see the record) | #, #, # |", [("peers", f"raw {name} # tokens/s") for name in ("ours", "bergson", "logix")], None),
+    (SPEED, "| scoring 1, 10 queries: its bytes/s as a share of a plain read of the same files, in the page cache | #, # |", [("scoring", "plain read 17.9 GB/s, warm; 2.95 GB 1 queries ~ GB/s # of the read ~ 10 queries ~ GB/s # of the read")], None),
+    (SPEED, "| scoring 100, 1000 queries: its FLOP/s as a share of the matrix product's peak | #, # |", [("scoring", f"{queries} queries {speed} GB/s ~ GFLOP/s # of the product's peak") for queries, speed in ((100, "2.50"), (1000, "0.30"))], None),
     (
-        RESULTS,
+        SPEED,
         "| scoring 10 queries: its time as a multiple of one query's; float32 of rank 64, signs of rank 128 | #, # |",
         [("few_bits", "| 1 | # | # | ~ | | 10 | # | # |"), ("scoring", "0.79 of the read ~ peak # examples/s 10 queries ~ peak # examples/s")],
         lambda a, b, c, d, one, ten: [*check_is(a / c, one / ten, 0.1), one / ten, b / d],
     ),
-    (RESULTS, "signs of rank 128 against float32 of rank 64; 1, 10, 50, 100, 300 queries: ratio of examples/s (300: one thread, other sizes) | #, #, #, #, # |", [*SPEEDS, ("few_bits", "300 queries # and #, ratio #")], lambda *x: [*check_is(x[5] / x[4], x[6], 0.005), *x[:4], x[6]]),
+    (SPEED, "signs of rank 128 against float32 of rank 64; 1, 10, 50, 100, 300 queries: ratio of examples/s (300: one thread, other sizes) | #, #, #, #, # |", [*SPEEDS, ("few_bits", "300 queries # and #, ratio #")], lambda *x: [*check_is(x[5] / x[4], x[6], 0.005), *x[:4], x[6]]),
     (
-        RESULTS,
+        SPEED,
         "against kronfluence 1.0.1: difference of the scores; share of its time, 2 threads, with batches as large as kronfluence's; with this program's default batches | #; #; # to # |",
         [("few_bits", "Scores differ by # (relative"), ("few_bits", "ours 3.90, kronfluence 5.01: **#**"), *KRONFLUENCE],
         lambda scores, share, *x: [scores, share, *default_batches(*x)],
     ),
-    (RESULTS, "| a million short examples, tiny model: stages 2, 3, 4; peak memory | #, #, # s; # GB |", MILLION, lambda *x: (x[0], x[2], x[4], max(x[1::2]))),
-    (RESULTS, "| a store of # GB (5 million examples): scored for 3 queries; peak memory; files | # s; # GB; # |", [("soak", "| 5,000,000 | ~ | #, # | ~ | # | # |")], lambda s, gb, count, disk: [disk, s, gb, count]),
-    (RESULTS, "of a layer from 10,000 examples | #, #, # s |", [("hessian", "a layer's: raw # s ~ kfac # s ~ ekfac # s ~ ekfac, second pass")], None),
-    (RESULTS, "| speed of two processes of one thread each against one | # times |", [("scaling", "two processes are # times as fast as one ")], None),
+    (SPEED, "| a million short examples, tiny model: stages 2, 3, 4; peak memory | #, #, # s; # GB |", MILLION, lambda *x: (x[0], x[2], x[4], max(x[1::2]))),
+    (SPEED, "| a store of # GB (5 million examples): scored for 3 queries; peak memory; files | # s; # GB; # |", [("soak", "| 5,000,000 | ~ | #, # | ~ | # | # |")], lambda s, gb, count, disk: [disk, s, gb, count]),
+    (SPEED, "of a layer from 10,000 examples | #, #, # s |", [("hessian", "a layer's: raw # s ~ kfac # s ~ ekfac # s ~ ekfac, second pass")], None),
+    (SPEED, "| speed of two processes of one thread each against one | # times |", [("scaling", "two processes are # times as fast as one ")], None),
     (
-        RESULTS,
+        SPEED,
         "| killed with SIGKILL at # random moments of # runs: scores after the restarts | those of an undisturbed run: # bit for bit, one to # |",
         [("faults", "| # kills (~), and # after the last change"), ("faults", "| # runs, each ~: # with scores ~ one to #, which")],
         lambda a, b, runs, same, error: [a + b, runs, same, error],
     ),
-    (RESULTS, "| # random bits flipped in a run's files: results that changed silently | # |", [("faults", "| all | # | ~ | ~ | ~ | # | 0 |")], None),
+    (SPEED, "| # random bits flipped in a run's files: results that changed silently | # |", [("faults", "| all | # | ~ | ~ | ~ | # | 0 |")], None),
     # docs/results.md: targets, negative results
     (RESULTS, "| 1.5 times bergson's speed, without a Hessian | #; the matrix products alone allow # |", [*PEERS[:2], ("peers", "set (see the record of extraction): # times")], lambda a, b, most: [a / b, most]),
     (RESULTS, "| 3 times LogIX's speed, with a Hessian | # with `raw`, # with `kfac` |", [("peers", "with its Hessian: # with `raw`, # with `kfac`")], None),
@@ -340,7 +340,7 @@ def cited_numbers(page: str) -> list[tuple[int, str]]:
     """Return (place, number) of the numbers in what cites a record: a block, or the whole section in README and results."""
     text = (ROOT / page).read_text()
     cited = {b for b in blocks(text) if re.search(r"\]\([^)]*results/[^)]*\.md\)", text[b[0] : b[1]])}
-    if page in (README, RESULTS):
+    if page in (README, RESULTS, SPEED):
         cited = {b for b in blocks(text) if b[2] in {heading for _, _, heading in cited}}
     hidden = r"```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv [\d.]+|\d{4}-\d\d-\d\d"  # code, links, dates
     plain = re.sub(hidden, lambda match: " " * len(match[0]), text, flags=re.DOTALL)

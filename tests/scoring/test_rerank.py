@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from logra import projection
 from logra.influence import checkpoint_factors
 from logra.run_dir import RunDir
-from logra.scoring import rank, rerank
+from logra.scoring import parts, rank, rerank
 from logra.scoring import reranked as reranked_module
 from logra.scoring.reranked import Reranked
 from logra.stages import calibrate
 from logra.stages.fine_run import FineRun, choose_rank
+from logra.tools.tokens import TokenSplitter
 
 SIGNS = ("--preset", "best", "--rank", 3, "--calibration_examples", 11)
 MODES = ("dot", "cosine", "l2")
@@ -289,6 +290,16 @@ def test_what_is_shown(cli, tiny, workspace, mode):
                 assert row["score"] == scores[ids.tolist().index(row["example"])]
                 assert row["stored_score"] == value and row["stored_rank"] == order.index(row["example"]) + 1
                 assert np.isclose(row["z"], (value - stored[query].mean()) / stored[query].std(), atol=1e-4)
+    run = RunDir.load(Path("log"))
+    (model,) = parts.scored_models(folder, rank.read_record(folder, run), [run], found)
+    splitter = TokenSplitter(model.run, model.record, False, model.self_influence)
+    shown = [found.candidates(query)[0].tolist() for query in range(Q)]
+    pairs = splitter.split(run.train(), shown, shown).pairs
+    for query, ids in enumerate(shown):
+        for shares in (pairs[query, example] for example in ids):
+            assert np.isclose(shares.tokens.sum(), sum(shares.blocks.values()), rtol=1e-4)
+        sums = np.array([pairs[query, example].tokens.sum() for example in ids])
+        assert close(sums, found.candidates(query)[1])
     page = (folder / "report.html").read_text()
     assert "Re-ranked: the scores of the 5 examples" in page and "(stored: " in page
     assert "stored_rank" in (folder / "top_k.csv").read_text().splitlines()[0]

@@ -142,11 +142,11 @@ processes.finish()
 
 
 def test_two_processes_give_what_one_gives(trajectory, place, score):
-    """Stages 2 and 3, all scores, the top alone, and re-ranking."""
+    """Stages 2 and 3, all scores, the top alone, and re-ranking (with a sharded model)."""
     stages = [
         ("extract_log", "--checkpoints", "out/*", "--data_name", "docs.jsonl", "--log_dir", "two", *map(str, SIGNS)),
         ("compute_influence", *QUERY, "--mode", "cosine", "--self_influence"),
-        ("compute_influence", *QUERY, "--mode", "cosine", "--top_k_only", "5", "--rerank", "5"),
+        ("compute_influence", *QUERY, "--mode", "cosine", "--top_k_only", "5", "--rerank", "5", "--fsdp"),
     ]
     (place / "all.py").write_text(ALL)
     launch = "accelerate launch --num_processes 2 --num_machines 1 --multi_gpu all.py"
