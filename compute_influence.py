@@ -16,7 +16,6 @@ from torch import nn
 
 from logra.hessian import Damping
 from logra.inputs.queries import group_queries, merge_group
-from logra.run_dir import RunDir
 from logra.runtime import flags, processes, progress
 from logra.runtime.memory import release_memory
 from logra.runtime.settings import Execution, QuerySettings, RerankSettings, ScoreSettings
@@ -26,7 +25,7 @@ from logra.scoring.score import ScoreTask, block_name, describe_scores, score_ru
 from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord, score_folders
 from logra.stages import checkpoints, open_run
 from logra.stages.calibrate import make_fine_statistics
-from logra.stages.fine_run import FineRun, at_checkpoint, choose_rank
+from logra.stages.fine_run import FineRun
 
 
 def build_parser() -> flags.Parser:
@@ -51,8 +50,8 @@ def main(args: argparse.Namespace) -> None:
     parent, members = checkpoints.find(run_flags, must_exist=True)
     weights = checkpoints.weights(score_settings.checkpoint_weights, len(members) if parent else 0)
     runs = [open_run.find_run(member.folder, member.flags, must_exist=True) for member in members]
-    if rerank_settings.rerank:
-        rerank.check(rerank_settings, runs[-1], score_settings.top_k_only)
+    rerank.check(rerank_settings, runs[-1], score_settings.top_k_only)
+    views = checkpoints.rerank_views(rerank_settings, runs, execution)
     if parent:
         checkpoints.check_runs(runs, score_settings.top_k_only)
     for run in runs:
@@ -82,8 +81,8 @@ def main(args: argparse.Namespace) -> None:
                 run.check_model(described)
                 keep = temporary / run.folder.name if temporary else None
                 found = score_run(task, lm, execution, score_settings, base, record, groups, queries, keep)
-                if parent:
-                    del lm
+                if parent or rerank_settings.rerank_checkpoints:
+                    lm = None
                     release_memory()
             scored.append(found)
             say_scores(record, base, dampings)
@@ -98,39 +97,31 @@ def main(args: argparse.Namespace) -> None:
             base = parent / "scores" / record.label(name)
             combine(base, record, scored, dampings, queries, score_settings.self_influence)
             say_scores(record, base, dampings)
-    if rerank_settings.rerank:
-        models = fine_models(runs, weights, None if parent else lm, rerank_settings, execution)
-        rerank.rerank(score_folders(base, dampings), runs[-1], record, models, groups, rerank_settings, execution)
+    if views:
+        models = fine_models(views, [] if rerank_settings.rerank_checkpoints else weights, lm, execution)
+        rerank.rerank(score_folders(base, dampings), run, record, models, groups, rerank_settings, execution)
     progress.summary("analysis.py")
 
 
 def fine_models(
-    runs: list[RunDir], weights: list[float], lm: nn.Module | None, settings: RerankSettings, execution: Execution
+    views: list[FineRun], weights: list[float], lm: nn.Module | None, execution: Execution
 ) -> Iterator[tuple[FineRun, nn.Module, float]]:
-    """Yield the views and models that re-rank, and their weights: of --rerank_checkpoints, or of the runs.
+    """Yield the views that re-rank, their models and weights. First compute the statistics that are missing.
 
     Args:
-        runs: The scored run, or those of the checkpoints.
-        weights: Of the checkpoints' scores. Those of --rerank_checkpoints have equal weights.
+        views: Of the scored run, or of checkpoints.
+        weights: Of the checkpoints; none: equal ones.
         lm: The scored run's model; None with checkpoints, where one model is in memory at a time.
-        settings: Of re-ranking.
         execution: How to run the models.
     """
-    rank = choose_rank(runs[0].shapes, settings.rerank_rank)
-    named = [("", run, weight) for run, weight in zip(runs, weights or [1.0], strict=True)]
-    if settings.rerank_checkpoints:
-        members = checkpoints.named_models(settings.rerank_checkpoints, runs[-1])
-        named = [(name, at_checkpoint(runs[-1], **entry, model={}), 1.0) for name, entry in members.items()]
-    for name, run, weight in named:
-        model, described = lm, vars(run.record)
-        if lm is None or name:
-            model, _, described = open_run.load_model(run.settings, execution)
-            checkpoints.check_model(runs[-1], run.settings.model_name, described)
-        fine = FineRun(
-            at_checkpoint(run, run.settings.model_name, run.settings.revision, described["model"]), rank, name
-        )
-        make_fine_statistics(model, fine, execution)
-        yield fine, model, weight
+    for view, weight in zip(views, weights or [1.0] * len(views), strict=True):
+        model = lm
+        if model is None:
+            model, _, described = open_run.load_model(view.settings, execution)
+            view = view.of_model(described["model"])
+            view.check_model(described)
+        make_fine_statistics(model, view, execution)
+        yield view, model, weight
         del model
         release_memory()
 

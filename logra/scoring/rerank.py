@@ -158,7 +158,7 @@ def check(settings: RerankSettings, run: RunDir, top_k_only: int | None) -> None
     Raises:
         ValueError: They are too few.
     """
-    if top_k_only and settings.rerank > top_k_only:
+    if settings.rerank and top_k_only and settings.rerank > top_k_only:
         raise ValueError(
             f"expected --rerank of at most {top_k_only} (--top_k_only), got {settings.rerank}; lower it, or raise "
             "--top_k_only"
@@ -195,6 +195,7 @@ def rerank(
         by_model.append(fine_scores(view, lm, groups, wanted, record, settings.rerank_damping, execution))
         entries.append(view.entry | {"weight": weight})
         rank_of_models = view.rank
+        del lm  # before the next one is loaded
     by_query = list(zip(*by_model, strict=True))
     in_sample = [places_of(sample, ids) for ids in wanted]
     factors = torch.ones(1, len(groups), dtype=torch.float64)

@@ -58,7 +58,7 @@ def make_fine_statistics(lm: nn.Module, run: FineRun, execution: Execution) -> N
     if processes.on_rank_0(run.problem)() is None:
         return
     progress.say(f"statistics of re-ranking, rank {run.rank or 'none'}: {run.bytes / 1e9:.3g} GB of disk and memory")
-    processes.check_memory(run.bytes, "the statistics of re-ranking", "use --rerank_rank 512, say")
+    run.check_room()
     projections = in_eigenbasis(lm, run, drawn(lm, run), execution)
     with SquareCapture(lm, projections) as capture:
         layout: dict[str, tuple[int, ...]] = {"examples": (), "tokens": ()}

@@ -18,8 +18,9 @@ import xxhash
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files, processes, progress
 from logra.runtime.flags import RunFlags
-from logra.runtime.settings import DATA_FIELDS, Execution, RunSettings
+from logra.runtime.settings import DATA_FIELDS, Execution, RerankSettings, RunSettings
 from logra.stages import open_run
+from logra.stages.fine_run import FineRun, at_checkpoint, choose_rank
 
 REMEDY = "restore it, or extract to another --log_dir"
 
@@ -152,13 +153,31 @@ def _folder_name(entry: dict[str, Any], taken: dict[str, dict[str, Any]]) -> str
     )
 
 
-@processes.on_rank_0
-def named_models(names: Sequence[str], run: RunDir) -> dict[str, dict[str, Any]]:
-    """Return model_name and revision of --rerank_checkpoints by a name for each; that of the run's own model is "".
+def rerank_views(settings: RerankSettings, runs: Sequence[RunDir], execution: Execution) -> list[FineRun]:
+    """Return the views of all models that re-rank: of --rerank_checkpoints, or of the runs; none without --rerank.
 
     Raises:
-        ValueError: A checkpoint is neither a folder nor a revision, or comes twice.
+        ValueError: A checkpoint is neither a folder nor a revision, comes twice or does not fit the run; or memory or
+            disk are too small.
     """
+    if not settings.rerank:
+        return []
+    run, rank = runs[-1], choose_rank(runs[-1].shapes, settings.rerank_rank)
+    views = [FineRun(run, rank) for run in runs]
+    if settings.rerank_checkpoints:
+        named = _named_models(settings.rerank_checkpoints, run)
+        views = [FineRun(at_checkpoint(run, **entry, model={}), rank, name) for name, entry in named.items()]
+        for view in views:
+            if described := processes.on_rank_0(open_run.describe_without_weights)(view.settings, execution):
+                check_model(view, view.settings.model_name, described)
+    for view in views:
+        view.check_room()
+    return views
+
+
+@processes.on_rank_0
+def _named_models(names: Sequence[str], run: RunDir) -> dict[str, dict[str, Any]]:
+    """Return model_name and revision of --rerank_checkpoints by a name for each; that of the run's own model is ""."""
     own = {"model_name": run.settings.model_name, "revision": run.settings.revision}
     taken, found = {"": own}, {}
     for entry in _models(names, run.settings.model_name):

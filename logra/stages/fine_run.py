@@ -7,10 +7,11 @@ hessian/rerank-<rank>[-<checkpoint>].safetensors    eigenbasis and eigenvalues o
 Gradients in this space are never stored. Notation: r_in/r_out projected sizes, N train examples.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from logra import projection, store
 from logra.projection import Shapes
 from logra.run_dir import RunDir
-from logra.runtime import files
+from logra.runtime import files, processes
 
 MAX_BYTES = 4 * 2**30  # of the statistics with --rerank_rank auto
 SHARD_EXAMPLES = 64  # examples that a rank computes at a time
@@ -77,6 +78,21 @@ class FineRun(RunDir):
         self.key: dict[str, Any] = {"model": self.record.model, "fingerprints": self.fingerprints}
         self.key |= {"seed": settings.seed, "calibration_examples": settings.calibration_examples}
         self._chosen: Dataset | None = None
+
+    def of_model(self, model: dict[str, str]) -> Self:
+        """Return the view with the class and fingerprint of its model, which are not known before it is loaded."""
+        loaded = at_checkpoint(self, self.settings.model_name, self.settings.revision, model)
+        return type(self)(loaded, self.rank, self.checkpoint)
+
+    def check_room(self) -> None:
+        """Raise a ValueError if memory or disk are too small for the statistics."""
+        processes.check_memory(self.bytes, "the statistics of re-ranking", "use a lower --rerank_rank")
+        free = shutil.disk_usage(self.folder).free
+        if self.bytes > free and not self.path.exists():
+            raise ValueError(
+                f"expected {self.bytes / 1e9:.3g} GB of free disk for the statistics of re-ranking, got "
+                f"{free / 1e9:.3g}; use a lower --rerank_rank"
+            )
 
     @property
     def entry(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM
 from logra import projection
 from logra.influence import checkpoint_factors
 from logra.run_dir import RunDir
+from logra.runtime import processes
 from logra.scoring import parts, rank, rerank
 from logra.scoring import reranked as reranked_module
 from logra.scoring.reranked import Reranked
-from logra.stages import calibrate
+from logra.stages import calibrate, open_run
 from logra.stages.fine_run import FineRun, choose_rank
 from logra.tools.tokens import TokenSplitter
 
@@ -181,6 +183,15 @@ def test_over_checkpoints(cli, trajectory, tmp_path, monkeypatch, mode):
     names = [f"out/checkpoint-{step}" for step in (5, 10, 15)]
     alone = torch.from_numpy(parts_alone(cli, names, mode)).double()
     factors = checkpoint_factors(alone.std(2, correction=0), [1.0] * 3, mode)
+    load_model, models = open_run.load_model, weakref.WeakSet()
+
+    def load_alone(*values):
+        assert not models, "another model is still there"
+        loaded = load_model(*values)
+        models.add(loaded[0])
+        return loaded
+
+    monkeypatch.setattr(open_run, "load_model", load_alone)
     found = again(cli, "--mode", mode, "--rerank_checkpoints", "out/*", kept=24)
     expected = (factors[..., None] * alone).numpy()
     assert close(found.tensors["scores"].reshape(Q, 24), expected.sum(0))
@@ -369,7 +380,7 @@ def test_stopped_and_damaged(cli, tiny, workspace, monkeypatch):
     refused(cli("analysis", "--log_dir", "log"), "re-ranked scores", "was altered", "run compute_influence.py again")
 
 
-def test_what_does_not_go_together(cli, tiny, workspace):
+def test_what_does_not_go_together(cli, tiny, workspace, monkeypatch):
     """One line each, before anything is computed."""
     flags = ("compute_influence", "--log_dir", "log", "--split", "queries.jsonl")
     refused(cli(*flags, "--rerank_rank", 8), "--rerank with --rerank_rank")
@@ -378,3 +389,10 @@ def test_what_does_not_go_together(cli, tiny, workspace):
     refused(cli(*flags, "--rerank", 3, "--rerank_checkpoints", "nothing/*"), "nothing/*")
     refused(cli(*flags, "--rerank", 3, "--rerank_checkpoints", tiny / "gpt2", tiny / "gpt2"), "twice")
     refused(cli(*flags, "--rerank", 3, "--rerank_checkpoints", tiny / "llama"), "another layers")
+    monkeypatch.setattr(processes, "available_memory", lambda: 1000)
+    refused(cli(*flags, "--rerank", 3), "of memory for the statistics of re-ranking", "--rerank_rank")
+    monkeypatch.undo()
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    refused(cli(*flags, "--rerank", 3), "of free disk for the statistics of re-ranking")
+    assert not [*Path("log").glob("scores/*/")] and not [*Path("log").glob("hessian/rerank*")]
