@@ -54,7 +54,7 @@ def test_size_and_links_of_the_pages():
 
 
 def test_python_of_the_pages(cli, tiny, workspace):
-    """The Python of docs/python.md runs as it stands, and its scores are those of the scripts."""
+    """The Python of docs/faq.md runs as it stands, and its scores are those of the scripts."""
     (code,) = (block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     texts, asked = ([json.loads(line)["text"] for line in [*open(f"{name}.jsonl")][:2]] for name in ("docs", "queries"))
     write_jsonl(Path("two.jsonl"), [{"text": text} for text in texts])

@@ -36,7 +36,7 @@ RECORDS = {
     "quickstart": "scripts/quickstart.sh",
     "topics": "docs/results.md",
 }
-README, RESULTS, SPEED = "README.md", "docs/results.md", "docs/speed.md"
+README, RESULTS, SPEED = "README.md", "docs/results.md", "benchmarks/README.md"
 PAGES = [README, "CONTRIBUTING.md", "benchmarks/README.md", "evaluation/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 NUMBER = r"(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e-?\d+)?)"
@@ -224,7 +224,7 @@ FIGURES: list[tuple] = [
     # docs/results.md: topic recall, which has no other record
     (RESULTS, "does with cosine (# against # of 24 questions; Fisher's exact test, p = 0.008), but not with dot (# against #; p = 0.3)", [("topics", f"| `{kind}` | `{mode}` | # | #") for mode in ("cosine", "dot") for kind in ("ekfac", "raw")], lambda *x: [24 * share for share in x[1::2]]),
     (README, "For #% of 24 questions, the right topic is among the ten", [("topics", "| `ekfac` | `cosine` | #")], lambda share: [100 * share]),
-    # docs/speed.md
+    # benchmarks/README.md: results
     (SPEED, "| quickstart, with model conversion, without installation | 4 min 40 s |", [("quickstart", "4 min 40 s")], None),
     (SPEED, "| the same again | 31 s |", [], None),
     (SPEED, "predicted by a trial of 30 s; measured | 206 s; 227 s |", [], None),

@@ -202,12 +202,13 @@ def test_over_checkpoints(cli, trajectory, tmp_path, monkeypatch, mode):
         cli("compute_influence", "--log_dir", "parent", "--split", "queries.jsonl", "--mode", mode, "--rerank", 24)[0]
         == 0
     )
-    of_parent = load(next(Path("parent/scores").glob("*")))
+    folder = rank.newest_scores(Path("parent"), None)
+    of_parent = load(folder)
     assert close(of_parent.tensors["scores"].reshape(Q, 24), expected.sum(0), 1e-3)
     assert [entry["run"] for entry in of_parent.record.models] == [f"checkpoint-{step}" for step in (5, 10, 15)]
     status, _, err = cli("analysis", "--log_dir", "parent", "--tokens")
     assert status == 0, err
-    row = json.loads(next(Path("parent/scores").glob("*/top_k.jsonl")).read_text().splitlines()[0])
+    row = rows_of(folder)[0]
     assert [*row["checkpoints"]] == [f"checkpoint-{step}" for step in (5, 10, 15)]
     assert np.isclose(sum(row["checkpoints"].values()), row["score"], rtol=1e-5)
 
