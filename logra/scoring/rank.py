@@ -344,7 +344,7 @@ def document_names(row: dict[str, Any]) -> str:
 def move(row: dict[str, Any]) -> str:
     """Return where a row of re-ranked scores stood by its stored score, if that was elsewhere; else nothing."""
     before = row.get("stored_rank", row["rank"])
-    return "" if before == row["rank"] else f" (stored: {before or 'not kept'})"
+    return "" if before == row["rank"] else f"stored rank {before}" if before else "stored rank not kept"
 
 
 def scored_examples(row: dict[str, Any]) -> str:
@@ -397,7 +397,8 @@ def text_lines(queries: list[dict], sides: Sequence[str]) -> list[str]:
         lines += ["=" * 100, f"Query {query['id']}{group}: {query['prompt']}", query["response"], ""]
         for row in (row for side in sides for row in query["rows"][side]):
             place = f"{document_names(row)}  ({scored_examples(row)})"
-            lines += [f"--- {row['side']} {row['rank']}{move(row)}: {row['score']:+.4g}  {place}"]
+            moved = f" ({move(row)})" if move(row) else ""
+            lines += [f"--- {row['side']} {row['rank']}{moved}: {row['score']:+.4g}  {place}"]
             if parts := row.get("checkpoints"):
                 lines += [f"by checkpoint: {', '.join(f'{name} {part:+.4g}' for name, part in parts.items())}"]
             lines += [row["text"].strip(), ""]

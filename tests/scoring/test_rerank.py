@@ -313,7 +313,11 @@ def test_what_is_shown(cli, tiny, workspace, mode):
         sums = np.array([pairs[query, example].tokens.sum() for example in ids])
         assert close(sums, found.candidates(query)[1])
     page = (folder / "report.html").read_text()
-    assert "Re-ranked: the scores of the 5 examples" in page and "(stored: " in page
+    assert (
+        "Re-ranked: the scores of the 5 examples" in page
+        and ", stored rank " in page
+        and "All 20 stored scores" in page
+    )
     assert "stored_rank" in (folder / "top_k.csv").read_text().splitlines()[0]
 
 
