@@ -20,11 +20,11 @@ from logra.runtime.settings import (
     RUN_FIELDS,
     DataSettings,
     Execution,
-    RerankSettings,
     RunSettings,
     Sampling,
     number,
     positive_int,
+    positive_int_auto_or_none,
 )
 
 T = TypeVar("T")
@@ -131,9 +131,10 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
 
 def add_stage_2_flags(parser: argparse.ArgumentParser) -> None:
     """Add --rerank_rank, and the flags of what can be done before a run."""
-    group = parser.add_argument_group("re-ranking (writes the statistics that stage 3 would compute)")
-    only_stage_3 = {field.name for field in fields(RerankSettings)} - {"rerank_rank"}
-    add_settings(group, RerankSettings(), optional=True, skip=only_stage_3)
+    parser.add_argument_group("re-ranking").add_argument(
+        "--rerank_rank", type=positive_int_auto_or_none, metavar="RANK",
+        help="also write the statistics that compute_influence.py --rerank would compute at this rank (off)",
+    )  # fmt: skip
     group = parser.add_argument_group("before the run (with one of these, extract_log.py does nothing else)")
     group.add_argument("--dry_run", action="store_true", help="print what the run needs: disk and memory")
     group.add_argument(
