@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
         again = with_reranked(folder, other)
         fine = "" if again is None else overlap(reference.scores, again, args.k)
         rows.append([str(folder), correlation, *shares, fine, f"{size:,.0f}"])
-        curves[folder.parents[1].name] = [share.mean() for share in shares]
+        curves["/".join(folder.absolute().parts[-4:-2])] = [share.mean() for share in shares]
     first = [f"{args.k} best in first {count}" for count in CANDIDATES]
     scored.print_table(["scores", "Spearman", *first, "re-ranked", "bytes"], rows)
     if args.plot:
@@ -88,7 +88,7 @@ def draw(path: Path, curves: dict[str, list[float]], k: int) -> None:
     for name, shares in curves.items():
         axes.plot(CANDIDATES, shares, marker=".", label=name)
     axes.set(xscale="log", xticks=CANDIDATES, xticklabels=CANDIDATES, xlabel="candidates of a query (K)")
-    axes.set(ylabel=f"share of the reference's {k} best among them", ylim=(0, 1.02))
+    axes.set(ylabel=f"share of the {k} best among them", ylim=(0, 1.02))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
