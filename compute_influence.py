@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     queries = [merge_group(group) for group in groups] if query_settings.group_by else queries
 
     # Score with each model, and write a folder for each damping
-    scored: list[ScoredCheckpoint] = []
+    scored, lm = list[ScoredCheckpoint](), None
     keeps_queries = parent and score_settings.top_k_only
     with processes.temporary_folder("queries-", parent) if keeps_queries else nullcontext() as temporary:
         for run in runs:
