@@ -24,7 +24,6 @@ from logra.scoring.combine import combine, kept_scores
 from logra.scoring.score import ScoreTask, block_name, describe_scores, score_run
 from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord, score_folders
 from logra.stages import checkpoints, open_run
-from logra.stages.calibrate import make_fine_statistics
 from logra.stages.fine_run import FineRun
 
 
@@ -115,13 +114,8 @@ def fine_models(
         execution: How to run the models.
     """
     for view, weight in zip(views, weights or [1.0] * len(views), strict=True):
-        model = lm
-        if model is None:
-            model, _, described = open_run.load_model(view.settings, execution)
-            view = view.of_model(described["model"])
-            view.check_model(described)
-        make_fine_statistics(model, view, execution)
-        yield view, model, weight
+        ready, model = checkpoints.with_statistics(view, lm, execution)
+        yield ready, model, weight
         del model
         release_memory()
 

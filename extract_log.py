@@ -94,10 +94,9 @@ def extract_run(
 
         # Write the Hessian, and with --rerank_rank the statistics of re-ranking
         progress.keep_log(folder)
-        if args.rerank_rank:
-            lm = lm or open_run.load_model(run.settings, execution)[0]
-            fine = FineRun(run, choose_rank(run.shapes, args.rerank_rank))
-            calibrate.make_fine_statistics(lm, fine, execution)
+        view = FineRun(run, choose_rank(run.shapes, args.rerank_rank)) if args.rerank_rank else None
+        if view and processes.on_rank_0(view.problem)():
+            checkpoints.with_statistics(view, lm, execution)
         del lm
         extract.write_hessian(kind, run)
     extract.say_finished(run, kind)

@@ -40,6 +40,7 @@ from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int, seed_int
 from logra.scoring.rank import scored_runs
+from logra.scoring.reranked import ranks
 
 SETTINGS = (
     "architecture", "texts", "num_texts", "num_queries", "num_subsets", "num_layers", "width", "vocabulary",
@@ -238,16 +239,6 @@ def gradient_bytes(run: Path, examples: int) -> float:
     """Return the stored bytes per example: of the files under gradients/, without the factor files."""
     paths = [path for path in (run / "gradients").glob("*") if ".factors" not in path.name]
     return sum(path.stat().st_size for path in paths) / examples
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Return the ranks along the last axis, centred and scaled to length 1; equal values share their mean rank."""
-    order = np.sort(values, axis=-1)
-    found = np.stack(
-        [np.searchsorted(o, v, "left") + np.searchsorted(o, v, "right") for o, v in zip(order, values, strict=True)]
-    )
-    centred = found - found.mean(axis=-1, keepdims=True)
-    return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-30)
 
 
 def lds(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:

@@ -215,6 +215,21 @@ def checkpoint_factors(deviations: Tensor, weights: Sequence[float], mode: str) 
     return torch.where(deviations > 0, shares / deviations.clamp_min(1e-300), 0.0)
 
 
+def layer_parts(dots: Sequence[tuple[Tensor, Tensor | None]], factors: Tensor, mode: str) -> Tensor:
+    """Return the parts of combined scores by block of layers, [L, Q, n] float32.
+
+    They add up to the scores; for l2, up to the part of the scores that is not self-influence.
+
+    Args:
+        dots: Of each checkpoint: dots of the blocks [L, Q, n], and self-influence [n] (not needed for dot and l2).
+        factors: What the checkpoints' scores are multiplied by, [C, Q] float64.
+        mode: dot, cosine or l2.
+    """
+    own_mode = "cosine" if mode == "cosine" else "dot"
+    parts = [scores_of_mode(of_blocks, self_influence, own_mode) for of_blocks, self_influence in dots]
+    return sum(factor[:, None] * part for factor, part in zip(factors, parts, strict=True)).float()
+
+
 def low_rank(queries: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
     """Approximate each query by a sum of `rank` outer products (torch.svd_lowrank).
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from logra.hooks import GradientCapture
 from logra.inputs.layers import choose_layers
 from logra.run_dir import RunDir
 from logra.runtime import files
+from logra.stages import open_run
 from logra.stages.gradients import Extractor
 
 SCRIPTS = ("generate", "generate_llama3", "extract_log", "compute_influence", "analysis")
@@ -160,3 +162,16 @@ def shown_commands(path: Path) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.split(" ")[0] in ("python", "accelerate", "bash")]
+
+
+def one_model_at_a_time(monkeypatch) -> None:
+    """Make it an error to load a model while another checkpoint's is still there."""
+    load, models = open_run.load_model, weakref.WeakSet()
+
+    def load_model(*values):
+        assert not models, "another checkpoint's model is still there"
+        found = load(*values)
+        models.add(found[0])
+        return found
+
+    monkeypatch.setattr(open_run, "load_model", load_model)

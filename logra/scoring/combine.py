@@ -140,9 +140,10 @@ def _fill(made: list[ScoreFile], scored: Sequence[ScoredCheckpoint], factors: li
         for ids, by_damping in progress.bar(blocks, total=len(own_shards), desc="combining", unit="shard"):
             for file, factor, checkpoints in zip(made, factors, by_damping, strict=True):
                 parts = [f[rows, None] * part.scores for f, part in zip(factor, checkpoints, strict=True)]
-                layer_parts = _layer_parts(checkpoints, factor[:, rows], record.mode) if record.blocks else []
+                dots = [(part.block_dots, part.self_influence) for part in checkpoints]
+                layer_parts = influence.layer_parts(dots, factor[:, rows], record.mode) if record.blocks else ()
                 kept = None if record.top_k_only is None else torch.stack(parts).float()
-                file.put(first, ids, sum(parts).float(), layer_parts, kept)
+                file.put(first, ids, sum(parts).float(), list(layer_parts), kept)
     for file in made:
         file.close()
 
@@ -204,16 +205,6 @@ def _scored_again(
                 part = dots[""].T[s * count : (s + 1) * count].cpu()
                 found.append(_Block(influence.scores_of_mode(part, own, record.mode), own))
         yield ids, by_damping
-
-
-def _layer_parts(checkpoints: Sequence[_Block], factors: Tensor, mode: str) -> list[Tensor]:
-    """Return the parts of combined scores by block of layers, L times [q, n]; factors [C, q].
-
-    They add up to the scores; for l2, up to the part of the scores that is not self-influence.
-    """
-    own_mode = "cosine" if mode == "cosine" else "dot"
-    parts = [influence.scores_of_mode(block.block_dots, block.self_influence, own_mode) for block in checkpoints]
-    return list(sum(factor[:, None] * part for factor, part in zip(factors, parts, strict=True)).float())
 
 
 def _check(file: ScoreFile, folders: list[Path], factors: Tensor) -> None:

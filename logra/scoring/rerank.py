@@ -95,7 +95,7 @@ def fine_scores(
         sink.save()
         order = np.argsort(ids)
         for number, own in enumerate(wanted[batch]):
-            columns = torch.from_numpy(order[np.searchsorted(ids[order], own)])
+            columns = torch.from_numpy(order[places_of(own, ids[order])])
             found.append(
                 FineScores(sink.scores[number, columns], sink.values[0, columns], sink.blocks[:, number, columns])
             )
@@ -133,8 +133,8 @@ def find_candidates(
         values = zip(ranking.scores[places].tolist(), ranks.tolist(), strict=True)
         found |= dict(zip(ranking.examples[places].tolist(), values, strict=True))
     ids = sorted(found)
-    scores, places = zip(*(found[example] for example in ids), strict=True)
-    return Candidates(np.array(ids), np.array(scores, np.float32), np.array(places))
+    scores, ranks_of_all = zip(*(found[example] for example in ids), strict=True)
+    return Candidates(np.array(ids), np.array(scores, np.float32), np.array(ranks_of_all))
 
 
 def _all_candidates(folder: Path, run: RunDir, record: ScoreRecord, settings: RerankSettings) -> list[Candidates]:
@@ -242,9 +242,8 @@ def _combined(fine: Sequence[FineScores], factors: Tensor, record: ScoreRecord) 
     if record.mode != "dot":
         tensors["self_influence"] = torch.stack([part.self_influence for part in fine])
     if record.blocks:
-        mode = "cosine" if record.mode == "cosine" else "dot"
-        dots = [influence.scores_of_mode(part.blocks, part.self_influence, mode).double() for part in fine]
-        tensors["blocks"] = sum(factor * part for factor, part in zip(factors, dots, strict=True)).float()
+        dots = [(part.blocks, part.self_influence) for part in fine]
+        tensors["blocks"] = influence.layer_parts(dots, factors[:, None], record.mode)
     return tensors
 
 
@@ -291,6 +290,6 @@ def _quality(
         content["found"].append(int((ranks <= reranked.SHOWN).sum()))
         content["last"].append(int(ranks.max()))
     if (folder / "scores.npy").exists():
-        rows = zip(np.load(folder / "scores.npy", mmap_mode="r"), sampled, strict=True)
-        content["spearman"] = [reranked.spearman(stored[sample], new) for stored, new in rows]
+        stored = np.load(folder / "scores.npy", mmap_mode="r")[:, sample]
+        content["spearman"] = (reranked.ranks(stored) * reranked.ranks(np.stack(sampled))).sum(axis=1).tolist()
     return content

@@ -172,15 +172,14 @@ def save(folder: Path, record: RerankRecord, scores: ScoreRecord, tensors: dict[
     files.write_json((folder / FILE).with_suffix(".json"), asdict(record) | {"checksums": checksums})
 
 
-def spearman(one: np.ndarray, two: np.ndarray) -> float:
-    """Return Spearman's rank correlation of two rows of scores; 0 if one is constant. Ties get their mean rank."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-    a, b = ranks(one), ranks(two)
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return the ranks along the last axis, centred and scaled to length 1; equal values share their mean rank."""
+    order = np.sort(values, axis=-1)
+    found = np.stack(
+        [np.searchsorted(o, v, "left") + np.searchsorted(o, v, "right") for o, v in zip(order, values, strict=True)]
+    )
+    centred = found - found.mean(axis=-1, keepdims=True)
+    return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-30)
 
 
 def quality_lines(record: RerankRecord) -> list[str]:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
+from torch import nn
 
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files, processes, progress
 from logra.runtime.flags import RunFlags
 from logra.runtime.settings import DATA_FIELDS, Execution, RerankSettings, RunSettings
 from logra.stages import open_run
+from logra.stages.calibrate import make_fine_statistics
 from logra.stages.fine_run import FineRun, at_checkpoint, choose_rank
 
 REMEDY = "restore it, or extract to another --log_dir"
@@ -173,6 +175,20 @@ def rerank_views(settings: RerankSettings, runs: Sequence[RunDir], execution: Ex
     for view in views:
         view.check_room()
     return views
+
+
+def with_statistics(view: FineRun, lm: nn.Module | None, execution: Execution) -> tuple[FineRun, nn.Module]:
+    """Return a view whose statistics of re-ranking exist, and its model, which is loaded and checked if it is None.
+
+    Raises:
+        ValueError: The model is another one; or as calibrate.make_fine_statistics.
+    """
+    if lm is None:
+        lm, _, described = open_run.load_model(view.settings, execution)
+        view = view if view.record.model else view.of_model(described["model"])
+        view.check_model(described)
+    make_fine_statistics(lm, view, execution)
+    return view, lm
 
 
 @processes.on_rank_0

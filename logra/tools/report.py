@@ -187,9 +187,10 @@ def add_layers(
     for number, query in enumerate(queries):
         for row in query["rows"]["top"]:
             ids = examples_of_score(row, owners)
-            parts, shown = dots[:, number, ids], scores[number, ids]
             if fine:
                 parts, shown = (fine.of_scores(number, True, ids, name) for name in ("blocks", "scores"))
+            else:
+                parts, shown = dots[:, number, ids], scores[number, ids]
             row["layers"] = split_by_layers(parts, shown, record.blocks, record.mode)
 
 

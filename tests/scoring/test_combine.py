@@ -11,6 +11,7 @@ import torch
 from conftest import TRAJECTORY, run_cli
 from safetensors.torch import load_file
 
+from logra import influence
 from logra.influence import checkpoint_factors, scores_of_mode
 from logra.run_dir import RunDir
 from logra.scoring import combine
@@ -188,7 +189,9 @@ def test_parts_of_layers_that_cancel():
     dots = torch.tensor([[[3e7]], [[1.0]], [[-3e7]]])  # their float32 sum is 0, not 1
     own = torch.tensor([4.0])
     block = combine._Block(scores_of_mode(dots.sum(0), own, "cosine"), own, dots)
-    parts = combine._layer_parts([block], torch.tensor([[0.5]], dtype=torch.float64), "cosine")
+    parts = influence.layer_parts(
+        [(block.block_dots, block.self_influence)], torch.tensor([[0.5]], dtype=torch.float64), "cosine"
+    )
     assert torch.equal(torch.stack(parts), dots / 4)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import reference
 import torch
 from conftest import OTHERS, make_texts, make_tokenizer, save_model, write_jsonl
-from helpers import extract, influence, refused
+from helpers import extract, influence, one_model_at_a_time, refused
 from transformers import AutoModelForCausalLM
 
 from logra import projection
@@ -20,7 +19,7 @@ from logra.runtime import processes
 from logra.scoring import parts, rank, rerank
 from logra.scoring import reranked as reranked_module
 from logra.scoring.reranked import Reranked
-from logra.stages import calibrate, open_run
+from logra.stages import calibrate
 from logra.stages.fine_run import FineRun, choose_rank
 from logra.tools.tokens import TokenSplitter
 
@@ -183,15 +182,7 @@ def test_over_checkpoints(cli, trajectory, tmp_path, monkeypatch, mode):
     names = [f"out/checkpoint-{step}" for step in (5, 10, 15)]
     alone = torch.from_numpy(parts_alone(cli, names, mode)).double()
     factors = checkpoint_factors(alone.std(2, correction=0), [1.0] * 3, mode)
-    load_model, models = open_run.load_model, weakref.WeakSet()
-
-    def load_alone(*values):
-        assert not models, "another model is still there"
-        loaded = load_model(*values)
-        models.add(loaded[0])
-        return loaded
-
-    monkeypatch.setattr(open_run, "load_model", load_alone)
+    one_model_at_a_time(monkeypatch)
     found = again(cli, "--mode", mode, "--rerank_checkpoints", "out/*", kept=24)
     expected = (factors[..., None] * alone).numpy()
     assert close(found.tensors["scores"].reshape(Q, 24), expected.sum(0))

@@ -3,17 +3,15 @@
 import gc
 import json
 import re
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import verify_faults
 from conftest import ROOT, save_model
-from helpers import DATA, launch, refused
+from helpers import DATA, launch, one_model_at_a_time, refused
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from logra.stages import open_run
 from logra.tools.verify_reference import random_errors
 
 FLAGS = [
@@ -72,15 +70,7 @@ def test_verify_passes_without_a_fault(cli, workspace, monkeypatch, name):
 @pytest.mark.parametrize("flags", ["--verify 2", "--preset best", "--store_dtype none --hessian ekfac"])
 def test_verify_passes_with_checkpoints(cli, planted, workspace, monkeypatch, flags):
     """Each one's scores, and the combined ones. One model is in memory at a time, and nothing is left behind."""
-    load, models = open_run.load_model, weakref.WeakSet()
-
-    def load_model(*values):
-        assert not models, "another checkpoint's model is still there"
-        found = load(*values)
-        models.add(found[0])
-        return found
-
-    monkeypatch.setattr(open_run, "load_model", load_model)
+    one_model_at_a_time(monkeypatch)
     checkpoints = [planted / name for name in ("step-1", "step-2", "llama")]
     status, out, err = cli("extract_log", "--checkpoints", *checkpoints, *DATA, "--verify", *flags.split())
     assert status == 0 and "FAIL" not in out, err
