@@ -12,7 +12,7 @@ from conftest import TRAJECTORY, run_cli
 from safetensors.torch import load_file
 
 from logra import influence
-from logra.influence import checkpoint_factors, scores_of_mode
+from logra.influence import checkpoint_factors
 from logra.run_dir import RunDir
 from logra.scoring import combine
 from logra.scoring.score import Scorer
@@ -188,11 +188,8 @@ def test_parts_of_layers_that_cancel():
     """A cosine's blocks are divided by the root of the self-influence, not by what their sum was rounded to."""
     dots = torch.tensor([[[3e7]], [[1.0]], [[-3e7]]])  # their float32 sum is 0, not 1
     own = torch.tensor([4.0])
-    block = combine._Block(scores_of_mode(dots.sum(0), own, "cosine"), own, dots)
-    parts = influence.layer_parts(
-        [(block.block_dots, block.self_influence)], torch.tensor([[0.5]], dtype=torch.float64), "cosine"
-    )
-    assert torch.equal(torch.stack(parts), dots / 4)
+    parts = influence.layer_parts([(dots, own)], torch.tensor([[0.5]], dtype=torch.float64), "cosine")
+    assert torch.equal(parts, dots / 4)
 
 
 def test_the_check_finds_a_wrong_score(parents, score, monkeypatch, trajectory, tmp_path, cli):
