@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from logra.inputs import model
+from logra.models import model
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
 from logra.runtime.settings import DataSettings, Execution, RunSettings, positive_int

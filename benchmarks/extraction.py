@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import experts, projection, store
 from logra.hooks import GradientCapture
-from logra.inputs import layers, model
+from logra.models import layers, model
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import DEFAULT_MODEL, positive_int

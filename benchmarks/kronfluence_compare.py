@@ -61,7 +61,7 @@ def build_parser():
 def make_inputs(args) -> dict:
     """Write the texts, and a small model where none is given; return the model's name and all token ids."""
     from evaluation import testbed  # not at the top: see build_parser
-    from logra.inputs.model import load_tokenizer
+    from logra.models.model import load_tokenizer
 
     texts, name = testbed.passages("pydoc"), args.model_name or str(OUT / "model")
     if len(texts) < (wanted := args.num_queries + args.num_texts):

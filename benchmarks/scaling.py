@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import projection
 from logra.hooks import GradientCapture
-from logra.inputs import layers, model
+from logra.models import layers, model
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import CPU_BATCH_TOKENS, DEFAULT_MODEL, positive_int
 from logra.stages.gradients import Extractor

@@ -22,11 +22,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra.hooks import GradientCapture
-from logra.inputs import model
 from logra.inputs.batches import length_batches, make_batch
 from logra.inputs.queries import load_queries
 from logra.inputs.rows import decode
 from logra.loss import example_losses, hidden_states
+from logra.models import model
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script

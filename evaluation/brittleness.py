@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 import testbed
 
-from logra.inputs.model import load_tokenizer
+from logra.models.model import load_tokenizer
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int, seed_int

@@ -33,9 +33,9 @@ import scored
 import testbed
 
 from logra.inputs.batches import make_batch
-from logra.inputs.model import load_model, load_tokenizer
 from logra.inputs.rows import encode_rows
 from logra.loss import hidden_states
+from logra.models.model import load_model, load_tokenizer
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int, seed_int

@@ -266,7 +266,7 @@ class RunDir:
         return names
 
     def check_model(self, described: dict[str, Any]) -> None:
-        """Compare a model's description (inputs.layers.describe) with run.json.
+        """Compare a model's description (models.layers.describe) with run.json.
 
         Raises:
             ValueError: The model, the tokenizer or the layers differ.

@@ -17,7 +17,7 @@ run() {
 choose_generate() {
     GENERATE=generate_llama3.py
     [ -n "${DRY_RUN:-}" ] \
-        || python -c 'import sys; from logra.inputs.model import load_tokenizer as load; sys.exit(not load(sys.argv[1]).chat_template)' "$MODEL" \
+        || python -c 'import sys; from logra.models.model import load_tokenizer as load; sys.exit(not load(sys.argv[1]).chat_template)' "$MODEL" \
         || GENERATE=generate.py
 }
 

@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # edit here
 PYTHONS=${PYTHONS:-python3.11 python3.13}
 OLDEST=${OLDEST:-transformers==5.21.0 accelerate==1.4.0 datasets==4.0.0}
-TESTS=${TESTS:-tests/test_hooks.py tests/test_loss.py tests/test_projection.py tests/test_hessian.py tests/test_quantise.py tests/inputs tests/stages}
+TESTS=${TESTS:-tests/test_hooks.py tests/test_loss.py tests/test_projection.py tests/test_hessian.py tests/test_quantise.py tests/inputs tests/models tests/stages}
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for python in $PYTHONS; do

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logra import experts, projection, store
 from logra.hooks import GradientCapture
-from logra.inputs.layers import choose_layers
+from logra.models.layers import choose_layers
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.stages import open_run

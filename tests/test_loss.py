@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from logra import loss
 from logra.hooks import GradientCapture
 from logra.inputs.batches import make_batch
-from logra.inputs.model import blocks
+from logra.models.model import blocks
 from logra.stages.gradients import run_batch
 
 

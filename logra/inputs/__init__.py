@@ -1,1 +1,1 @@
-"""Inputs: documents, rows, train examples, queries, batches, the model and its tokenizer."""
+"""Texts: documents, rows, train examples, queries, batches."""

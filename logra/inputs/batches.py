@@ -24,7 +24,7 @@ def length_batches(
     """Group positions into batches of similar length, longest first.
 
     A batch has at most batch_tokens tokens, padding included, or a single example. Its lengths are all above a
-    boundary or none is (see inputs.model.rope_boundaries). A batch that is at least an eighth full also ends where the
+    boundary or none is (see models.model.rope_boundaries). A batch that is at least an eighth full also ends where the
     next example is more than a fifth shorter than the longest: more batches cost less than more padding.
     """
     batches: list[list[int]] = []

@@ -18,7 +18,7 @@ from logra.hessian import Damping, default_damping
 from logra.influence import MODES
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 
-DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"  # see inputs.model.load_config
+DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"  # see models.model.load_config
 CPU_BATCH_TOKENS = 1024  # larger batches were slower on a CPU
 
 

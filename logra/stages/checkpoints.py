@@ -284,7 +284,7 @@ def check_model(first: RunDir, name: str, described: dict[str, Any]) -> None:
     Args:
         first: The other one's run.
         name: Of the checkpoint, for the message.
-        described: Its entries in run.json (see inputs.layers.describe), or just some of them.
+        described: Its entries in run.json (see models.layers.describe), or just some of them.
 
     Raises:
         ValueError: It has another tokenizer or other layers.

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from logra.inputs.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, rope_boundaries
 from logra.inputs.rows import split_text
+from logra.models.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, rope_boundaries
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.files import atomic, has_shape, read_lines, read_row, row_id, short_name
 from logra.runtime.progress import bar, say
@@ -30,7 +30,7 @@ class ModelSource(NamedTuple):
     """Which model to load, and how.
 
     Attributes:
-        name, revision, trust_remote_code: See inputs.model.load_model.
+        name, revision, trust_remote_code: See models.model.load_model.
         dtype: None is float32 on a CPU and bfloat16 on a GPU.
     """
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from logra.hooks import GradientCapture, GradientPositions
 from logra.inputs.batches import length_batches, make_batch
-from logra.inputs.model import rope_boundaries
 from logra.loss import IGNORE, example_losses, input_device
+from logra.models.model import rope_boundaries
 from logra.projection import identity
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir

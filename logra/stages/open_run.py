@@ -9,9 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logra.inputs import layers, model
 from logra.inputs.documents import source_contents
 from logra.inputs.queries import Query, load_queries
+from logra.models import layers, model
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 from logra.run_dir import RunDir
 from logra.runtime import files, processes
@@ -272,7 +272,7 @@ def read_queries(
 
 
 def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, PreTrainedTokenizerBase, dict]:
-    """Return a run's model, its tokenizer, and their entries in run.json (see inputs.layers.describe)."""
+    """Return a run's model, its tokenizer, and their entries in run.json (see models.layers.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
         raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
     name, dtype = settings.model_name, FLOAT_DTYPES[settings.dtype]

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from logra import hessian, loss
 from logra.hooks import GradientCapture
-from logra.inputs import layers, model
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_memory, token_counts
+from logra.models import layers, model
 from logra.projection import Shapes
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
 from logra.run_dir import RunDir, RunRecord, TrainPart

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import local_torch_dtype
 
-from logra.inputs import model
+from logra.models import model
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.memory import available_memory
 from logra.runtime.progress import say, silent
@@ -50,7 +50,7 @@ def small_settings(settings: RunSettings, sizes: dict[str, list[int]], examples:
 def make_queries(train: list[Text], longest: int, block_size: int, boundaries: list[int]) -> list[Text]:
     """Return the longest example, a piece of the last one, and texts of very different lengths.
 
-    One text is just above each length where a batch changes the model (inputs.model.rope_boundaries).
+    One text is just above each length where a batch changes the model (models.model.rope_boundaries).
     """
     ids = train[-1].token_ids
     piece = ids[: len(ids) // 2 + 1]

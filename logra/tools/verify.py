@@ -21,9 +21,9 @@ from transformers.modeling_utils import local_torch_dtype
 
 from logra.hooks import GradientCapture
 from logra.influence import MODES
-from logra.inputs import model
-from logra.inputs.layers import MLP_PATTERN
 from logra.inputs.queries import Query
+from logra.models import model
+from logra.models.layers import MLP_PATTERN
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import processes
 from logra.runtime.memory import release_memory

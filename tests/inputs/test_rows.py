@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from logra.inputs import rows
-from logra.inputs.model import load_model
+from logra.models.model import load_model
 from logra.run_dir import RunDir
 
 PAIRS = [("the old mill", " and the river ran past"), ("water", " birds"), ("a dog", " barked at the cold children")]

@@ -11,11 +11,11 @@ from pathlib import Path
 from conftest import ROOT
 from helpers import SCRIPTS
 
-ROOMS = ("inputs", "runtime", "stages", "scoring", "tools")
+ROOMS = ("inputs", "models", "runtime", "stages", "scoring", "tools")
 MATHEMATICS = {f"logra.{name}" for name in "projection experts hooks loss hessian influence quantise".split()}
 LATE_IMPORTS = {  # of a function: (module, what it imports) -> why not at the head of the file
     ("analysis", "logra.tools.tokens"): "it needs transformers' models, which take three seconds to import",
-    ("logra.inputs.weights", "peft"): "only adapters need it, and it need not be installed",
+    ("logra.models.weights", "peft"): "only adapters need it, and it need not be installed",
 }
 
 
@@ -111,10 +111,11 @@ def allowed(module: str, other: str) -> bool:
         return not room(other) or other in ("logra.runtime.files", "logra.runtime.settings")
     forbidden = {
         "inputs": {"stages", "scoring", "tools", *SCRIPTS},
+        "models": {"inputs", "stages", "scoring", "tools", *SCRIPTS},
         "stages": {"scoring", "tools", *SCRIPTS},
         "scoring": {"tools", *SCRIPTS},
         "tools": {*SCRIPTS},
-        "runtime": {"inputs", "stages", "scoring", "tools", *SCRIPTS},
+        "runtime": {"inputs", "models", "stages", "scoring", "tools", *SCRIPTS},
     }
     if room(module) == "runtime" and other in ("logra.run_dir", "logra.store"):
         return False
@@ -131,8 +132,8 @@ def test_the_rules_of_imports_refuse():
     """What the rules are there for is refused, and what they allow is allowed."""
     for module, other in (
         ("logra.hessian", "logra.store"), ("logra.hooks", "logra.runtime.files"), ("analysis", "generate"),
-        ("logra.store", "logra.runtime.flags"), ("logra.run_dir", "logra.inputs.model"),
-        ("logra.inputs.model", "logra.scoring.score"), ("logra.scoring.score", "logra.tools.report"),
+        ("logra.store", "logra.runtime.flags"), ("logra.run_dir", "logra.models.model"),
+        ("logra.models.model", "logra.scoring.score"), ("logra.scoring.score", "logra.tools.report"),
         ("logra.runtime.files", "logra.run_dir"), ("logra.stages.extract", "logra.scoring.score"),
     ):  # fmt: skip
         assert not allowed(module, other)

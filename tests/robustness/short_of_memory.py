@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from logra.inputs.model import blocks
+from logra.models.model import blocks
 from logra.runtime import flags, fsdp
 from logra.scoring import score
 from logra.stages import gradients

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from helpers import refused
 
-from logra.inputs.model import fingerprint, load_model
+from logra.models.model import fingerprint, load_model
 from logra.runtime import files
 from logra.runtime.files import short_name
 from logra.runtime.settings import RUN_FIELDS, RunSettings

@@ -5,7 +5,7 @@ from helpers import extract
 
 from logra import projection
 from logra.hooks import GradientCapture
-from logra.inputs.model import load_model
+from logra.models.model import load_model
 from logra.runtime import processes
 from logra.stages import calibrate
 from logra.stages.gradients import Extractor

@@ -7,7 +7,7 @@ from conftest import CONFIGS, make_model
 from helpers import compute_gradients, draw_projections, random_ids, relative
 
 from logra.hooks import GradientCapture
-from logra.inputs.model import blocks
+from logra.models.model import blocks
 from logra.quantise import ScoreErrorEstimate
 from logra.runtime.memory import is_out_of_memory
 from logra.stages import gradients

@@ -15,7 +15,7 @@ from helpers import close, hessian_tensors, refused, start, stored_gradients
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, trainer
 
-from logra.inputs.model import changed_file, load_model, load_tokenizer, source_contents
+from logra.models.model import changed_file, load_model, load_tokenizer, source_contents
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.runtime.flags import RunFlags

@@ -10,7 +10,7 @@ from helpers import DATA, extract, refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel, XLMConfig
 
-from logra.inputs.layers import choose_layers
+from logra.models.layers import choose_layers
 from logra.runtime import settings
 from logra.runtime.flags import read_run_flags
 from logra.stages import calibrate

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import make_model, make_texts, make_tokenizer, run_cli, save_model, write_jsonl  # noqa: E402
 
 from logra import experts, hessian, hooks, influence, projection, quantise  # noqa: E402
-from logra.inputs import layers  # noqa: E402
+from logra.models import layers  # noqa: E402
 from logra.runtime import settings  # noqa: E402
 from logra.scoring import combine, rerank, score, score_files, self_check  # noqa: E402
 from logra.stages import fine_run, gradients  # noqa: E402

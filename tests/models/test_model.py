@@ -24,8 +24,9 @@ from transformers import (
 from transformers import AutoModelForCausalLM as Auto
 
 from logra.hooks import GradientCapture
-from logra.inputs.layers import MLP_PATTERN, choose_layers, say_coverage
-from logra.inputs.model import (
+from logra.loss import hidden_states
+from logra.models.layers import MLP_PATTERN, choose_layers, say_coverage
+from logra.models.model import (
     blocks,
     checkpoint_blocks,
     context_length,
@@ -34,7 +35,6 @@ from logra.inputs.model import (
     load_model,
     load_tokenizer,
 )
-from logra.loss import hidden_states
 from logra.projection import identity
 from logra.run_dir import RunDir
 from logra.stages.gradients import Extractor

@@ -22,8 +22,8 @@ from transformers import (
     MusicgenConfig,
 )
 
-from logra.inputs.layers import choose_layers
-from logra.inputs.model import fingerprint, load_config, load_model, load_tokenizer, source_contents
+from logra.models.layers import choose_layers
+from logra.models.model import fingerprint, load_config, load_model, load_tokenizer, source_contents
 from logra.run_dir import RunDir
 
 IDS = torch.tensor([[0, 319, *range(3, 200, 11)]])

@@ -16,9 +16,9 @@ from helpers import DATA, extract, relative
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from logra.inputs import model as models
-from logra.inputs.layers import choose_layers
-from logra.inputs.model import fingerprint, load_model, load_sharded_model
+from logra.models import model as models
+from logra.models.layers import choose_layers
+from logra.models.model import fingerprint, load_model, load_sharded_model
 from logra.runtime.settings import DEFAULT_MODEL
 
 HUB = {"revision": None, "trust_remote_code": False}

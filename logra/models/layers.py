@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from logra import experts
 from logra.hooks import GradientCapture
-from logra.inputs.model import tokenizer_fingerprint
 from logra.loss import hidden_states, input_device
+from logra.models.model import tokenizer_fingerprint
 from logra.projection import Shapes, identity, projected_shapes, rank_for_bytes
 from logra.quantise import stored_bytes
 from logra.runtime.progress import say

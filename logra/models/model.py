@@ -26,8 +26,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import find_adapter_config_file, logging
 
-from logra.inputs.weights import check_blocks, check_config, check_loaded, gguf_file, merge_adapter, quantization
 from logra.loss import check_head
+from logra.models.weights import check_blocks, check_config, check_loaded, gguf_file, merge_adapter, quantization
 from logra.runtime import files, fsdp
 from logra.runtime.files import atomic, file_content, has_shape, parse_json
 from logra.runtime.settings import DEFAULT_MODEL
