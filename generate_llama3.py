@@ -10,7 +10,7 @@ from pathlib import Path
 
 from logra.inputs.rows import chat_tokens
 from logra.runtime import flags, progress
-from logra.runtime.settings import Sampling
+from logra.runtime.settings import RUN_FIELDS, RunSettings, Sampling
 from logra.stages.generate import ModelSource, write_queries
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -21,18 +21,19 @@ def build_parser() -> flags.Parser:
     """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
     flags.add_generation_flags(parser, MODEL, PROMPTS, Sampling(max_new_tokens=256, temperature=0.6, top_p=0.9))
+    flags.add_settings(parser, RunSettings(), skip={*RUN_FIELDS} - {"chat_date"})
     return parser
-
-
-def encode(tokenizer, prompt: str) -> list[int]:
-    """Return the token ids of the prompt as a user's turn, followed by what opens the assistant's turn."""
-    return chat_tokens(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def main(args: argparse.Namespace) -> None:
     """Generate responses and write them as queries."""
     sampling = flags.read_settings(Sampling, args)
     source = ModelSource(args.model_name, args.dtype, args.revision, args.trust_remote_code)
+
+    def encode(tokenizer, prompt: str) -> list[int]:
+        """Return the token ids of the prompt as a user's turn, followed by what opens the assistant's turn."""
+        return chat_tokens(tokenizer, [{"role": "user", "content": prompt}], args.chat_date)
+
     path = write_queries(args.prompts, args.output, source, encode, sampling)
     progress.say(f"Wrote {path}")
     progress.summary("extract_log.py")

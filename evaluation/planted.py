@@ -33,12 +33,13 @@ import scored
 import testbed
 
 from logra.inputs.batches import make_batch
-from logra.inputs.rows import encode_rows
+from logra.inputs.row_forms import Row
+from logra.inputs.rows import encode_row
 from logra.loss import hidden_states
 from logra.models.model import load_model, load_tokenizer
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int, seed_int
+from logra.runtime.settings import RunSettings, positive_int, seed_int
 from logra.tools.report import bm25_scores
 
 RELATIONS = Path(__file__).parent / "relations.jsonl"
@@ -162,7 +163,7 @@ def fine_tune(model: torch.nn.Module, token_ids: list[list[int]], epochs: int, s
 @torch.no_grad()
 def knows_answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, query: dict) -> bool:
     """Say whether the answer is the greedy continuation of the query's prompt."""
-    (encoded,) = encode_rows("prompt", tokenizer, [(query["prompt"], query["response"])])
+    encoded = encode_row(tokenizer, Row((query["prompt"], query["response"])), RunSettings.chat_date)
     ids, counted = (torch.tensor(part) for part in encoded)
     best = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].argmax(dim=1).cpu()
     return bool((best[:-1] == ids[1:])[counted[1:]].all())

@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from logra.inputs.data_files import values_of
 from logra.inputs.documents import load_documents
+from logra.inputs.file_rows import values_of
+from logra.runtime.settings import DataSettings
 
 ARCHITECTURES = ("gpt2", "llama", "olmoe")
 MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 8, 32
@@ -66,7 +67,7 @@ def passages(*sources: str) -> list[str]:
         elif source == "docstrings":
             documents += docstrings()
         else:
-            documents += [text for (text,) in values_of(load_documents(source, None, "train"), ("text",))]
+            documents += [text for (text,) in values_of(load_documents(DataSettings(source)), ("text",))]
     found: dict[str, None] = {}
     for document in documents:
         for paragraph in re.split(r"\n\s*\n", document):

@@ -24,7 +24,7 @@ from torch import Tensor
 from logra import hessian, projection, quantise, store
 from logra.runtime import files
 from logra.runtime.files import has_shape, is_count, is_positive
-from logra.runtime.settings import DataSettings, RunSettings, is_setting
+from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, DataSettings, RunSettings, is_setting
 
 FORMAT = 5  # of the run directory
 SHARD_BYTES = 2**28  # of a shard's gradients at most, unless its factor sums are larger
@@ -60,6 +60,7 @@ def _is_layer(sizes: Any) -> bool:
     return has_shape(sizes, [is_positive]) and len(sizes) == 4 and sizes[2] <= sizes[0] and sizes[3] <= sizes[1]
 
 
+LATER_SETTINGS = {"row_form": None, "keep_columns": None, "chat_date": RunSettings.chat_date}  # older runs lack them
 # The shapes of run.json and its parts (see files.has_shape). The file may come from anyone, so nothing is assumed.
 PART_JSON = {field.name: is_count for field in fields(TrainPart)} | {
     "settings": {field.name: partial(is_setting, field) for field in fields(DataSettings)},
@@ -109,6 +110,12 @@ class RunRecord:
         Raises:
             ValueError: Entries are missing or impossible.
         """
+        extensions = content.get("extensions", [])
+        for part in (content, content.get("data"), *(extensions if isinstance(extensions, list) else ())):
+            if has_shape(part, {"settings": dict}):
+                names = RUN_FIELDS if part is content else DATA_FIELDS
+                added = {name: value for name, value in LATER_SETTINGS.items() if name in names}
+                part["settings"] = added | part["settings"]
         valid = has_shape(content, RUN_JSON) and has_shape(content.get("model_files"), dict | None)
         parts = [content["data"], *content.get("extensions", [])] if valid and "data" in content else []
         if not valid or not has_shape(parts, [PART_JSON]):

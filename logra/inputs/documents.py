@@ -10,9 +10,9 @@ from pydoc_data.topics import topics
 import datasets
 from datasets import Dataset
 
-from logra.inputs import data_files
-from logra.inputs.rows import ROW_COLUMNS
+from logra.inputs import data_files, file_rows
 from logra.runtime import files
+from logra.runtime.settings import DataSettings
 
 HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", None),
@@ -23,18 +23,17 @@ datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the script prints each error once
 
 
-def load_documents(
-    name: str, config: str | None, split: str, cache_dir: str | None = None, text_column: str = "text"
-) -> Dataset:
-    """Load documents from a local file or folder if one has this name, else pydoc, openwebtext, wikitext or a Hub id.
+def load_documents(settings: DataSettings, cache_dir: str | None = None) -> Dataset:
+    """Load documents from a local file, folder or pattern if one has this name, else pydoc, openwebtext, wikitext or a
+    Hub id.
 
-    Of local data files only the columns that documents can have are kept, see data_files.read.
+    Of local data files only the columns that documents can have are kept, see file_rows.read.
 
     Raises:
         ValueError: The data can't be found or read, or has no such configuration or split.
     """
-    with _errors_of(name, split):
-        return _with_text_ids(_load(name, config, split, cache_dir, text_column))
+    with _errors_of(settings.data_name, settings.data_split):
+        return _with_text_ids(_load(settings, cache_dir))
 
 
 @contextmanager
@@ -51,15 +50,15 @@ def _errors_of(name: str, split: str) -> Iterator[None]:
         ) from error
 
 
-def _load(name: str, config: str | None, split: str, cache_dir: str | None, text_column: str) -> Dataset:
+def _load(settings: DataSettings, cache_dir: str | None) -> Dataset:
+    name, config, split = settings.data_name, settings.data_config, settings.data_split
     path, cache = Path(name), Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "logra"
-    if path.exists():
+    if data_files.exists(name):
         found = data_files.find(path, config, split)
         if path.is_dir() and data_files.is_saved(path):
             return _only_split(data_files.load_saved(path, cache), split)
         data_files.say_left_out(path)
-        columns = dict.fromkeys(["id", text_column, *(column for form in ROW_COLUMNS.values() for column in form)])
-        return data_files.read(found, tuple(columns), cache)
+        return file_rows.read(found, settings.text_column, settings.row_form, settings.keep_columns or (), cache)
     if name == "pydoc":
         return _only_split({"train": _load_pydoc(config)}, split)
     hub_name, hub_config = HUB_NAMES.get(name, (name, None))
@@ -96,9 +95,8 @@ def source_contents(name: str, config: str | None, split: str) -> dict[str, str]
     Raises:
         ValueError: As load_documents.
     """
-    path = Path(name)
-    if not path.exists():
+    if not data_files.exists(name):
         return None
     with _errors_of(name, split):
-        found = data_files.find(path, config, split)
-        return {str(file.relative_to(path)): files.file_content(file) for file in found}
+        found = data_files.find(Path(name), config, split)
+        return {str(file.relative_to(data_files.base(name))): files.file_content(file) for file in found}

@@ -5,11 +5,12 @@ cut into full blocks. Row numbers are example ids.
 """
 
 import gc
+import json
 import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,15 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logra.inputs.data_files import values_of
+from logra.inputs.file_rows import values_of
+from logra.inputs.row_forms import FORMS, Row, RowError, choose, detect, make_row, with_columns
 from logra.inputs.rows import (
-    INCOMPLETE,
-    MAX_TOKENS_PER_CHARACTER,
-    decode,
-    encode_rows,
-    row_form,
-    row_problem,
-    split_text,
-)  # fmt: skip
+    Encoded,
+    block_text,
+    encode_row,
+    encode_texts,
+    special_tokens,
+)
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
 
@@ -46,7 +46,7 @@ def build_examples(
     """Tokenise documents into examples.
 
     Args:
-        documents: Rows of one form (see rows.row_form). A column `id` becomes the document id, else the row number.
+        documents: Rows of one form (see row_forms). A column `id` becomes the document id, else the row number.
         tokenizer: Adds its own special tokens; no others are added.
         settings: Which documents to take, and how to cut them into examples.
         num_proc: Number of processes that tokenise.
@@ -55,8 +55,8 @@ def build_examples(
 
     Returns:
         Examples, and the counts {"documents", "dropped_rows", "rows"}. The columns are input_ids, document_id and
-        text; `counted` with --train_loss response; `block`, the number of the block in its document, or, packed,
-        document_ids and document_starts.
+        text; `counted` with --train_loss response; `kept`, JSON, with --keep_columns; `block`, the number of the block
+        in its document, or, packed, document_ids and document_starts.
 
     Raises:
         ValueError: The column is missing, rows are bad, or no example is left.
@@ -87,6 +87,25 @@ def examples_in_memory(documents: Dataset, tokenizer: PreTrainedTokenizerBase, s
         return Dataset.from_list(examples.to_list())
 
 
+def say_form(columns: list[str], settings: RunSettings) -> str:
+    """Return the form of a data set's rows, see row_forms.choose. Print it unless they are texts and nothing else.
+
+    Raises:
+        ValueError: As choose. Or a column to be kept is missing.
+    """
+    response = settings.train_loss == "response"
+    form = choose(columns, settings.text_column, settings.row_form, response)
+    others = [name for name in detect(columns, settings.text_column, response) if name != form]
+    if form != "text" or others:
+        instead = f"; --row_form could be {' or '.join(others)}" if others else ""
+        progress.say(f"rows are {FORMS[form].name}{instead}")
+    if missing := [name for name in settings.keep_columns or () if name not in columns]:
+        raise ValueError(
+            f"expected the column {missing[0]} of --keep_columns with values, got {', '.join(columns)}; correct it"
+        )
+    return form
+
+
 def document_order(count: int, shuffle_seed: int | None) -> np.ndarray:
     """Return the numbers of `count` documents in the order in which a run takes them: the data's, or a random one."""
     order = np.arange(count)
@@ -106,8 +125,7 @@ def _tokenise(
     Returns:
         Tokenised slices (blocks; with `pack` whole documents), and the number of dropped rows.
     """
-    response = settings.train_loss == "response"
-    form, columns = row_form(documents.column_names, settings.text_column, response)
+    form = choose(documents.column_names, settings.text_column, settings.row_form, settings.train_loss == "response")
     max_tokens, max_examples = settings.max_tokens or np.inf, settings.max_examples or np.inf
     if settings.pack:  # the number of examples is not known yet
         max_tokens, max_examples = min(max_tokens, max_examples * settings.block_size), np.inf
@@ -116,14 +134,14 @@ def _tokenise(
     with progress.bar(total=len(order), unit="doc", unit_scale=True, desc="tokenising", leave=False) as bar:
         for start in range(0, len(order), SLICE_DOCUMENTS):
             row_numbers = order[start : start + SLICE_DOCUMENTS]
-            rows = _rows_with_text(documents, row_numbers, form, columns, settings, first_row)
+            rows = _rows_with_text(documents, row_numbers, form, settings, first_row)
             dropped_rows += len(row_numbers) - len(rows)
             if len(rows) == 0:
                 continue
             cache = str(work / f"part-{start // SLICE_DOCUMENTS:06d}.arrow")
-            arguments = {"form": form, "columns": columns, "tokenizer": tokenizer, "settings": settings}
-            options = map_options | {"fn_kwargs": arguments, "remove_columns": rows.column_names}
-            blocks = rows.map(_to_blocks, cache_file_name=cache, **options)
+            options = map_options | {"fn_kwargs": {"tokenizer": tokenizer, "settings": settings}}
+            blocks = rows.map(_to_blocks, cache_file_name=cache, remove_columns=["row"], **options)
+            dropped_rows += len(rows) - blocks["block"][:].count(0)
             slices.append(blocks)
             tokens, examples = tokens + int(token_counts(blocks).sum()), examples + len(blocks)
             done, reached = start + len(row_numbers), max(examples / max_examples, tokens / max_tokens)
@@ -137,55 +155,88 @@ def _tokenise(
 
 
 def _rows_with_text(
-    documents: Dataset,
-    row_numbers: np.ndarray,
-    form: str,
-    columns: tuple[str, ...],
-    settings: RunSettings,
-    first_row: int,
+    documents: Dataset, row_numbers: np.ndarray, form: str, settings: RunSettings, first_row: int
 ) -> Dataset:
-    """Return those of the given rows that hold text, with their document ids. Refuse the others, or drop them."""
+    """Return those of the given rows that hold text: `row`, a row_forms.Row as JSON, and document_id; `kept`, JSON.
+
+    Raises:
+        ValueError: Some rows do not, and are not to be dropped.
+    """
     selected = documents.select(row_numbers)
     ids = selected["id"][:] if "id" in documents.column_names else (row_numbers + first_row).tolist()
     if None in ids:
         raise ValueError(f"expected an id in every row, got none in row {row_numbers[ids.index(None)]}; add it")
     ids = [str(document_id) for document_id in ids]
-    rows = values_of(selected, columns)
-    problems = {i: problem for i, row in enumerate(rows) if (problem := row_problem(form, row))}
-    unexpected = [i for i in problems if not (problems[i] == "empty" and _has_blank_rows(settings.data_name))]
-    if unexpected and not settings.skip_bad_rows:
+    chosen = with_columns(form, settings.text_column)
+    columns = tuple(name for name in (*chosen.needed, *chosen.optional) if name in documents.column_names)
+    table: dict[str, list[str]] = {"row": [], "document_id": []}
+    problems = {}
+    for document_id, values in zip(ids, values_of(selected, columns), strict=True):
+        try:
+            row = make_row(form, dict(zip(columns, values, strict=True)), settings.text_column)
+            table["row"].append(json.dumps(row))
+            table["document_id"].append(document_id)
+        except RowError as error:
+            problems[document_id] = str(error)
+    if not _has_blank_rows(settings.data_name) or {*problems.values()} - {"empty"}:
+        _refuse(problems, len(ids), settings)
+    if kept := tuple(settings.keep_columns or ()):
+        values = dict(zip(ids, values_of(selected, kept), strict=True))
+        dicts = [dict(zip(kept, values[document_id], strict=True)) for document_id in table["document_id"]]
+        table["kept"] = [json.dumps(row, default=str) for row in dicts]
+    return Dataset.from_dict(table)
+
+
+def _refuse(problems: dict[str, str], rows: int, settings: RunSettings) -> None:
+    """Raise a ValueError that names bad rows, {document id: problem}, unless they are to be dropped."""
+    if problems and not settings.skip_bad_rows:
+        named = ", ".join(f"{name} ({problem})" for name, problem in [*problems.items()][:5])
         raise ValueError(
-            f"expected text in every row, got {len(unexpected)} empty or other rows among {len(rows)}, the first ones: "
-            f"{', '.join(f'{ids[i]} ({problems[i]})' for i in unexpected[:5])}; fix them or give --skip_bad_rows"
+            f"expected text in every row, got {len(problems)} empty or other rows among {rows}, the first ones: "
+            f"{named}; fix them or give --skip_bad_rows"
         )
-    good = [i for i in range(len(rows)) if i not in problems]
-    table = {column: [rows[i][number] for i in good] for number, column in enumerate(columns)}
-    return Dataset.from_dict(table | {"document_id": [ids[i] for i in good]})
 
 
 def _has_blank_rows(data_name: str) -> bool:
     """Return whether the data usually has blank rows (wikitext, text files), which are dropped without a flag."""
     name = Path(data_name).name
-    return "wikitext" in name or name.endswith(".txt")
+    return "wikitext" in name or ".txt" in Path(name).suffixes[-2:]
 
 
-def _to_blocks(
-    batch: dict, form: str, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, settings: RunSettings
-) -> dict:
+def _to_blocks(batch: dict, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> dict:
     """Tokenise a batch of rows and cut each document into blocks (with `pack` one block), for Dataset.map."""
     response = settings.train_loss == "response"
-    blocks: dict = {"input_ids": [], "document_id": [], "block": []} | ({"counted": []} if response else {})
-    encoded = encode_rows(form, tokenizer, list(zip(*(batch[column] for column in columns), strict=True)))
-    for (ids, counted), document_id in zip(encoded, batch["document_id"], strict=True):
+    names = ["document_id", *(["kept"] if settings.keep_columns else [])]
+    blocks: dict = {"input_ids": [], "block": []} | {name: [] for name in names} | ({"counted": []} if response else {})
+    encoded = _encode([Row(*json.loads(row)) for row in batch["row"]], batch["document_id"], tokenizer, settings)
+    for number, (ids, counted) in encoded.items():
         length = max(len(ids), 1)  # a document without tokens is an example too
         size = length if settings.pack else settings.block_size
-        for number, start in enumerate(range(0, length, size)):
+        for block, start in enumerate(range(0, length, size)):
             blocks["input_ids"].append(ids[start : start + size])
-            blocks["document_id"].append(document_id)
-            blocks["block"].append(number)
+            blocks["block"].append(block)
+            for name in names:
+                blocks[name].append(batch[name][number])
             if response:
                 blocks["counted"].append(counted[start : start + size])
     return blocks
+
+
+def _encode(
+    rows: list[Row], ids: list[str], tokenizer: PreTrainedTokenizerBase, settings: RunSettings
+) -> dict[int, Encoded]:
+    """Tokenise rows; return those that can be, by number. The others are refused, or dropped."""
+    if all(len(row.texts) == 1 for row in rows):
+        return dict(enumerate(encode_texts(tokenizer, [row.texts[0] for row in rows])))
+    ends = special_tokens(tokenizer, rows[0].texts[0]) if rows[0].texts else None
+    encoded, problems = {}, {}
+    for number, row in enumerate(rows):
+        try:
+            encoded[number] = encode_row(tokenizer, row, settings.chat_date, ends)
+        except RowError as error:
+            problems[ids[number]] = str(error)
+    _refuse(problems, len(rows), settings)
+    return encoded
 
 
 def _pack(documents: Dataset, block_size: int) -> Iterator[dict]:
@@ -242,22 +293,8 @@ def _add_text(
         continues = i > 0 and documents[i - 1][-1] == documents[i][0]
         continued = i + 1 < len(documents) and documents[i][-1] == documents[i + 1][0]
         before, after = near["input_ids"][i - 1] if continues else [], near["input_ids"][i + 1] if continued else []
-        texts.append(_block_text(tokenizer, before, block, after))
+        texts.append(block_text(tokenizer, before, block, after))
     return {"text": texts}
-
-
-def _block_text(tokenizer: PreTrainedTokenizerBase, before: list[int], block: list[int], after: list[int]) -> str:
-    """Decode a block between its neighbours in the document; a character belongs to the block with its last token."""
-    some = range(MAX_TOKENS_PER_CHARACTER)
-    contexts = [(before[n:], after[:m]) for n, m in product(some, some)]
-    for left, right in contexts:  # the first one that neither begins nor ends inside a character
-        text = decode(tokenizer, left + block + right)
-        if text == text.strip(INCOMPLETE):
-            break
-    else:
-        left, right = before, []
-    cuts = [len(left), len(left) + len(block)] if right else [len(left)]
-    return split_text(tokenizer, left + block + right, cuts)[1]
 
 
 def write_examples(

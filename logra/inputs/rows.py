@@ -1,7 +1,5 @@
 """Turn a row of data into token ids, and mark the tokens that count in the loss; turn token ids into text.
 
-A row has one of three forms: `text`; `prompt` and `response`; or `messages`, a list of {role, content}.
-
 A row's tokens are those of its whole text. A tokenizer's special tokens stand at the ends of that text only; a chat has
 those of its template alone. See docs/inputs.md.
 
@@ -14,49 +12,14 @@ import string
 from collections.abc import Sequence
 from itertools import pairwise, product
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from logra.runtime.files import has_shape
+from logra.inputs.chats import ChatTemplate
+from logra.inputs.row_forms import Row, RowError
 
-ROW_COLUMNS: dict[str, tuple[str, ...]] = {"prompt": ("prompt", "response"), "messages": ("messages",)}
 MAX_TOKENS_PER_CHARACTER = 4  # bytes of a UTF-8 character
 INCOMPLETE = "\ufffd"  # what decoders return for a part of a character
 Encoded = tuple[list[int], list[bool]]  # token ids, and whether each one counts in the response's loss
-
-
-def row_form(column_names: Sequence[str], text_column: str, response: bool) -> tuple[str, tuple[str, ...]]:
-    """Return the form of a data set's rows (text, prompt or messages), and the columns that hold it.
-
-    Args:
-        column_names: Columns of the data set.
-        text_column: The column that holds a text.
-        response: Only the tokens of a response count, so rows of text are not enough.
-
-    Raises:
-        ValueError: The columns fit none of the forms.
-    """
-    forms = ROW_COLUMNS if response else {"text": (text_column,)} | ROW_COLUMNS
-    for form, needed in forms.items():
-        if set(needed) <= set(column_names):
-            return form, needed
-    expected = "columns prompt and response, or messages" if response else f"a text column {text_column!r}"
-    remedy = "leave --train_loss response out" if response else "give --text_column"
-    raise ValueError(f"expected {expected}, got {', '.join(column_names)}; {remedy}")
-
-
-def row_problem(form: str, row: tuple) -> str | None:
-    """Return what is wrong with the values of a row's columns; None if they hold text."""
-    if form == "messages":
-        (messages,) = row
-        valid = has_shape(messages, [{"role": str, "content": str}])
-        return None if valid and any(turn["role"] == "assistant" for turn in messages) else "no assistant's turn"
-    for value in row:
-        if not isinstance(value, str):
-            return type(value).__name__
-        if not value.strip():
-            return "empty"
-    return None
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -123,7 +86,7 @@ def _offsets(
     for start, end in pairwise([0, *borders, len(text)]):
         part = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
         if ids[: len(part)] != part:
-            raise ValueError(
+            raise RowError(
                 f"expected a tokenizer with offsets, or tokens that end where the prompt ends, got neither at "
                 f"{text[max(0, end - 10) : end + 10]!r}; move spaces to the response, or use a tokenizer.json"
             )
@@ -138,76 +101,63 @@ def _encode_spans(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tup
     return ids, [any(end > first and start < last for first, last in spans) for start, end in offsets]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict], prompt: bool, tokenize: bool):
-    """Return a chat in the tokenizer's template, as text or as token ids.
-
-    Raises:
-        ValueError: There is no template, or it refuses these turns.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "expected a tokenizer with a chat template, got none; use generate.py, or rows of prompt and response"
-        )
-    try:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=tokenize, return_dict=False)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"expected turns that fit the model's chat template, got: {error}; change them") from error
-
-
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict]) -> list[int]:
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, turns: list[dict], date: str) -> list[int]:
     """Return the token ids of a chat in the tokenizer's template, up to what opens the assistant's next turn.
 
     Args:
         tokenizer: Of a chat model.
         turns: {role, content} of each turn.
+        date: See chats.ChatTemplate.
 
     Raises:
-        ValueError: As _render.
+        ValueError: There is no template, or it refuses the turns.
     """
-    return _render(tokenizer, turns, prompt=True, tokenize=True)
+    return ChatTemplate(tokenizer, date).render(turns, prompt=True, tokenize=True)
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Encoded:
-    """Tokenise a chat with the tokenizer's template. The assistant's turns count, end-of-turn tokens included.
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, row: Row, date: str) -> Encoded:
+    """Tokenise a chat with the tokenizer's template. The assistant's turns count, end-of-turn tokens included."""
+    template = ChatTemplate(tokenizer, date, row.tools)
+    text = template.render(row.messages)
+    turns = sum(turn["role"] == "assistant" for turn in row.messages[row.first :])
+    return _encode_spans(tokenizer, text, template.assistant_spans(row.messages, text)[-turns:])
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, row: Row, date: str, ends: tuple[list[int], list[int]] | None = None
+) -> Encoded:
+    """Tokenise a row.
+
+    Args:
+        tokenizer: Of the model.
+        row: A text, a prompt and a response, or a chat; see Row.
+        date: See chats.ChatTemplate.
+        ends: Of special_tokens, if they are known.
 
     Raises:
-        ValueError: As _render. Or the template changes earlier turns, so that a turn's tokens can't be found.
+        RowError: Its tokens can't be told apart; or as ChatTemplate.
+        ValueError: As special_tokens, or there is no chat template.
     """
-    text, spans = _render(tokenizer, messages, prompt=False, tokenize=False), []
-    for i, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:i], prompt=True, tokenize=False) if i else ""
-        after = _render(tokenizer, messages[: i + 1], prompt=False, tokenize=False)
-        if not text.startswith(after) or not after.startswith(before):
-            raise ValueError(
-                f"expected a chat template that keeps earlier turns as they are, got one that changes turn {i}; "
-                "give rows of prompt and response"
-            )
-        spans.append((len(before), len(after) if after != text else math.inf))
-    return _encode_spans(tokenizer, text, spans)
+    if row.messages and (tokenizer.chat_template or not row.texts):
+        return _encode_chat(tokenizer, row, date)
+    if len(row.texts) == 1:
+        return encode_texts(tokenizer, row.texts)[0]
+    text = "".join(row.texts)
+    part, counted = _encode_spans(tokenizer, text, [(len(row.texts[0]), math.inf)])
+    ids, front = _add_ends(part, ends or special_tokens(tokenizer, text))
+    return ids, [False] * front + counted + [True] * (len(ids) - front - len(part))
 
 
-def encode_rows(form: str, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> list[Encoded]:
-    """Tokenise rows, given as the values of the form's columns.
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
+    """Tokenise texts, of which all tokens count.
 
     Raises:
-        ValueError: As special_tokens, _offsets and encode_messages.
+        ValueError: As special_tokens.
     """
-    if form == "messages":
-        return [encode_messages(tokenizer, messages) for (messages,) in rows]
-    texts = ["".join(row) for row in rows]
     ends = special_tokens(tokenizer, texts[0])
-    if form == "text":
-        parts = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        whole = [_add_ends(ids, ends)[0] for ids in parts]
-        return [(ids, [True] * len(ids)) for ids in whole]
-    encoded = []
-    for text, (prompt, _) in zip(texts, rows, strict=True):
-        part, counted = _encode_spans(tokenizer, text, [(len(prompt), math.inf)])
-        ids, front = _add_ends(part, ends)
-        encoded.append((ids, [False] * front + counted + [True] * (len(ids) - front - len(part))))
-    return encoded
+    parts = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    whole = [_add_ends(ids, ends)[0] for ids in parts]
+    return [(ids, [True] * len(ids)) for ids in whole]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -242,3 +192,17 @@ def split_text(
                 break
         places.append(borders[-1][1])
     return [whole[begin:end] for begin, end in pairwise([*places, len(whole)])]
+
+
+def block_text(tokenizer: PreTrainedTokenizerBase, before: list[int], block: list[int], after: list[int]) -> str:
+    """Decode a block between its neighbours in the document; a character belongs to the block with its last token."""
+    some = range(MAX_TOKENS_PER_CHARACTER)
+    contexts = [(before[n:], after[:m]) for n, m in product(some, some)]
+    for left, right in contexts:  # the first one that neither begins nor ends inside a character
+        text = decode(tokenizer, left + block + right)
+        if text == text.strip(INCOMPLETE):
+            break
+    else:
+        left, right = before, []
+    cuts = [len(left), len(left) + len(block)] if right else [len(left)]
+    return split_text(tokenizer, left + block + right, cuts)[1]

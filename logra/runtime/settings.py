@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from datetime import date
 from typing import Any, Self
 
 from logra.hessian import Damping, default_damping
 from logra.influence import MODES
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 
+ROW_FORMS = ("text", "prompt_response", "messages", "prompt_completion", "preference", "alpaca", "sharegpt")
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"  # see models.model.load_config
 CPU_BATCH_TOKENS = 1024  # larger batches were slower on a CPU
 
@@ -53,6 +55,13 @@ def pattern(text: str) -> str:
     return text
 
 
+def iso_date(text: str) -> str:
+    """Argparse type of a date, YYYY-MM-DD."""
+    with suppress(ValueError):
+        return date.fromisoformat(text).isoformat()
+    raise argparse.ArgumentTypeError(f"expected a date such as 2024-07-26, got {text!r}")
+
+
 def positive_int_or_auto(text: str) -> int | str:
     """Argparse type of a positive integer or `auto`."""
     return text if text == "auto" else positive_int(text)
@@ -85,6 +94,10 @@ class DataSettings:
     shuffle_seed: int | None = setting(None, "take the documents in a random order, with this seed (the data's order)",
         seed_int)
     skip_bad_rows: bool = setting(False, "drop and count rows without text, instead of stopping")
+    row_form: str | None = setting(None, "how rows hold texts, prompts and answers, or chats (found by their columns)",
+        choices=ROW_FORMS)
+    keep_columns: Sequence[str] | None = setting(None, "further columns to keep beside the text, for stage 4: url, "
+        "source ... (none)", nargs="+", metavar="COLUMN")
     # fmt: on
 
 
@@ -127,6 +140,7 @@ class RunSettings(DataSettings):
     store_dtype: str = setting("float32", "dtype of the stored gradients; int1 stores signs; none stores none, and "
         "stage 3 runs the model again", choices=[*FLOAT_DTYPES, *INTEGER_BITS])
     seed: int = setting(0, "seed of the projections and the calibration sample", seed_int)
+    chat_date: str = setting("2024-07-26", "the date for chat templates that ask for today's", iso_date)
     # fmt: on
 
     @classmethod
@@ -148,6 +162,8 @@ class RunSettings(DataSettings):
                 f"expected --basis eigen with --store_dtype {settings.store_dtype}, got projected, where a few large "
                 "coordinates make the others round to zero; leave --basis out"
             )
+        if settings.pack and settings.keep_columns:
+            raise ValueError("expected --keep_columns without --pack, whose blocks hold many rows; leave one out")
         if settings.lora == "none" and settings.bytes_per_example:
             raise ValueError("expected --bytes_per_example with a projection, got --lora none; leave one out")
         if settings.lora != "none" and not settings.bytes_per_example:
@@ -231,6 +247,8 @@ def is_setting(field: Field, value: Any) -> bool:
     The field's type says whether it may be null. The default may be None where the type is not: run.json is complete.
     """
     options = field.metadata
+    if "nargs" in options:
+        return value is None or (isinstance(value, list) and all(type(part) is options["type"] for part in value))
     if value is None or "action" in options:
         return isinstance(value, field.type)  # type: ignore[arg-type]
     with suppress(argparse.ArgumentTypeError, ValueError):
@@ -263,11 +281,13 @@ class QuerySettings:
     """Which queries to score, and which of their tokens count in the loss."""
 
     # fmt: off
-    split: str = setting("generated", "queries: generated (stage 1's file), train, validation, test, or a .jsonl file")
+    split: str = setting("generated", "queries: generated (stage 1's file), train, validation, test, a file, or the "
+        "split of a data set (name:split)")
     query_loss: str = setting("response", "tokens of a query that count in the loss", choices=["response", "all"])
     max_queries: int | None = setting(None, "use at most this many queries (all)", positive_int)
     group_by: str | None = setting(None, "queries with the same value in this column are one query: their mean "
         "gradient (off)", metavar="COLUMN")
+    truncate_queries: bool = setting(False, "of a query that is longer than the model's context, use the last tokens")
     # fmt: on
 
 

@@ -251,11 +251,12 @@ def query_text(query: dict) -> dict[str, Any]:
     """Return what to show for a row of queries.jsonl.
 
     Returns:
-        id, prompt, response; cut, whether the response was cut; words, the text without the names of roles; group,
-        which queries a group consists of.
+        id, prompt, response; rejected, the other answer of a contrast; cut, whether the response was cut; words, the
+        text without the names of roles; group, which queries a group consists of.
     """
     text, prompt, response = (str(query.get(key) or "") for key in ("text", "prompt", "response"))
     shown: dict[str, Any] = {"id": str(query["id"]), "prompt": prompt or text, "response": response, "group": ""}
+    shown["rejected"] = str(query.get("rejected") or "") if response else ""
     shown["cut"] = query.get("cut") is True
     shown["words"] = shown["prompt"] + response
     if shown["prompt"]:

@@ -217,10 +217,11 @@ class Scorer:
             yield block.to(self.device).float()
 
     def _query_gradients(self, groups: list[list[Query]]) -> dict[str, Tensor]:
-        """Return the groups' mean gradients, {layer: [len(groups), k]} float32, on every rank."""
-        members = [(i, 1 / len(group), query) for i, group in enumerate(groups) for query in group]
+        """Return the groups' gradients (means of their queries'), {layer: [len(groups), k]}, on every rank."""
+        sizes = [sum(query.sign > 0 for query in group) for group in groups]
+        members = [(i, query.sign / sizes[i], query) for i, group in enumerate(groups) for query in group]
         members = [members[n] for n in processes.share(len(members))]
-        token_ids, counted = [q.token_ids for *_, q in members], [q.counted for *_, q in members]
+        token_ids, counted = [query.token_ids for *_, query in members], [query.counted for *_, query in members]
         bar = progress.bar(total=sum(map(len, token_ids)), desc="query gradients", unit="tok")
         with self.capture, bar:
             own_grads, _ = self.extractor.gradients(token_ids, counted, on_batch=bar.update).wait()

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from logra import hessian
 from logra.hooks import GradientCapture
 from logra.inputs.documents import load_documents, source_contents
-from logra.inputs.examples import token_counts, write_examples
-from logra.inputs.rows import row_form
+from logra.inputs.examples import say_form, token_counts, write_examples
 from logra.quantise import ScoreErrorEstimate
 from logra.run_dir import RunDir, TrainPart
 from logra.runtime import files, processes, progress
@@ -143,8 +142,8 @@ def write_train(
     settings = run.settings.with_data(further) if further else run.settings
     name, config, split = settings.data_name, settings.data_config, settings.data_split
     source = source_contents(name, config, split)  # first: a file that changes from now on is refused the next time
-    documents = load_documents(name, config, split, cache_dir, settings.text_column)
-    row_form(documents.column_names, settings.text_column, settings.train_loss == "response")  # refuses other rows
+    documents = load_documents(settings, cache_dir)
+    say_form(documents.column_names, settings)
     train_folder = run.train_folder(len(run.parts))
     created = train_folder if further else run.folder
     files.remove(created)

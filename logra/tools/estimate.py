@@ -82,9 +82,7 @@ def estimate(
             f"expected a model whose code runs without its weights, got type {config.model_type} ({error}); leave out "
             "--dry_run and --trial"
         ) from error
-    documents = load_documents(
-        settings.data_name, settings.data_config, settings.data_split, cache_dir, settings.text_column
-    )
+    documents = load_documents(settings, cache_dir)
     size, sample = data_size(documents, tokenizer, settings)
     run, on_gpu = with_examples(run, size.examples), processes.state().device.type == "cuda"
     say_layers(run)

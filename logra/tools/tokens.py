@@ -18,6 +18,7 @@ from logra import influence
 from logra.hooks import TokenCapture
 from logra.inputs.queries import Query, group_queries, load_queries, query_hash
 from logra.inputs.rows import split_text
+from logra.models.model import context_length
 from logra.run_dir import RunDir
 from logra.runtime.memory import release_memory
 from logra.runtime.progress import bar
@@ -70,12 +71,14 @@ class TokenSplitter:
         run.check_model(described)
         self.grouped, self.query_rank = scores.group_by is not None, scores.query_rank
         query_settings = QuerySettings(
-            scores.split, scores.query_loss, None if self.grouped else scores.num_queries, scores.group_by
+            scores.split, scores.query_loss, None if self.grouped else scores.num_queries, scores.group_by, True
         )
-        _, queries = load_queries(query_settings, scores.log.settings, self.tokenizer)
+        context = context_length(self.lm.config)
+        _, queries = load_queries(query_settings, scores.log.settings, self.tokenizer, context)
         if not self.grouped and query_hash(queries) != scores.queries:
             raise ValueError(f"expected the queries that were scored in {scores.split}, got others; score them again")
         self.groups = group_queries(queries, scores.group_by)
+        self.whole = self.grouped or self.query_rank or any(query.rejected for query in queries)
         blocks = {layer: block_name(layer) for layer in scores.layers}
         task = ScoreTask(run, scores.hessian, blocks, [scores.applied_damping], scores.query_rank)
         self.scorer = Scorer(task, self.lm, execution, None)
@@ -97,16 +100,15 @@ class TokenSplitter:
             proponents: Example ids of each query, whose dots are summed before they are split by the query's tokens.
 
         Returns:
-            The shares. Those of the queries' tokens are left out if queries are grouped, or cut (--query_rank): the cut
-            of a sum over tokens is not the sum of their cuts.
+            The shares. Those of the queries' tokens are left out if queries are grouped or contrasts, or cut
+            (--query_rank): the cut of a sum over tokens is not the sum of their cuts.
         """
         pairs, query_shares = dict[tuple[int, int], PairShares](), list[Tensor]()
         step = max(1, self.scorer.queries_per_step // 2)  # half for the queries, half for their proponents
         for first in range(0, len(shown), step):
             numbers = range(first, min(first + step, len(shown)))
             groups = [self.groups[i] for i in numbers]
-            whole = self.grouped or self.query_rank
-            examples = [] if whole else [[_as_query(train, e) for e in proponents[i]] for i in numbers]
+            examples = [] if self.whole else [[_as_query(train, e) for e in proponents[i]] for i in numbers]
             solved, _ = self.scorer.preconditioned(groups + examples)
             if self.query_rank:
                 solved = {

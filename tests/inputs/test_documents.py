@@ -13,10 +13,11 @@ from conftest import write_jsonl
 from datasets import Dataset
 from pyarrow import parquet
 
-from logra.inputs import data_files
-from logra.inputs.data_files import values_of
+from logra.inputs import file_rows
 from logra.inputs.documents import load_documents
+from logra.inputs.file_rows import values_of
 from logra.runtime import progress
+from logra.runtime.settings import DataSettings
 
 
 def test_every_kind_of_source(tmp_path, monkeypatch):
@@ -35,22 +36,22 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
         (tmp_path / "wikitext").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "wikitext" / f"{split}.parquet")
     for name in ("a.jsonl", "a.json", "a.txt", "a.parquet", "saved", "saved_dict", "openwebtext", "wikitext"):
-        assert load_documents(name, None, "train", str(tmp_path / "cache"))["text"][:] == texts, name
+        assert load_documents(DataSettings(name, None, "train"), str(tmp_path / "cache"))["text"][:] == texts, name
     for name in ("saved_dict", "openwebtext"):
-        assert len(load_documents(name, None, "test", str(tmp_path / "cache"))) == 2
+        assert len(load_documents(DataSettings(name, None, "test"), str(tmp_path / "cache"))) == 2
     for name, split in (("saved", "test"), ("openwebtext", "validation"), ("a.jsonl", "test"), ("pydoc", "test")):
         with pytest.raises(ValueError, match=name):
-            load_documents(name, None, split, str(tmp_path / "cache"))
+            load_documents(DataSettings(name, None, split), str(tmp_path / "cache"))
     for name in ("no/such-data", "missing.jsonl"):
         with pytest.raises(ValueError, match="can't be loaded"):
-            load_documents(name, None, "train", str(tmp_path / "cache"))
-    whole, short = (load_documents("pydoc", config, "train") for config in (None, "short"))
+            load_documents(DataSettings(name, None, "train"), str(tmp_path / "cache"))
+    whole, short = (load_documents(DataSettings("pydoc", config, "train")) for config in (None, "short"))
     assert {"with", "try"} <= set(short["id"]) < set(whole["id"])
 
 
 def load(path, split="train", config=None, cache="cache"):
     """Return (id, text) of each row of a local path, as the examples would have them."""
-    rows = load_documents(str(path), config, split, cache)
+    rows = load_documents(DataSettings(str(path), config, split), cache)
     ids = rows["id"][:] if "id" in rows.column_names else [None] * len(rows)
     return list(zip(map(str, ids), (text for (text,) in values_of(rows, ("text",))), strict=True))
 
@@ -62,7 +63,7 @@ def load(path, split="train", config=None, cache="cache"):
         (("b.jsonl", "a.jsonl", "sub/c.jsonl"), "a.jsonl b.jsonl sub/c.jsonl", None),
         (("a.jsonl", ".b.jsonl", ".cache/x.metadata", "__c.jsonl"), "__c.jsonl a.jsonl", ".b.jsonl\n"),
         (("b.txt", "a.txt", "image.png"), "a.txt b.txt", "image.png"),
-        (("train.jsonl", "more.jsonl", "old.jsonl.gz"), "more.jsonl train.jsonl", "old.jsonl.gz"),
+        (("train.jsonl", "more.jsonl", "old.jsonl.bz2"), "more.jsonl train.jsonl", "old.jsonl.bz2"),
         (("val_losses.jsonl", "test_cases.jsonl"), "test_cases.jsonl val_losses.jsonl", None),
         (("train.jsonl", "test.jsonl", "validation.jsonl"), "train.jsonl", None),
         (("train/b.jsonl", "train/a.jsonl", "test/c.jsonl"), "train/a.jsonl train/b.jsonl", None),
@@ -96,10 +97,12 @@ def test_folders_that_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"test\.jsonl has the name of a split and web\.jsonl has not"):
         load(folder)
     (folder / "test.jsonl").rename(folder / "a.jsonl")
-    with pytest.raises(ValueError, match=r"web\.jsonl has the columns text, id, and a\.jsonl uses text"):
+    with pytest.raises(
+        ValueError, match=r"rows of a\.jsonl are text and no id, and those of web\.jsonl text and an id"
+    ):
         load(folder)
     for name in ("a.jsonl", "web.jsonl"):
-        (folder / name).rename(folder / f"{name}.csv")
+        (folder / name).rename(folder / f"{name}.xml")
     with pytest.raises(ValueError, match="no file that ends with one of"):
         load(folder)
 
@@ -182,11 +185,11 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", [{"text": "the river"}])
 
-    def write_late(*arguments, write=data_files._write):
+    def write_late(*arguments, write=file_rows._write):
         write(*arguments)
         write_jsonl(tmp_path / "a.jsonl", [{"text": "the mill"}])
 
-    monkeypatch.setattr(data_files, "_write", write_late)
+    monkeypatch.setattr(file_rows, "_write", write_late)
     with pytest.raises(ValueError, match="changed while it was read"):
         load("a.jsonl")
     assert not list(tmp_path.rglob("*.arrow*"))
@@ -227,6 +230,6 @@ def test_large_files_are_read_in_parts(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl", rows)
     Dataset.from_list(rows).to_parquet("rows.parquet")
     for name in ("rows.jsonl", "rows.parquet"):
-        documents = load_documents(name, None, "train", "cache")
+        documents = load_documents(DataSettings(name, None, "train"), "cache")
         assert documents.data.num_rows == 2500 and documents.data["text"].num_chunks == 3
         assert load(name) == [(row["id"], row["text"]) for row in rows]

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from logra.inputs import examples
 from logra.inputs.documents import load_documents
-from logra.runtime.settings import RunSettings
+from logra.runtime.settings import DataSettings, RunSettings
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_bad_rows_are_named_or_dropped(tokenizer, tmp_path):
     """Empty and non-string rows are counted and named; --skip_bad_rows drops them and keeps the others' ids."""
     rows = [{"text": t} for t in ["good", "", None, 5, "fine", "  "]]
     write_jsonl(tmp_path / "bad.jsonl", rows)
-    documents = load_documents(str(tmp_path / "bad.jsonl"), None, "train", str(tmp_path / "cache"))
+    documents = load_documents(DataSettings(str(tmp_path / "bad.jsonl"), None, "train"), str(tmp_path / "cache"))
     with pytest.raises(
         ValueError, match=r"got 4 empty or other rows.*1 \(empty\), 2 \(NoneType\), 3 \(int\).*skip_bad_rows"
     ):

@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from logra.inputs import rows
+from logra.inputs.row_forms import Row, RowError
 from logra.models.model import load_model
 from logra.run_dir import RunDir
 
+DATE = "2024-07-26"
 PAIRS = [("the old mill", " and the river ran past"), ("water", " birds"), ("a dog", " barked at the cold children")]
 
 
@@ -68,7 +70,7 @@ def test_chats(cli, tiny, workspace, tokenizer):
         {"role": "user", "content": "water"},
         {"role": "assistant", "content": "birds"},
     ]
-    ids, counted = rows.encode_messages(tokenizer, chat)
+    ids, counted = rows.encode_row(tokenizer, Row(messages=tuple(chat)), DATE)
     assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
     text = tokenizer.decode([i for i, c in zip(ids, counted, strict=True) if c])
     assert text.replace("<s>", "") == "the river<|eot_id|>birds<|eot_id|>"
@@ -79,11 +81,16 @@ def test_chats(cli, tiny, workspace, tokenizer):
     assert status == 0, err
     assert cli("analysis", "--log_dir", "log")[0] == 0
     changing = make_tokenizer()
-    changing.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="earlier turns"):
-        rows.encode_messages(changing, chat)
+    changing.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}. {% endfor %}"
+    ids, counted = rows.encode_row(changing, Row(messages=tuple(chat)), DATE)
+    assert changing.decode([i for i, c in zip(ids, counted, strict=True) if c]) == "the river. birds. "
+    changing.chat_template = (
+        "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(RowError, match="a turn 1 that is not in the text of the chat template"):
+        rows.encode_row(changing, Row(messages=tuple(chat)), DATE)
     with pytest.raises(ValueError, match="chat template"):
-        rows.encode_messages(make_tokenizer(chat=False), chat)
+        rows.encode_row(make_tokenizer(chat=False), Row(messages=tuple(chat)), DATE)
 
 
 def test_bad_responses(cli, tiny, workspace):
@@ -164,7 +171,7 @@ def counted_text(tokenizer, encoded: rows.Encoded) -> tuple[list[str], list[str]
 def test_prompt_and_response_are_one_text(name, prompt, response):
     """The tokens are those of the joined text; from the first one that reaches into the response on, all count."""
     tokenizer = with_ends(name)
-    ((ids, counted),) = rows.encode_rows("prompt", tokenizer, [(prompt, response)])
+    ids, counted = rows.encode_row(tokenizer, Row((prompt, response)), DATE)
     assert ids == tokenizer(prompt + response)["input_ids"]
     first = counted.index(True)
     assert counted == [i >= first for i in range(len(ids))]
@@ -179,16 +186,16 @@ def test_special_tokens_stand_once(name):
     whole = tokenizer(text)["input_ids"]
     front, back = ENDS[name].replace(" ", "").split("$A")
     for written in (text, front + text, text + back, front + text + back):
-        (encoded,) = rows.encode_rows("text", tokenizer, [(written,)])
+        (encoded,) = rows.encode_texts(tokenizer, [written])
         assert encoded == (whole, [True] * len(whole)), written
-        ((ids, counted),) = rows.encode_rows("prompt", tokenizer, [(written[:8], written[8:])])
+        ids, counted = rows.encode_row(tokenizer, Row((written[:8], written[8:])), DATE)
         assert ids == whole and any(counted)
     if front:
-        ((ids, _),) = rows.encode_rows("text", tokenizer, [(front + front + text,)])
+        ((ids, _),) = rows.encode_texts(tokenizer, [front + front + text])
         assert tokenizer.decode(ids).startswith(front + front + "the")
-    inside = rows.encode_rows("text", tokenizer, [("a</s>b<s>",), (text,)])
+    inside = rows.encode_texts(tokenizer, ["a</s>b<s>", text])
     assert inside[0][0].count(2) == 1 + (name in ("t5", "bert")) and inside[1][0] == whole
-    assert rows.encode_rows("text", with_ends("gpt2"), [("<s><s>a</s></s>",)])[0][0][:2] == [1, 1]
+    assert rows.encode_texts(with_ends("gpt2"), ["<s><s>a</s></s>"])[0][0][:2] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -216,17 +223,17 @@ def test_a_prompt_to_be_continued_is_not_ended(cli, tiny, workspace, name):
 def test_a_space_that_merges(tokenizer):
     """A token that spans the border counts as the response's."""
     metaspace = sentencepiece_like()
-    (encoded,) = rows.encode_rows("prompt", metaspace, [("the ", "river")])
+    encoded = rows.encode_row(metaspace, Row(("the ", "river")), DATE)
     assert counted_text(metaspace, encoded) == (["<s>", "▁the"], ["▁river"])
-    (encoded,) = rows.encode_rows("prompt", metaspace, [("the river go", "ing the")])
+    encoded = rows.encode_row(metaspace, Row(("the river go", "ing the")), DATE)
     assert counted_text(metaspace, encoded)[1] == ["ing", "▁the"]
-    (encoded,) = rows.encode_rows("prompt", metaspace, [("the e", "\u0301t")])
+    encoded = rows.encode_row(metaspace, Row(("the e", "\u0301t")), DATE)
     assert counted_text(metaspace, encoded)[1] == ["é", "t"]
     assert rows.prompt_tokens(metaspace, "<s>the ")[0] == 1 and 1 not in rows.prompt_tokens(metaspace, "<s>the ")[1:]
     turn = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     tokenizer.chat_template = turn + "{% if add_generation_prompt %}assistant: {% endif %}"
     chat = [{"role": role, "content": "water"} for role in ("user", "assistant", "user", "assistant")]
-    ids, counted = rows.encode_messages(tokenizer, chat)
+    ids, counted = rows.encode_row(tokenizer, Row(messages=tuple(chat)), DATE)
     assert ids == tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
     assert tokenizer.decode([i for i, c in zip(ids, counted, strict=True) if c]) == " water\n water\n"
 
@@ -236,31 +243,31 @@ def test_chats_have_the_tokens_of_their_template_alone():
     tokenizer = with_ends("bert")
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}"
     chat = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "ran"}]
-    ((ids, counted),) = rows.encode_rows("messages", tokenizer, [(chat,)])
+    ids, counted = rows.encode_row(tokenizer, Row(messages=tuple(chat)), DATE)
     assert ids.count(1) == 1 and ids[0] == 1 and ids[-1] == 3 and 2 not in ids
     assert tokenizer.decode([i for i, c in zip(ids, counted, strict=True) if c]) == "ran<|eot_id|>"
-    assert rows.chat_tokens(tokenizer, chat[:1]) == ids[: counted.index(True)]
+    assert rows.chat_tokens(tokenizer, chat[:1], DATE) == ids[: counted.index(True)]
 
 
 def test_tokenizers_without_offsets():
     """Where the prompt's tokens begin the joined text's, the border is certain; else the row is refused."""
     bytes_ = ByT5Tokenizer()
-    ((ids, counted),) = rows.encode_rows("prompt", bytes_, [("the é", "é river")])
+    ids, counted = rows.encode_row(bytes_, Row(("the é", "é river")), DATE)
     assert not bytes_.is_fast and ids == bytes_("the éé river")["input_ids"] and ids[-1] == bytes_.eos_token_id
     assert counted.index(True) == len("the é".encode()) and all(counted[counted.index(True) :])
     assert rows.prompt_tokens(bytes_, "the") == bytes_("the")["input_ids"][:-1]
     words = Words()
-    ((ids, counted),) = rows.encode_rows("prompt", words, [("the old", " river")])
+    ids, counted = rows.encode_row(words, Row(("the old", " river")), DATE)
     assert ids == words("the old river")["input_ids"] and counted == [False, False, False, True]
     for pair in (("the ", "river"), ("the riv", "er")):
         with pytest.raises(ValueError, match="tokenizer with offsets"):
-            rows.encode_rows("prompt", words, [pair])
+            rows.encode_row(words, Row(pair), DATE)
     words.chat_template = "{% for m in messages %}{{ m['content'] }}. {% endfor %}"
     chat = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "ran"}]
     with pytest.raises(ValueError, match="tokenizer with offsets"):
-        rows.encode_messages(words, chat)
+        rows.encode_row(words, Row(messages=tuple(chat)), DATE)
     words.chat_template = "{% for m in messages %} {{ m['content'] }}.{% endfor %}"
-    assert rows.encode_messages(words, chat)[1] == [False, False, True]
+    assert rows.encode_row(words, Row(messages=tuple(chat)), DATE)[1] == [False, False, True]
 
 
 def test_exact_tokens_are_never_read_from_the_text(cli, tiny, workspace):

@@ -144,9 +144,9 @@ def test_missing_stages_name_the_command(cli, base):
     [
         ("", ("none",)),
         ("{}\n", ("row 1", "text")),
-        ("not json\n", ("row 1",)),
+        ("not json\n", ("line 1",)),
         ('{"text": "a"}\n', ("query 0", "none")),
-        ('{"id": "x", "prompt": "the river", "response": ""}\n', ("query x",)),
+        ('{"id": "x", "prompt": "the river", "response": ""}\n', ("row 1", "empty")),
         ('{"text": "%s"}\n' % ("river " * 90), ("64 tokens",)),
         ('{"text": 5}\n', ("row 1",)),
         ('{"id": "1", "text": "the river"}\n{"id": "1", "text": "the mill"}\n', ("'1'", "twice")),

@@ -71,7 +71,7 @@ def test_strange_texts_are_texts(cli, tiny, workspace, text, suffix):
     examples = RunDir.load(Path("log")).train()
     assert examples["document_id"] == ["0", "1"] and scores.shape == (3, 2)
     assert (scores[:, 0] == 0).all() == (len(examples[0]["input_ids"]) == 1)
-    assert examples["text"][0] == text
+    assert examples["text"][0] == (text.lstrip("\ufeff") if suffix == "txt" else text)  # there it marks UTF-8
 
 
 @pytest.mark.parametrize("kind", ["raw", "kfac", "ekfac"])
@@ -87,7 +87,7 @@ def test_documents_without_a_loss(cli, tiny, workspace, kind):
         ("empty.json", b"[]", ("empty.json", "nothing")),
         ("empty.txt", b"", ("empty.txt",)),
         ("bytes.jsonl", b'{"text": "the \xff\xfe river"}\n', ("UTF-8", "the \\xff")),
-        ("bytes.txt", b"the \xff\xfe river\n", ("bytes.txt", "0xff")),
+        ("bytes.txt", b"the \xff\xfe river\n", ("bytes.txt", "byte 4", "\\xff")),
         ("bytes.json", b'[{"text": "the \xff\xfe river"}]', ("bytes.json", "UTF-8")),
         ("nul.jsonl", b'{"text": "the \0 river"}\n', ("nul.jsonl", "JSON")),
         ("half.jsonl", b'{"text": "the \\ud800 river"}\n', ("half.jsonl", "surrogate")),
@@ -97,7 +97,7 @@ def test_documents_without_a_loss(cli, tiny, workspace, kind):
         (
             "roles.jsonl",
             b'{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}\n',
-            ("no assistant",),
+            ("0 (turn 0 without a role)",),
         ),
     ],
 )
@@ -126,9 +126,9 @@ def finished(tiny, tmp_path_factory):
         (b'{"text": "the \\ud800 river"}\n', ("row 1", "surrogates")),
         (b'{"text": "a b", "id": "\\ud800"}\n', ("row 1", "surrogates")),
         (b'{"text": "the \xff river"}\n', ("q.jsonl", "UTF-8")),
-        (b"[" * 100_000, ("row 1", "nested")),
-        (b'{"prompt_ids": [1' + b"0" * 5000 + b"]}\n", ("row 1", "4300")),
-        (b'{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}\n', ("row 1", "messages")),
+        (b"[" * 100_000, ("line 1", "nested")),
+        (b'{"prompt_ids": [1' + b"0" * 5000 + b"]}\n", ("line 1", "4300")),
+        (b'{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}\n', ("row 1", "turn 0")),
     ],
     ids=["half a pair", "half a pair in an id", "bytes", "brackets", "digits", "no role"],
 )
