@@ -60,7 +60,9 @@ def _is_layer(sizes: Any) -> bool:
     return has_shape(sizes, [is_positive]) and len(sizes) == 4 and sizes[2] <= sizes[0] and sizes[3] <= sizes[1]
 
 
-LATER_SETTINGS = {"row_form": None, "keep_columns": None, "chat_date": RunSettings.chat_date}  # older runs lack them
+LATER_SETTINGS = {  # older runs lack them
+    name: getattr(RunSettings, name) for name in ("streaming", "row_form", "keep_columns", "chat_date")
+}
 # The shapes of run.json and its parts (see files.has_shape). The file may come from anyone, so nothing is assumed.
 PART_JSON = {field.name: is_count for field in fields(TrainPart)} | {
     "settings": {field.name: partial(is_setting, field) for field in fields(DataSettings)},

@@ -80,7 +80,7 @@ def find(path: Path, config: str | None, split: str) -> list[Path]:
     """
     matches = [] if path.exists() else _matches(str(path))
     if not path.is_dir() and not path.is_file() and not matches:
-        raise ValueError("it is neither a file nor a folder")
+        raise ValueError("it is neither a file nor a folder, and no pattern of files that are there")
     if path.is_dir() and not is_saved(path) and _has_configs(path):
         splits = _configured_splits(path, config)
     elif config:

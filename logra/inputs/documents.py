@@ -1,5 +1,6 @@
 """Load documents from a local file or folder, from Python's own manual, or from the Hub."""
 
+import glob
 import math
 import re
 from collections.abc import Iterator
@@ -11,19 +12,22 @@ import datasets
 from datasets import Dataset
 
 from logra.inputs import data_files, file_rows
-from logra.runtime import files
+from logra.inputs.file_rows import Stream
+from logra.runtime import files, progress
 from logra.runtime.settings import DataSettings
 
 HUB_NAMES = {
     "openwebtext": ("Skylion007/openwebtext", None),
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
+OPENWEBTEXT_TOKENS = 9e9  # about; a run of less than a tenth streams
+SHUFFLE_BUFFER = 10_000  # documents of a stream that are mixed
 MAX_SHORT_TOPIC_CHARACTERS = 12_000  # pydoc's configuration `short` leaves out longer topics
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the script prints each error once
 
 
-def load_documents(settings: DataSettings, cache_dir: str | None = None) -> Dataset:
+def load_documents(settings: DataSettings, cache_dir: str | None = None) -> Dataset | Stream:
     """Load documents from a local file, folder or pattern if one has this name, else pydoc, openwebtext, wikitext or a
     Hub id.
 
@@ -33,7 +37,8 @@ def load_documents(settings: DataSettings, cache_dir: str | None = None) -> Data
         ValueError: The data can't be found or read, or has no such configuration or split.
     """
     with _errors_of(settings.data_name, settings.data_split):
-        return _with_text_ids(_load(settings, cache_dir))
+        documents = _load(settings, cache_dir)
+        return documents if isinstance(documents, Stream) else _with_text_ids(documents)
 
 
 @contextmanager
@@ -50,19 +55,35 @@ def _errors_of(name: str, split: str) -> Iterator[None]:
         ) from error
 
 
-def _load(settings: DataSettings, cache_dir: str | None) -> Dataset:
+def _load(settings: DataSettings, cache_dir: str | None) -> Dataset | Stream:
     name, config, split = settings.data_name, settings.data_config, settings.data_split
     path, cache = Path(name), Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "logra"
-    if data_files.exists(name):
+    if settings.streaming and (name == "pydoc" or (path.is_dir() and data_files.is_saved(path))):
+        raise ValueError("it is small or on the disk already; leave --streaming out")
+    if data_files.exists(name) or glob.has_magic(name):
         found = data_files.find(path, config, split)
         if path.is_dir() and data_files.is_saved(path):
             return _only_split(data_files.load_saved(path, cache), split)
         data_files.say_left_out(path)
+        if settings.streaming:
+            rows = datasets.IterableDataset.from_generator(file_rows.read_all, gen_kwargs={"paths": found})
+            return _stream(rows, settings)
         return file_rows.read(found, settings.text_column, settings.row_form, settings.keep_columns or (), cache)
     if name == "pydoc":
         return _only_split({"train": _load_pydoc(config)}, split)
     hub_name, hub_config = HUB_NAMES.get(name, (name, None))
-    return datasets.load_dataset(hub_name, config or hub_config, split=split, cache_dir=cache_dir)
+    streaming = settings.streaming or (name == "openwebtext" and settings.max_tokens < OPENWEBTEXT_TOKENS / 10)
+    options = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
+    documents = datasets.load_dataset(hub_name, config or hub_config, **options)
+    return _stream(documents, settings) if streaming else documents
+
+
+def _stream(documents: datasets.IterableDataset, settings: DataSettings) -> Stream:
+    """Return a data set of which a run reads the first documents; with a seed, mixed by a buffer."""
+    progress.say("reading only the documents that are needed (--streaming)")
+    if settings.shuffle_seed is not None:
+        documents = documents.shuffle(settings.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+    return Stream(documents)
 
 
 def _with_text_ids(documents: Dataset) -> Dataset:
@@ -89,14 +110,17 @@ def _load_pydoc(config: str | None) -> Dataset:
     return Dataset.from_dict({"id": list(chosen), "text": list(chosen.values())})
 
 
-def source_contents(name: str, config: str | None, split: str) -> dict[str, str] | None:
-    """Return the content of each file of a local data set's split, by name and in order; None for a Hub name.
+def source_contents(settings: DataSettings) -> dict[str, str] | None:
+    """Return the content of each file of a local data set's split, by name and in order.
+
+    None for a Hub name, and for a stream: files of which only the beginning is read are not compared.
 
     Raises:
         ValueError: As load_documents.
     """
-    if not data_files.exists(name):
+    name, split = settings.data_name, settings.data_split
+    if settings.streaming or not data_files.exists(name):
         return None
     with _errors_of(name, split):
-        found = data_files.find(Path(name), config, split)
+        found = data_files.find(Path(name), settings.data_config, split)
         return {str(file.relative_to(data_files.base(name))): files.file_content(file) for file in found}

@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,24 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logra.inputs.file_rows import values_of
+from logra.inputs.file_rows import Stream, values_of
 from logra.inputs.row_forms import FORMS, Row, RowError, choose, detect, make_row, with_columns
 from logra.inputs.rows import (
     Encoded,
-    block_text,
+    add_text,
     encode_row,
     encode_texts,
+    pack,
     special_tokens,
 )
 from logra.runtime import files, progress
 from logra.runtime.settings import RunSettings
 
-SLICE_DOCUMENTS = 10_000  # documents tokenised at a time
+SLICE_DOCUMENTS, STREAM_DOCUMENTS = 10_000, 1_000  # documents tokenised at a time; of a Stream
 
 
 def build_examples(
-    documents: Dataset,
+    documents: Dataset | Stream,
     tokenizer: PreTrainedTokenizerBase,
     settings: RunSettings,
     num_proc: int | None,
@@ -71,16 +72,18 @@ def build_examples(
     examples = datasets.concatenate_datasets(slices)
     if settings.pack:
         arguments = {"documents": examples, "block_size": settings.block_size}
-        examples = Dataset.from_generator(_pack, gen_kwargs=arguments, cache_dir=str(work))
+        examples = Dataset.from_generator(pack, gen_kwargs=arguments, cache_dir=str(work))
     examples = _within_limits(examples, settings)
     arguments = {"examples": examples, "tokenizer": tokenizer}
     options = map_options | {"with_indices": True, "input_columns": "input_ids", "fn_kwargs": arguments}
-    examples = examples.map(_add_text, cache_file_name=str(work / "text.arrow"), **options)
+    examples = examples.map(add_text, cache_file_name=str(work / "text.arrow"), **options)
     ids = chain.from_iterable(examples["document_ids"][:]) if settings.pack else examples["document_id"][:]
     return examples, {"documents": len(set(ids)), "dropped_rows": dropped_rows, "rows": len(documents)}
 
 
-def examples_in_memory(documents: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> Dataset:
+def examples_in_memory(
+    documents: Dataset | Stream, tokenizer: PreTrainedTokenizerBase, settings: RunSettings
+) -> Dataset:
     """Return the examples of build_examples, without files."""
     with tempfile.TemporaryDirectory() as work:
         examples, _ = build_examples(documents, tokenizer, settings, None, Path(work))
@@ -113,7 +116,7 @@ def document_order(count: int, shuffle_seed: int | None) -> np.ndarray:
 
 
 def _tokenise(
-    documents: Dataset,
+    documents: Dataset | Stream,
     tokenizer: PreTrainedTokenizerBase,
     settings: RunSettings,
     map_options: dict,
@@ -129,61 +132,80 @@ def _tokenise(
     max_tokens, max_examples = settings.max_tokens or np.inf, settings.max_examples or np.inf
     if settings.pack:  # the number of examples is not known yet
         max_tokens, max_examples = min(max_tokens, max_examples * settings.block_size), np.inf
-    order = document_order(len(documents), settings.shuffle_seed)
-    slices, tokens, examples, dropped_rows = [], 0, 0, 0
-    with progress.bar(total=len(order), unit="doc", unit_scale=True, desc="tokenising", leave=False) as bar:
-        for start in range(0, len(order), SLICE_DOCUMENTS):
-            row_numbers = order[start : start + SLICE_DOCUMENTS]
-            rows = _rows_with_text(documents, row_numbers, form, settings, first_row)
-            dropped_rows += len(row_numbers) - len(rows)
+    slices, tokens, examples, dropped_rows, done = [], 0, 0, 0, 0
+    total = None if isinstance(documents, Stream) else len(documents)
+    columns = _columns(documents, form, settings)
+    with progress.bar(total=total, unit="doc", unit_scale=True, desc="tokenising", leave=False) as bar:
+        for number, read in enumerate(_read_slices(documents, columns, settings.shuffle_seed, first_row)):
+            rows, done = _rows_with_text(read, form, settings), done + len(read)
+            dropped_rows += len(read) - len(rows)
             if len(rows) == 0:
                 continue
-            cache = str(work / f"part-{start // SLICE_DOCUMENTS:06d}.arrow")
             options = map_options | {"fn_kwargs": {"tokenizer": tokenizer, "settings": settings}}
+            cache = str(work / f"part-{number:06d}.arrow")
             blocks = rows.map(_to_blocks, cache_file_name=cache, remove_columns=["row"], **options)
             dropped_rows += len(rows) - blocks["block"][:].count(0)
             slices.append(blocks)
             tokens, examples = tokens + int(token_counts(blocks).sum()), examples + len(blocks)
-            done, reached = start + len(row_numbers), max(examples / max_examples, tokens / max_tokens)
+            reached = max(examples / max_examples, tokens / max_tokens)
             if reached > 0:  # the limits may end the loop before the last slice
-                needed = math.ceil(done / min(1, reached) / SLICE_DOCUMENTS)
-                bar.total = min(len(order), needed * SLICE_DOCUMENTS)
+                needed = math.ceil(done / min(1, reached) / len(read)) * len(read)
+                bar.total = min(total or needed, needed)
             bar.update(done - bar.n)
             if reached >= 1:
                 break
     return slices, dropped_rows
 
 
-def _rows_with_text(
-    documents: Dataset, row_numbers: np.ndarray, form: str, settings: RunSettings, first_row: int
-) -> Dataset:
-    """Return those of the given rows that hold text: `row`, a row_forms.Row as JSON, and document_id; `kept`, JSON.
+def _columns(documents: Dataset | Stream, form: str, settings: RunSettings) -> tuple[str, ...]:
+    """Return the columns of the documents that the form of their rows uses, and those to be kept."""
+    chosen = with_columns(form, settings.text_column)
+    used = [name for name in (*chosen.needed, *chosen.optional) if name in documents.column_names]
+    return tuple(dict.fromkeys([*used, *(settings.keep_columns or ())]))
+
+
+def _read_slices(
+    documents: Dataset | Stream, columns: tuple[str, ...], shuffle_seed: int | None, first_row: int
+) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Yield the documents in the run's order, some at a time: id, and values of the columns."""
+    names = ("id", *columns) if "id" in documents.column_names else columns
+    order = [] if isinstance(documents, Stream) else document_order(len(documents), shuffle_seed).tolist()
+    for start in count(0, STREAM_DOCUMENTS if isinstance(documents, Stream) else SLICE_DOCUMENTS):
+        if isinstance(documents, Stream):
+            rows = documents.take(STREAM_DOCUMENTS)
+            numbers = list(range(start, start + len(rows)))
+        else:
+            numbers = order[start : start + SLICE_DOCUMENTS]
+            values = values_of(documents.select(numbers), names)
+            rows = [dict(zip(names, of_row, strict=True)) for of_row in values]
+        if not rows:
+            return
+        if "id" in names and (missing := [n for n, row in zip(numbers, rows, strict=True) if row.get("id") is None]):
+            raise ValueError(f"expected an id in every row, got none in row {missing[0]}; add it")
+        yield [(str(row.get("id", first_row + n)), row) for n, row in zip(numbers, rows, strict=True)]
+
+
+def _rows_with_text(documents: list[tuple[str, dict[str, Any]]], form: str, settings: RunSettings) -> Dataset:
+    """Return those of some documents that hold text: document_id, and `row`, a row_forms.Row as JSON; `kept`, JSON.
 
     Raises:
-        ValueError: Some rows do not, and are not to be dropped.
+        ValueError: Some do not, and are not to be dropped.
     """
-    selected = documents.select(row_numbers)
-    ids = selected["id"][:] if "id" in documents.column_names else (row_numbers + first_row).tolist()
-    if None in ids:
-        raise ValueError(f"expected an id in every row, got none in row {row_numbers[ids.index(None)]}; add it")
-    ids = [str(document_id) for document_id in ids]
-    chosen = with_columns(form, settings.text_column)
-    columns = tuple(name for name in (*chosen.needed, *chosen.optional) if name in documents.column_names)
-    table: dict[str, list[str]] = {"row": [], "document_id": []}
+    names = ["document_id", "row", *(["kept"] if settings.keep_columns else [])]
+    table: dict[str, list[str]] = {name: [] for name in names}
     problems = {}
-    for document_id, values in zip(ids, values_of(selected, columns), strict=True):
+    for document_id, values in documents:
         try:
-            row = make_row(form, dict(zip(columns, values, strict=True)), settings.text_column)
-            table["row"].append(json.dumps(row))
-            table["document_id"].append(document_id)
+            row = make_row(form, values, settings.text_column)
         except RowError as error:
             problems[document_id] = str(error)
+            continue
+        table["document_id"].append(document_id)
+        table["row"].append(json.dumps(row))
+        if settings.keep_columns:
+            table["kept"].append(json.dumps({name: values.get(name) for name in settings.keep_columns}, default=str))
     if not _has_blank_rows(settings.data_name) or {*problems.values()} - {"empty"}:
-        _refuse(problems, len(ids), settings)
-    if kept := tuple(settings.keep_columns or ()):
-        values = dict(zip(ids, values_of(selected, kept), strict=True))
-        dicts = [dict(zip(kept, values[document_id], strict=True)) for document_id in table["document_id"]]
-        table["kept"] = [json.dumps(row, default=str) for row in dicts]
+        _refuse(problems, len(documents), settings)
     return Dataset.from_dict(table)
 
 
@@ -239,27 +261,6 @@ def _encode(
     return encoded
 
 
-def _pack(documents: Dataset, block_size: int) -> Iterator[dict]:
-    """Join documents end to end and yield full blocks; the last one may be shorter.
-
-    Each block names its documents and the positions where they start.
-    """
-    columns = [name for name in ("input_ids", "counted") if name in documents.column_names]
-    block, ids, starts = {name: [] for name in columns}, [], []
-    for row in documents:
-        used = 0
-        while used < len(row["input_ids"]):
-            start = len(block["input_ids"])
-            end = used + block_size - start
-            block = {name: block[name] + row[name][used:end] for name in columns}
-            ids, starts, used = [*ids, row["document_id"]], [*starts, start], end
-            if len(block["input_ids"]) == block_size:
-                yield block | {"document_id": ids[0], "document_ids": ids, "document_starts": starts}
-                block, ids, starts = {name: [] for name in columns}, [], []
-    if ids:
-        yield block | {"document_id": ids[0], "document_ids": ids, "document_starts": starts}
-
-
 def _within_limits(examples: Dataset, settings: RunSettings) -> Dataset:
     """Keep the first examples, up to max_examples and max_tokens."""
     kept = len(examples)
@@ -274,32 +275,9 @@ def _within_limits(examples: Dataset, settings: RunSettings) -> Dataset:
     return examples if kept == len(examples) else examples.select(range(kept))
 
 
-def _add_text(
-    ids: list[list[int]], rows: list[int], examples: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[str]]:
-    """Decode a batch of examples, for Dataset.map. The texts of a document's blocks join to its text.
-
-    Args:
-        ids: Token ids of consecutive examples.
-        rows: Their numbers.
-        examples: All examples.
-        tokenizer: Of the model.
-    """
-    first = max(0, rows[0] - 1)
-    near = examples[first : rows[-1] + 2]  # and their neighbours
-    documents = near.get("document_ids") or [[document_id] for document_id in near["document_id"]]
-    texts = []
-    for i, block in enumerate(ids, rows[0] - first):
-        continues = i > 0 and documents[i - 1][-1] == documents[i][0]
-        continued = i + 1 < len(documents) and documents[i][-1] == documents[i + 1][0]
-        before, after = near["input_ids"][i - 1] if continues else [], near["input_ids"][i + 1] if continued else []
-        texts.append(block_text(tokenizer, before, block, after))
-    return {"text": texts}
-
-
 def write_examples(
     path: Path,
-    documents: Dataset,
+    documents: Dataset | Stream,
     tokenizer: PreTrainedTokenizerBase,
     settings: RunSettings,
     num_proc: int | None,

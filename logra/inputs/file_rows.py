@@ -8,7 +8,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,6 +137,33 @@ def values_of(rows: Dataset, columns: tuple[str, ...]) -> list[tuple]:
     return list(zip(*table.values(), strict=True))
 
 
+class Stream:
+    """Documents that are read from the first one on, as far as a run needs them (--streaming).
+
+    Its length is the number of rows that were read.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]]):
+        iterator = iter(rows)
+        first = list(islice(iterator, 1))
+        if not first:
+            raise ValueError("there is nothing in it")
+        self.column_names, self._rows, self._read = [*first[0]], chain(first, iterator), 0
+
+    def take(self, count: int) -> list[dict[str, Any]]:
+        """Return the next rows; fewer at the end."""
+        try:
+            rows = list(islice(self._rows, count))
+        except Exception as error:  # each loader raises exceptions of its own
+            raise ValueError(f"expected more documents after {self._read}, got an error: {error}; try again") from error
+        self._read += len(rows)
+        return rows
+
+    def __len__(self) -> int:
+        """Return the number of rows that were read."""
+        return self._read
+
+
 def read_rows(path: Path, columns: tuple[str, ...] | None, seen: dict[str, None]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file, and add the names of its columns to `seen`.
 
@@ -164,6 +191,12 @@ def read_rows(path: Path, columns: tuple[str, ...] | None, seen: dict[str, None]
         if getattr(error, "errno", None):  # of the system, such as a missing permission
             raise
         raise ValueError(f"{path.name} is damaged or cut off: {error}") from error
+
+
+def read_all(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of several files."""
+    for path in paths:
+        yield from read_rows(path, None, {})
 
 
 def _bad_byte(path: Path) -> str:

@@ -9,9 +9,10 @@ remove the space before the first token, and a character may be several tokens.
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.chats import ChatTemplate
@@ -194,7 +195,51 @@ def split_text(
     return [whole[begin:end] for begin, end in pairwise([*places, len(whole)])]
 
 
-def block_text(tokenizer: PreTrainedTokenizerBase, before: list[int], block: list[int], after: list[int]) -> str:
+def pack(documents: Dataset, block_size: int) -> Iterator[dict]:
+    """Join documents end to end and yield full blocks; the last one may be shorter.
+
+    Each block names its documents and the positions where they start.
+    """
+    columns = [name for name in ("input_ids", "counted") if name in documents.column_names]
+    block, ids, starts = {name: [] for name in columns}, [], []
+    for row in documents:
+        used = 0
+        while used < len(row["input_ids"]):
+            start = len(block["input_ids"])
+            end = used + block_size - start
+            block = {name: block[name] + row[name][used:end] for name in columns}
+            ids, starts, used = [*ids, row["document_id"]], [*starts, start], end
+            if len(block["input_ids"]) == block_size:
+                yield block | {"document_id": ids[0], "document_ids": ids, "document_starts": starts}
+                block, ids, starts = {name: [] for name in columns}, [], []
+    if ids:
+        yield block | {"document_id": ids[0], "document_ids": ids, "document_starts": starts}
+
+
+def add_text(
+    ids: list[list[int]], rows: list[int], examples: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[str]]:
+    """Decode a batch of examples, for Dataset.map. The texts of a document's blocks join to its text.
+
+    Args:
+        ids: Token ids of consecutive examples.
+        rows: Their numbers.
+        examples: All examples.
+        tokenizer: Of the model.
+    """
+    first = max(0, rows[0] - 1)
+    near = examples[first : rows[-1] + 2]  # and their neighbours
+    documents = near.get("document_ids") or [[document_id] for document_id in near["document_id"]]
+    texts = []
+    for i, block in enumerate(ids, rows[0] - first):
+        continues = i > 0 and documents[i - 1][-1] == documents[i][0]
+        continued = i + 1 < len(documents) and documents[i][-1] == documents[i + 1][0]
+        before, after = near["input_ids"][i - 1] if continues else [], near["input_ids"][i + 1] if continued else []
+        texts.append(_block_text(tokenizer, before, block, after))
+    return {"text": texts}
+
+
+def _block_text(tokenizer: PreTrainedTokenizerBase, before: list[int], block: list[int], after: list[int]) -> str:
     """Decode a block between its neighbours in the document; a character belongs to the block with its last token."""
     some = range(MAX_TOKENS_PER_CHARACTER)
     contexts = [(before[n:], after[:m]) for n, m in product(some, some)]

@@ -94,6 +94,8 @@ class DataSettings:
     shuffle_seed: int | None = setting(None, "take the documents in a random order, with this seed (the data's order)",
         seed_int)
     skip_bad_rows: bool = setting(False, "drop and count rows without text, instead of stopping")
+    streaming: bool = setting(False, "read a data set from its beginning, only as far as --max_tokens and "
+        "--max_examples need it, without a copy (openwebtext: on for less than a tenth of it)")
     row_form: str | None = setting(None, "how rows hold texts, prompts and answers, or chats (found by their columns)",
         choices=ROW_FORMS)
     keep_columns: Sequence[str] | None = setting(None, "further columns to keep beside the text, for stage 4: url, "

@@ -47,7 +47,7 @@ def has_documents(run: RunDir, documents: DataSettings) -> bool:
         ValueError: It holds documents of the same name with other content or limits, or a file with the same content.
     """
     name, place = documents.data_name, (documents.data_config, documents.data_split)
-    found = source_contents(name, *place)
+    found = source_contents(documents)
     for part in run.parts:
         known, change = part.settings, _change(part, name, found)
         same_place = files.same_name(known.data_name, name) and (known.data_config, known.data_split) == place
@@ -89,7 +89,7 @@ def check_data_files(run: RunDir) -> None:
     """Raise a ValueError if the local data files of a run have changed. Files that are gone are not needed again."""
     for part in run.parts:
         known = part.settings
-        found = source_contents(known.data_name, known.data_config, known.data_split) if part.source else None
+        found = source_contents(known) if part.source else None
         if found and (change := _change(part, known.data_name, found)):
             raise ValueError(
                 f"expected the data {known.data_name} as it was when {run.folder} was started, got other files "
@@ -140,8 +140,7 @@ def write_train(
         ValueError: Documents can't be read, or the run already holds them. Nothing is left on the disk.
     """
     settings = run.settings.with_data(further) if further else run.settings
-    name, config, split = settings.data_name, settings.data_config, settings.data_split
-    source = source_contents(name, config, split)  # first: a file that changes from now on is refused the next time
+    source = source_contents(settings)  # first: a file that changes from now on is refused the next time
     documents = load_documents(settings, cache_dir)
     say_form(documents.column_names, settings)
     train_folder = run.train_folder(len(run.parts))

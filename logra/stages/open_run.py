@@ -123,7 +123,7 @@ def _same_content(run: RunDir, name: str, value: str) -> bool:
         known, found, compare = run.record.model_files, model.source_contents(value), model.changed_file
     else:
         known, compare = run.parts[0].source, files.changed_file
-        found = source_contents(value, settings.data_config, settings.data_split)
+        found = source_contents(replace(settings.data, data_name=value))
     same = isinstance(known, dict) and found is not None and compare(known, found) is None
     if same:
         say(f"--{name} {value}: the same files as {getattr(settings, name)}")

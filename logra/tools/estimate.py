@@ -23,6 +23,7 @@ from logra import hessian, loss
 from logra.hooks import GradientCapture
 from logra.inputs.documents import load_documents
 from logra.inputs.examples import SLICE_DOCUMENTS, document_order, examples_in_memory, token_counts
+from logra.inputs.file_rows import Stream
 from logra.models import layers, model
 from logra.projection import Shapes
 from logra.quantise import FLOAT_DTYPES, INTEGER_BITS, stored_bytes
@@ -86,7 +87,8 @@ def estimate(
     size, sample = data_size(documents, tokenizer, settings)
     run, on_gpu = with_examples(run, size.examples), processes.state().device.type == "cuda"
     say_layers(run)
-    say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples; the data have {len(documents):,} documents\n")
+    count = "of a stream" if isinstance(documents, Stream) else f"the data have {len(documents):,} documents"
+    say(f"\n{size.tokens:,.0f} tokens in {size.examples:,} examples; {count}\n")
     say_disk(run, kind, size.bytes, checkpoints)
     say_memory(run, weight_bytes, batch_bytes, batch_tokens, on_gpu)
     if rerank_rank:
@@ -125,15 +127,17 @@ def graph_bytes(lm: torch.nn.Module, shapes: Shapes, projected: Shapes, tokens: 
 
 
 def data_size(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RunSettings
+    documents: Dataset | Stream, tokenizer: PreTrainedTokenizerBase, settings: RunSettings
 ) -> tuple[DataSize, Dataset]:
     """Predict the size of a run's data from the documents that it takes; also return examples of these.
 
     At most SAMPLE documents are tokenised, in the run's order: the first ones, and while these stay within the limits,
     a sample of four times as many.
     """
-    order = document_order(len(documents), settings.shuffle_seed)
     unlimited = replace(settings, max_examples=None, max_tokens=None, shuffle_seed=None)
+    if isinstance(documents, Stream):
+        return _stream_size(documents, tokenizer, settings, unlimited)
+    order = document_order(len(documents), settings.shuffle_seed)
     taken, kept, lengths = 0, 0, np.zeros(0)
     while kept == len(lengths) and taken < len(order):
         taken = min(len(order), 4 * taken or SAMPLE)
@@ -146,6 +150,21 @@ def data_size(
     read = min(len(order), math.ceil(taken * kept / len(lengths) / SLICE_DOCUMENTS) * SLICE_DOCUMENTS)
     sample, tokens = sample.select(range(kept)), factor * int(lengths[:kept].sum())
     return DataSize(round(factor * kept), tokens, factor * sample.data.nbytes, seconds * read / len(rows)), sample
+
+
+def _stream_size(
+    documents: Stream, tokenizer: PreTrainedTokenizerBase, settings: RunSettings, unlimited: RunSettings
+) -> tuple[DataSize, Dataset]:
+    """Return data_size of a stream: its first documents, and as many more like them as the limits allow."""
+    rows, begin = documents.take(SAMPLE), time.perf_counter()
+    sample = examples_in_memory(Stream(rows), tokenizer, unlimited)
+    seconds, tokens = time.perf_counter() - begin, int(token_counts(sample).sum())
+    factor = min(settings.max_tokens / max(1, tokens), (settings.max_examples or np.inf) / len(sample))
+    if len(rows) < SAMPLE:  # that is all
+        factor = min(1.0, factor)
+    kept = max(1, round(min(1.0, factor) * len(sample)))
+    size = DataSize(round(factor * len(sample)), round(factor * tokens), factor * sample.data.nbytes, factor * seconds)
+    return size, sample.select(range(kept))
 
 
 def with_examples(run: RunDir, examples: int) -> RunDir:

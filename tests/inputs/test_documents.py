@@ -1,23 +1,27 @@
 """Every kind of data source."""
 
 import datetime
+import gzip
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pytest
-from conftest import write_jsonl
+from conftest import make_tokenizer, write_jsonl
 from datasets import Dataset
 from pyarrow import parquet
 
-from logra.inputs import file_rows
+from logra.inputs import documents, file_rows
 from logra.inputs.documents import load_documents
+from logra.inputs.examples import build_examples
 from logra.inputs.file_rows import values_of
 from logra.runtime import progress
-from logra.runtime.settings import DataSettings
+from logra.runtime.settings import DataSettings, RunSettings
 
 
 def test_every_kind_of_source(tmp_path, monkeypatch):
@@ -233,3 +237,122 @@ def test_large_files_are_read_in_parts(tmp_path, monkeypatch):
         documents = load_documents(DataSettings(name, None, "train"), "cache")
         assert documents.data.num_rows == 2500 and documents.data["text"].num_chunks == 3
         assert load(name) == [(row["id"], row["text"]) for row in rows]
+
+
+def compressed(path: Path, text: str) -> None:
+    """Write a text file, compressed as its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.output_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(path.suffix)) as file:
+        file.write(text.encode())
+
+
+ROWS = [{"id": "b", "text": 'a "river",\nran', "n": 1}, {"id": "007", "text": "長い", "n": 2}]
+
+
+def in_kind(kind: str) -> str:
+    """Return ROWS in a kind of file."""
+    if kind == ".csv":
+        return 'id,text,n\nb,"a ""river"",\nran",1\n\n007,長い,2\n'
+    return json.dumps(ROWS) if kind == ".json" else "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("end", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_kinds_of_files(tmp_path, monkeypatch, kind, end):
+    """The same rows, compressed or not, as a file, in a folder with splits, and by a pattern."""
+    monkeypatch.chdir(tmp_path)
+    compressed(Path(f"folder/train{kind}{end}"), in_kind(kind))
+    compressed(Path(f"folder/test{kind}{end}"), in_kind(kind))
+    rows = [(row["id"], row["text"]) for row in ROWS]
+    for name in (f"folder/train{kind}{end}", "folder", f"folder/tr*{kind}{end}", "**/train*"):
+        assert load(name) == rows, name
+    assert load("folder", split="test") == rows and len(load("folder/*")) == 4
+    compressed(Path(f"a.txt{end}"), "the river\n長い\n")
+    assert [text for _, text in load(f"a.txt{end}")] == ["the river", "長い"]
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        load("folder/x*")
+
+
+def test_shards_with_other_columns(tmp_path, monkeypatch):
+    """Columns that are not used may differ in type and name from shard to shard, and from row to row."""
+    monkeypatch.chdir(tmp_path)
+    shards = [
+        [{"id": 1, "text": "a", "meta": {"x": 1}, "source": None}, {"id": "b", "text": "b", "meta": "y"}],
+        [{"id": 2**70, "text": "c", "source": "web", "extra": [1, "z"]}],
+        [{"id": 1.5, "text": "d", "meta": [[]], "source": {"a": 1}}],
+    ]
+    for number, rows in enumerate(shards):
+        compressed(Path(f"corpus/{number}.jsonl.zst"), "".join(json.dumps(row) + "\n" for row in rows))
+    Path("corpus/3.csv").write_text("text,id,views\ne,5,many\n")
+    Path("corpus/4.jsonl").touch()
+    assert load("corpus") == [("1", "a"), ("b", "b"), (str(2**70), "c"), ("1.5", "d"), ("5", "e")]
+    rows = load_documents(DataSettings("corpus", keep_columns=["source", "meta"]), "cache")
+    assert values_of(rows, ("source", "meta"))[2:] == [("web", None), ({"a": 1}, [[]]), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"text,text\na,b\n", "names a column twice"),
+        ("a.csv", b"id,text\n1,a,b\n", "line 2 of a.csv has 3 fields, not 2"),
+        ("a.csv", b'text\n"a\n', "line 2 of a.csv is no row of a CSV"),
+        ("a.jsonl", '{"text": "é"}\n'.encode("utf-16"), "a.jsonl is in UTF-16"),
+        ("a.jsonl", b'{"text": "a"}\n' * 100000 + '{"text": "é"}\n'.encode("latin-1"), "byte 1400010"),
+        ("a.txt", "aé".encode()[:-1], "at byte 1, its end"),
+        ("a.jsonl", b'["text"]\n', "line 1 of a.jsonl is no row in JSON: it holds a list"),
+        ("a.parquet", b"PAR1 cut", "a.parquet is damaged or cut off"),
+        ("a.parquet", b"", "a.parquet is damaged or cut off"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "a.jsonl.gz is damaged or cut off"),
+        ("a.jsonl.zst", b"not zstd", "a.jsonl.zst is damaged or cut off"),
+    ],
+    ids="twice fields quote UTF-16 Latin-1 character list parquet empty gz zst".split(),
+)
+def test_damaged_files(tmp_path, monkeypatch, name, content, words):
+    """Named, with what is wrong and where."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(name)
+
+
+def test_a_zstd_file_that_is_cut_off(tmp_path, monkeypatch):
+    """It is not taken for a whole one."""
+    monkeypatch.chdir(tmp_path)
+    compressed(Path("a.jsonl.zst"), "".join(json.dumps({"text": f"{i} {i * 7919 % 1013}"}) + "\n" for i in range(9999)))
+    Path("a.jsonl.zst").write_bytes(Path("a.jsonl.zst").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst is damaged or cut off"):
+        load("a.jsonl.zst")
+
+
+@pytest.mark.parametrize("name", ["hub", "corpus", "corpus/*.jsonl"])
+def test_streams(tmp_path, monkeypatch, name):
+    """--streaming reads no more than a run needs, from local files, and through datasets from one of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"id": f"d{i}", "text": f"the river {i}", "source": i}) for i in range(3000)]
+    Path("corpus").mkdir()
+    Path("corpus/a.jsonl").write_text("\n".join(lines) + "\n")
+    Path("corpus/b.jsonl").write_text("this is not JSON\n")
+    monkeypatch.setitem(documents.HUB_NAMES, "hub", (str(tmp_path / "corpus"), None))
+    monkeypatch.setattr(documents, "SHUFFLE_BUFFER", 100)
+    settings = RunSettings(data_name=name, streaming=True, max_examples=50, block_size=8, keep_columns=["source"])
+    found, counts = build_examples(load_documents(settings), make_tokenizer(), settings, None, tmp_path)
+    assert counts == {"documents": counts["documents"], "dropped_rows": 0, "rows": 1000}
+    assert len(found) == 50 and found["document_id"][0] == "d0" and json.loads(found["kept"][0]) == {"source": 0}
+    Path("corpus/b.jsonl").rename("b")
+    mixed = [
+        build_examples(load_documents(s), make_tokenizer(), s, None, tmp_path)[0]["document_id"][:]
+        for s in (replace(settings, shuffle_seed=1, max_examples=20) for _ in range(2))
+    ]
+    assert mixed[0] == mixed[1] != found["document_id"][:20]
+    Path("b").rename("corpus/b.jsonl")
+    with pytest.raises(ValueError, match="expected more documents after"):
+        build_examples(load_documents(settings), make_tokenizer(), replace(settings, max_examples=None), None, tmp_path)
+
+
+def test_openwebtext_streams_by_default(tmp_path, monkeypatch):
+    """If less than a tenth of it is wanted; then the data are not downloaded as a whole."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("corpus/a.jsonl"), [{"text": "the river"}])
+    monkeypatch.setitem(documents.HUB_NAMES, "openwebtext", (str(tmp_path / "corpus"), None))
+    kinds = [load_documents(DataSettings("openwebtext", max_tokens=tokens), "cache") for tokens in (10**6, 10**9)]
+    assert isinstance(kinds[0], file_rows.Stream) and isinstance(kinds[1], Dataset)
