@@ -7,7 +7,8 @@
 #
 # Usage: bash scripts/custom_data.sh MODEL TEXTS.jsonl [PROMPTS.txt] [more flags of extract_log.py]
 #   MODEL      a local folder or a Hub id; with a chat template it answers the prompts, without one it continues them
-#   TEXTS      .jsonl (rows with `text`, and optionally `id`), .json, .txt, .parquet, a folder of these, or a Hub id
+#   TEXTS      .jsonl (rows with `text`, and optionally `id`), .json, .csv, .txt, .parquet, a folder of these, or a Hub
+#              id; for chats and instructions see docs/inputs.md, and add --train_loss response
 #   PROMPTS    a file with one prompt per line (default: four questions about Python)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,6 +31,6 @@ ANALYSIS=(--tokens)
 source scripts/stages.sh
 [ -n "${DRY_RUN:-}" ] || source scripts/venv.sh
 choose_generate
-run python extract_log.py --model_name "$MODEL" --data_name "$DATA" "${RUN[@]}" --verify
+run python extract_log.py --model_name "$MODEL" --data_name "$DATA" "${RUN[@]}" "$@" --verify
 run python extract_log.py --log_dir "$LOG_DIR" --model_name "$MODEL" --data_name "$DATA" "${RUN[@]}" "$@" --dry_run
 stages "$@"

@@ -66,19 +66,20 @@ class ChatTemplate:
         """Return where the assistant's turns stand in the text of a chat, end-of-turn tokens included.
 
         Raises:
-            RowError: A turn can't be found, or the template leaves out a tool or a tool call.
+            RowError: A turn can't be found, or the template leaves out a tool call.
         """
-        self._check_tools(turns, text)
+        self._check_tool_calls(turns, text)
         if MARKERS.search(self.template):
             options = {"chat_template": self.template, "tools": self.tools} | self.tokenizer.special_tokens_map
             _, (spans,) = render_jinja_template([list(turns)], return_assistant_tokens_mask=True, **options)
             return list(spans)
         return [self._span(turns, i, text) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
 
-    def _check_tools(self, turns: Sequence[dict], text: str) -> None:
-        """Raise a RowError if the template ignores tools or tool calls."""
-        if self.tools and self.render(turns, tools=None) == text:
-            raise RowError("tools, of which the model's chat template says nothing")
+    def ignores_tools(self, turns: Sequence[dict]) -> bool:
+        """Return whether the text of a chat is the same without the tools."""
+        return self.tools is not None and self.render(turns, tools=None) == self.render(turns)
+
+    def _check_tool_calls(self, turns: Sequence[dict], text: str) -> None:
         for number, turn in enumerate(turns):
             if turn.get("tool_calls"):
                 plain = {key: turn[key] or "" for key in turn if key != "tool_calls"}

@@ -20,6 +20,7 @@ import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from logra.inputs.chats import ChatTemplate
 from logra.inputs.file_rows import Stream, values_of
 from logra.inputs.row_forms import FORMS, Row, RowError, choose, detect, make_row, with_columns
 from logra.inputs.rows import (
@@ -141,6 +142,8 @@ def _tokenise(
             dropped_rows += len(read) - len(rows)
             if len(rows) == 0:
                 continue
+            if number == 0 and form != "text":
+                _say_ignored_tools(rows, tokenizer, settings.chat_date)
             options = map_options | {"fn_kwargs": {"tokenizer": tokenizer, "settings": settings}}
             cache = str(work / f"part-{number:06d}.arrow")
             blocks = rows.map(_to_blocks, cache_file_name=cache, remove_columns=["row"], **options)
@@ -207,6 +210,13 @@ def _rows_with_text(documents: list[tuple[str, dict[str, Any]]], form: str, sett
     if not _has_blank_rows(settings.data_name) or {*problems.values()} - {"empty"}:
         _refuse(problems, len(documents), settings)
     return Dataset.from_dict(table)
+
+
+def _say_ignored_tools(rows: Dataset, tokenizer: PreTrainedTokenizerBase, date: str) -> None:
+    """Print it if the chat template ignores the tools of the first row that has some; so it did in the training."""
+    row = next((row for text in rows["row"] if (row := Row(*json.loads(text))).tools), None)
+    if row and ChatTemplate(tokenizer, date, row.tools).ignores_tools(row.messages):
+        progress.say("the model's chat template ignores the rows' tools, so they are no tokens of the chats")
 
 
 def _refuse(problems: dict[str, str], rows: int, settings: RunSettings) -> None:
