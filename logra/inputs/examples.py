@@ -78,8 +78,10 @@ def build_examples(
     arguments = {"examples": examples, "tokenizer": tokenizer}
     options = map_options | {"with_indices": True, "input_columns": "input_ids", "fn_kwargs": arguments}
     examples = examples.map(add_text, cache_file_name=str(work / "text.arrow"), **options)
-    ids = chain.from_iterable(examples["document_ids"][:]) if settings.pack else examples["document_id"][:]
-    return examples, {"documents": len(set(ids)), "dropped_rows": dropped_rows, "rows": len(documents)}
+    ids = set(chain.from_iterable(examples["document_ids"][:]) if settings.pack else examples["document_id"][:])
+    if not settings.pack and (repeated := examples["block"][:].count(0) - len(ids)):
+        progress.say(f"{repeated} rows have the id of another row: rows of one id are one document")
+    return examples, {"documents": len(ids), "dropped_rows": dropped_rows, "rows": len(documents)}
 
 
 def examples_in_memory(

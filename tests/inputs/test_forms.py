@@ -212,6 +212,15 @@ def test_rows_in_files(cli, tiny, workspace, capsys):
     )
 
 
+def test_rows_of_one_id(cli, tiny, workspace):
+    """They are one document, and a line says so."""
+    write_jsonl(Path("docs.jsonl"), [{"id": i, "text": text} for i, text in (("a", "x y"), ("b", "z"), ("a", "v w"))])
+    flags = ("--model_name", tiny / "llama", "--data_name", "docs.jsonl", "--rank", 4, "--log_dir", "log")
+    status, out, err = cli("extract_log", *flags)
+    assert status == 0 and "1 rows have the id of another row" in out, err
+    assert RunDir.load(Path("log")).parts[0].documents == 2
+
+
 def test_kept_columns(cli, tiny, workspace):
     """--keep_columns: every block of a document has the values of its row, whatever their types."""
     rows = [
