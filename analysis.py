@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from logra.analysis import report
+from logra.analysis.diagnose import diagnose
 from logra.runtime import files, flags, processes, progress
 from logra.runtime.settings import positive_int
 from logra.scoring import parts, rank
 from logra.scoring.reranked import Reranked
-from logra.tools import report
-from logra.tools.diagnose import diagnose
 
 TABLE_ROWS = 3  # documents per query in the printed table
 FORMATS = ("html", "jsonl", "csv", "txt")
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     if "html" in args.format:
         report.add_layers(queries, folder, record, scores.matrix, fine, owners)
         if args.tokens:
-            from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
+            from logra.analysis import tokens  # not at the top: transformers' models take three seconds to import
 
             processes.start()
             models = parts.scored_models(folder, record, runs, fine)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from logra.analysis.report import bm25_scores
 from logra.hooks import GradientCapture
 from logra.inputs.batches import length_batches, make_batch
 from logra.inputs.queries import load_queries
@@ -32,7 +33,6 @@ from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import CPU_BATCH_TOKENS, QuerySettings
 from logra.stages.gradients import Extractor
-from logra.tools.report import bm25_scores
 
 NAMES = ("bm25", "embedding", "trak")
 TRAK_DAMPING = 0.01  # in units of the mean eigenvalue

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 import testbed
 
+from logra.analysis.report import bm25_scores
 from logra.inputs.batches import make_batch
 from logra.inputs.rows import encode_rows
 from logra.loss import hidden_states
@@ -39,7 +40,6 @@ from logra.models.model import load_model, load_tokenizer
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import positive_int, seed_int
-from logra.tools.report import bm25_scores
 
 RELATIONS = Path(__file__).parent / "relations.jsonl"
 FILLER_WORDS = 12  # of a passage of Python's manual: about as many as in the document of a fact

@@ -13,6 +13,7 @@ from helpers import extract, influence, one_model_at_a_time, refused
 from transformers import AutoModelForCausalLM
 
 from logra import projection
+from logra.analysis.tokens import TokenSplitter
 from logra.influence import checkpoint_factors
 from logra.run_dir import RunDir
 from logra.runtime import processes
@@ -21,7 +22,6 @@ from logra.scoring import reranked as reranked_module
 from logra.scoring.reranked import Reranked
 from logra.stages import calibrate
 from logra.stages.fine_run import FineRun, choose_rank
-from logra.tools.tokens import TokenSplitter
 
 SIGNS = ("--preset", "best", "--rank", 3, "--calibration_examples", 11)
 MODES = ("dot", "cosine", "l2")

@@ -13,8 +13,8 @@ import pytest
 from conftest import write_jsonl
 from helpers import extract, influence
 
+from logra.analysis import report
 from logra.run_dir import RunDir
-from logra.tools import report
 
 
 class Page(HTMLParser):
