@@ -16,6 +16,7 @@ FILES = {f"{name}.py" for name in SCRIPTS}
 MATHEMATICS = {f"logra.{name}" for name in "projection experts hooks loss hessian influence quantise".split()}
 LATE_IMPORTS = {  # of a function: (module, what it imports) -> why not at the head of the file
     ("analysis", "logra.analysis.tokens"): "it needs transformers' models, which take three seconds to import",
+    ("analysis", "logra.analysis.selection"): "the same",
     ("logra.models.weights", "peft"): "only adapters need it, and it need not be installed",
 }
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from logra import projection
 from logra.analysis.tokens import TokenSplitter
 from logra.influence import checkpoint_factors
+from logra.inputs.groups import document_numbers
 from logra.run_dir import RunDir
 from logra.runtime import processes
 from logra.scoring import parts, rank, rerank
@@ -317,7 +318,7 @@ def test_documents(cli, tiny, workspace):
     extract(cli, tiny / "gpt2", *SIGNS, "--block_size", 8)
     _, folder = influence(cli, "--rerank", 2, "--rerank_by", "document")
     run, found = RunDir.load(Path("log")), load(folder, "sum")
-    owners, stored = rank.document_numbers(run.train(), False), np.load(folder / "scores.npy")
+    owners, stored = document_numbers(run.train(), False), np.load(folder / "scores.npy")
     sums = np.array([np.bincount(owners, weights=row) for row in stored])
     assert cli("analysis", "--log_dir", "log", "--by", "document", "--bottom")[0] == 0
     rows = rows_of(folder)
