@@ -16,7 +16,7 @@ import numpy as np
 from logra.analysis.units import Units
 from logra.inputs.groups import label
 from logra.run_dir import RunDir
-from logra.scoring.rank import document_names, examples_of_score, load_matrix, move, scored_examples
+from logra.scoring.rank import examples_of_score, load_matrix, move, name_and_count, scored_examples
 from logra.scoring.reranked import Reranked
 from logra.scoring.score_files import ScoreRecord
 
@@ -120,7 +120,7 @@ def render(content: dict, queries: list[dict]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(shade=shade, mean_layers=mean_layers, checkpoint_bars=checkpoint_bars)
-    environment.filters.update(names=document_names, scored=scored_examples, move=move, label=label)
+    environment.filters.update(name_and_count=name_and_count, scored=scored_examples, move=move, label=label)
     environment.tests["web_address"] = is_web_address
     template = environment.get_template("report.html.j2")
     most = max(len(rows) for query in queries for rows in query["rows"].values())

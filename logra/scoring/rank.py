@@ -334,12 +334,17 @@ def shortage(found: int, asked: int, total: int, on_top: int, unit: str, reranke
     return [f"{'Lowest' if on_top else 'Highest'} scores: {found} instead of {asked}, since {reason}"]
 
 
-def document_names(row: dict[str, Any]) -> str:
-    """Return what a row of ranked_rows is of: its document, or (--pack) all of them, or its group; and its copies."""
-    names = ", ".join(row.get("documents") or [row["document"]])
+def name_and_count(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the name of what a row of ranked_rows is of (--pack: all its documents), and how many that is, or ""."""
+    copies = f" x{row['copies']}" if row.get("copies", 1) > 1 else ""
     if "by" in row:
-        names = f"{label(row['group'])} ({row['examples']} example{'s' if row['examples'] > 1 else ''})"
-    return names + (f" x{row['copies']}" if row.get("copies", 1) > 1 else "")
+        return label(row["group"]), f" ({row['examples']} example{'s' if row['examples'] > 1 else ''})"
+    return ", ".join(row.get("documents") or [row["document"]]), copies
+
+
+def document_names(row: dict[str, Any]) -> str:
+    """Return what to call what a row of ranked_rows is of: documents, or a group, with their number."""
+    return "".join(name_and_count(row))
 
 
 def move(row: dict[str, Any]) -> str:
