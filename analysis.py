@@ -33,7 +33,7 @@ def build_parser() -> flags.Parser:
     )
     by = "what to rank: example, document, or groups with the same value in a kept column, such as source (example)"
     parser.add_argument("--by", default="example", metavar="WHAT", help=by)
-    combine = "a score of several examples: of a document (sum), of a group (mean), of --select's documents (sum)"
+    combine = "how the scores of examples form that of a document or group (sum; of a group of --by, mean)"
     parser.add_argument("--combine", choices=["sum", "mean", "max"], help=combine)
     parser.add_argument("--unique", action="store_true", help="show equal examples or documents once, with their count")
     default = FORMATS[:-1]
