@@ -17,6 +17,7 @@ from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.scoring.score_files import AGAIN, ScoreRecord, are_checkpoints, extremes_layout
 
+MAX_NAME = 200  # characters of a group's name in a line
 WHOLE = ("sum", "mean")  # scores of documents or groups that are formed from all of their examples
 
 
@@ -338,7 +339,9 @@ def name_and_count(row: dict[str, Any]) -> tuple[str, str]:
     """Return the name of what a row of ranked_rows is of (--pack: all its documents), and how many that is, or ""."""
     copies = f" x{row['copies']}" if row.get("copies", 1) > 1 else ""
     if "by" in row:
-        return label(row["group"]), f" ({row['examples']} example{'s' if row['examples'] > 1 else ''})"
+        name = label(row["group"])
+        name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
+        return name, f" ({row['examples']} example{'s' if row['examples'] > 1 else ''})"
     return ", ".join(row.get("documents") or [row["document"]]), copies
 
 

@@ -198,6 +198,8 @@ def test_texts_of_a_megabyte(cli, tiny, workspace):
     _, folder = influence(cli)
     analyse(cli, "--top_k", 6, *ALL_FORMATS)
     in_all_files(folder, texts)
+    out = analyse(cli, "--by", "of", "--top_k", 6, "--format", "jsonl")
+    assert {row["group"] for row in listed(folder)} == {*texts} and len(out) < 10_000
     source = (folder / "report.html").read_text("utf-8")
     assert len(source.encode()) <= report.MAX_REPORT_BYTES and "So that the page stays small" in source
     assert set(Texts(source).found) <= {*texts} and Texts(source).found
