@@ -14,6 +14,11 @@ from logra.scoring.reranked import Reranked
 SIDES = ("top", "bottom")
 TABLE_ROWS = 3  # documents or groups per query in the printed table
 HISTOGRAM_BINS = 60
+SHARED_BY = {  # mode -> why queries may share their first example
+    "dot": "its gradient may be far larger than the others'",
+    "cosine": "it may be close to what all queries have in common",
+    "l2": "its gradient may be far smaller than the others', since l2 subtracts half of the self-influence",
+}
 MIN_SHARED = 3  # queries with the same highest example, from which on a line says so
 
 
@@ -118,10 +123,8 @@ def shared_first(queries: list[dict], units: Units, mode: str) -> str:
     if units.values is not None or count < MIN_SHARED or 2 * count <= len(queries):
         return ""
     advice = "" if mode == "cosine" else ", and score with compute_influence.py --mode cosine"
-    return (
-        f"{count} of {len(queries)} queries have the same highest {units.by}, {name}: its gradient may be far larger "
-        f"than the others'. Look at its text{advice}"
-    )
+    found = f"{count} of {len(queries)} queries have the same highest {units.by}, {name}"
+    return f"{found}: {SHARED_BY[mode]}. Look at its text{advice}"
 
 
 def _unit_name(row: dict[str, Any], units: Units) -> str:

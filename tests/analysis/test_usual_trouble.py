@@ -12,6 +12,8 @@ from helpers import extract, influence
 from pyarrow import parquet
 
 from logra.analysis import report
+from logra.analysis.ranked import SHARED_BY
+from logra.influence import MODES
 from logra.run_dir import RunDir
 from logra.runtime import files
 
@@ -88,7 +90,7 @@ def test_equal_texts_once(cli, repeated, by):
     assert out.count("  1. +") == 3 and out.count(" x3\n") >= 3
 
 
-@pytest.mark.parametrize("mode", ["dot", "cosine"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("by", ["example", "document"])
 def test_one_example_on_top_of_most_queries(cli, tiny, workspace, mode, by):
     """A line says so, where it is more than half of the queries and at least three, and names --mode cosine."""
@@ -105,7 +107,7 @@ def test_one_example_on_top_of_most_queries(cli, tiny, workspace, mode, by):
         line = next((line for line in out.splitlines() if "have the same highest" in line), "")
         assert bool(line) == ('class="warning"' in source) == (shared == 3)
     assert f"3 of 5 queries have the same highest {by}, " in line and "doc7" in line
-    assert ("--mode cosine" in line) == (mode == "dot")
+    assert ("--mode cosine" in line) == (mode != "cosine") and SHARED_BY[mode] in line
 
 
 SCRIPTS = {
