@@ -8,19 +8,16 @@ Without --log_dir: the newest scores under logs/. --tokens runs the model on the
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from logra.runtime import files, flags, processes, progress
-from logra.runtime.settings import positive_int
+from logra.analysis import report
+from logra.analysis.diagnose import diagnose
+from logra.analysis.lists import FORMATS, write_lists, write_text
+from logra.analysis.ranked import rank_queries, shared_first
+from logra.analysis.units import choose
+from logra.runtime import flags, processes, progress
+from logra.runtime.settings import SelectionSettings, positive_int
 from logra.scoring import parts, rank
 from logra.scoring.reranked import Reranked
-from logra.tools import report
-from logra.tools.diagnose import diagnose
-
-TABLE_ROWS = 3  # documents per query in the printed table
-FORMATS = ("html", "jsonl", "csv", "txt")
 
 
 def build_parser() -> flags.Parser:
@@ -34,25 +31,27 @@ def build_parser() -> flags.Parser:
     parser.add_argument(
         "--bottom", action="store_true", help="also list the lowest scores in top_k.* (the report always has them)"
     )
-    parser.add_argument("--by", choices=["example", "document"], default="example", help="what to rank (example)")
-    parser.add_argument(
-        "--combine", choices=["sum", "max"], help="with --by document: its score from its examples' scores (sum)"
-    )
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=FORMATS, help="files to write (all)")
+    by = "what to rank: example, document, or groups with the same value in a kept column, such as source (example)"
+    parser.add_argument("--by", default="example", metavar="WHAT", help=by)
+    combine = "how the scores of examples form that of a document or group (sum; of a group of --by, mean)"
+    parser.add_argument("--combine", choices=["sum", "mean", "max"], help=combine)
+    parser.add_argument("--unique", action="store_true", help="show equal examples or documents once, with their count")
+    default = FORMATS[:-1]
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=default, help=f"files ({' '.join(default)})")
     parser.add_argument("--diagnose", action="store_true", help="also show spectra, unusual examples and duplicates")
     parser.add_argument("--tokens", action="store_true", help="show each token's share of the scores; runs the model")
     flags.add_common_flags(parser)
+    flags.add_settings(parser.add_argument_group("selection"), SelectionSettings())
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Rank the examples, or documents, of each query; write the lists and the report."""
+    """Rank the examples, documents or groups of each query; write the lists, the report and the selection."""
+    selecting = flags.read_settings(SelectionSettings, args)
     if args.tokens and "html" not in args.format:
         raise ValueError(f"expected html in --format with --tokens, got {' '.join(args.format)}; add html")
-    if args.combine and args.by != "document":
-        raise ValueError("expected --by document with --combine, got --by example; add --by document")
-    combine = (args.combine or "sum") if args.by == "document" else None
-    sides = ("top", "bottom") if args.bottom else ("top",)
+    if args.combine and args.by == "example" and not selecting.select:
+        raise ValueError("expected --by document, --by COLUMN or --select with --combine, got none; add one")
 
     # Open the scores and their run
     folder = rank.newest_scores(args.log_dir, args.split)
@@ -62,77 +61,44 @@ def main(args: argparse.Namespace) -> None:
     progress.keep_log(folder.parents[1])
     examples, query_rows = run.train(), rank.read_queries(folder / "queries.jsonl")
     scores = rank.StoredScores(folder, len(query_rows), run.examples, record.top_k_only, len(record.checkpoints or ()))
-    if combine and (run.settings.pack or (record.top_k_only and combine == "sum")):
-        raise ValueError(
-            "expected all scores, and examples of one document each, for --by document, got --top_k_only or --pack; "
-            "leave --by out, or (--top_k_only) give --combine max"
-        )
+    sides = ("top", "bottom") if args.bottom else ("top",)
 
-    # Rank, and write the lists
-    owners = rank.document_numbers(examples, run.settings.pack)
-    fine = Reranked.load(folder, record, combine)
-    queries = rank_queries(args.top_k, combine, query_rows, scores, fine, examples, owners)
-    parts.add_checkpoints(queries, folder, record, runs, fine or scores, owners)
-    rank.write_lists(folder, queries, sides, args.format)
+    # Rank and select, and write the lists
+    packed, all_scores = run.settings.pack, record.top_k_only is None
+    units = choose(args.by, args.combine, args.unique, examples, packed, all_scores)
+    fine = Reranked.load(folder, record, units.combine, units.values is not None)
+    queries = rank_queries(args.top_k, query_rows, scores, fine, examples, units)
+    if selecting.select:
+        from logra.analysis import selection  # not at the top, for the reason below
+
+        selected = selection.select(selecting, args.combine, examples, scores, packed)
+        selection.write_selected(folder, run, examples, selected, selecting.drop)
+    parts.add_checkpoints(queries, folder, record, runs, fine or scores, units.owners)
+    write_lists(folder, queries, sides, args.format)
     diagnosis = diagnose(run, record, scores, query_rows, examples) if args.diagnose else ""
+    warning = shared_first(queries, units, record.mode)
 
     # Write the report
     if "html" in args.format:
-        report.add_layers(queries, folder, record, scores.matrix, fine, owners)
+        report.add_layers(queries, folder, record, scores.matrix, fine, units.owners)
         if args.tokens:
-            from logra.tools import tokens  # not at the top: transformers' models take three seconds to import
+            from logra.analysis import tokens  # not at the top: transformers' models take three seconds to import
 
             processes.start()
             models = parts.scored_models(folder, record, runs, fine)
             tokens.add_shares(queries, models, examples, args.trust_remote_code)
-        report.add_word_matches(queries, examples["text"], args.top_k, owners if combine else np.arange(len(owners)))
-        content = report.header(run, record, fine, args.tokens) | {"diagnosis": diagnosis, "combine": combine}
+        report.add_word_matches(queries, examples["text"], args.top_k, units)
+        content = report.header(run, record, fine, args.tokens) | {"diagnosis": diagnosis, "units": units}
         content |= {"top_k": args.top_k, "lists": [f"top_k.{n}" for n in args.format if n != "html"], "listed": sides}
-        with files.atomic(folder / "report.html") as path:
-            path.write_text(report.render(content, queries), "utf-8")
+        write_text(folder / "report.html", report.render(content | {"warning": warning}, queries))
 
-    by_sum, by_best = "Documents by the sum of their examples' scores", "Documents by their highest example"
-    print_table(queries, by_sum if combine == "sum" else "Packed examples" if run.settings.pack else by_best)
+    print_table(queries, units.heading if units.combine or not packed else "Packed examples")
     for note, count in Counter(note for query in queries for side in sides for note in query["notes"][side]).items():
         progress.say(f"{note} ({count} of {len(queries)} queries)")
-    if diagnosis:
-        progress.say(diagnosis)
+    for text in filter(None, (warning, diagnosis)):
+        progress.say(text)
     for name in args.format:
         progress.say(str(folder / ("report.html" if name == "html" else f"top_k.{name}")))
-
-
-def rank_queries(
-    top_k: int,
-    combine: str | None,
-    query_rows: list[dict],
-    scores: rank.StoredScores,
-    fine: Reranked | None,
-    examples: rank.Dataset,
-    owners: np.ndarray,
-) -> list[dict[str, Any]]:
-    """Return what the lists, the report and the printed table (`table`: rows) show for each query."""
-    total, queries = owners.max() + 1 if combine else len(owners), []
-    for number, query in enumerate(query_rows):
-        rankings = {side: scores.ranking(number, side == "top") for side in ("top", "bottom")}
-        if combine:
-            rankings = {side: rank.by_document(r, owners, side == "top", combine) for side, r in rankings.items()}
-        values: dict[str, np.ndarray] = {}  # highest first
-        if scores.matrix is not None:
-            values = {"top": rankings["top"].scores, "bottom": rankings["bottom"].scores[::-1]}
-        for side, stored in rankings.items() if fine else ():
-            rankings[side] = rank.rank_again(*fine.candidates(number), stored, side == "top", fine.record.kept, owners)
-        table = rankings["top"] if combine else rank.by_document(rankings["top"], owners, True, "max")
-        rankings["bottom"] = rankings["bottom"].without(rankings["top"].examples[:top_k], owners)
-        rows, notes = {}, {}
-        for side, ranking in rankings.items():
-            rows[side] = rank.ranked_rows(query, side, ranking, top_k, examples, values.get(side))
-            on_top = len(rows["top"]) if side == "bottom" else 0
-            unit = "documents" if combine else "examples"
-            notes[side] = rank.shortage(len(rows[side]), top_k, total, on_top, unit, fine and fine.record.kept)
-        shown = {"number": number, "rows": rows, "notes": notes, "histograms": report.histograms(values, combine)}
-        shown["table"] = rank.ranked_rows(query, "top", table, TABLE_ROWS, examples, None)
-        queries.append(rank.query_text(query) | shown)
-    return queries
 
 
 def print_table(queries: list[dict], heading: str) -> None:

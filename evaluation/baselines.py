@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from logra.analysis.report import bm25_scores
 from logra.hooks import GradientCapture
-from logra.inputs.batches import length_batches, make_batch
 from logra.inputs.queries import load_queries
 from logra.inputs.rows import decode
 from logra.loss import example_losses, hidden_states
@@ -31,8 +31,8 @@ from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import CPU_BATCH_TOKENS, QuerySettings
+from logra.stages.batches import length_batches, make_batch
 from logra.stages.gradients import Extractor
-from logra.tools.report import bm25_scores
 
 NAMES = ("bm25", "embedding", "trak")
 TRAK_DAMPING = 0.01  # in units of the mean eigenvalue

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 import testbed
 
-from logra.inputs.batches import make_batch
+from logra.analysis.report import bm25_scores
 from logra.inputs.row_forms import Row
 from logra.inputs.rows import encode_row
 from logra.loss import hidden_states
@@ -40,7 +40,7 @@ from logra.models.model import load_model, load_tokenizer
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import RunSettings, positive_int, seed_int
-from logra.tools.report import bm25_scores
+from logra.stages.batches import make_batch
 
 RELATIONS = Path(__file__).parent / "relations.jsonl"
 FILLER_WORDS = 12  # of a passage of Python's manual: about as many as in the document of a fact

@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scored
 
-from logra.inputs.batches import make_batch
 from logra.inputs.queries import Query, load_queries, query_hash
 from logra.loss import IGNORE
 from logra.models.model import fingerprint, hub_options, load_model, load_tokenizer
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import QuerySettings, positive, positive_int, seed_int
+from logra.stages.batches import make_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from logra import loss, projection
 from logra.hooks import GradientCapture
-from logra.inputs.batches import make_batch
 from logra.models.layers import choose_layers
 from logra.models.model import blocks, checkpoint_blocks
+from logra.stages.batches import make_batch
 from logra.stages.gradients import Extractor, check_layers, run_batch
 from logra.tools import verify_reference
 

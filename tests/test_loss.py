@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from logra import loss
 from logra.hooks import GradientCapture
-from logra.inputs.batches import make_batch
 from logra.models.model import blocks
+from logra.stages.batches import make_batch
 from logra.stages.gradients import run_batch
 
 

@@ -46,6 +46,14 @@ non_negative = number(float, 0, "a number of at least 0")
 positive = number(float, sys.float_info.min, "a positive, finite number")
 
 
+def share_or_count(text: str) -> float | int:
+    """Argparse type of a share between 0 and 1 (a float), or of a positive integer."""
+    with suppress(argparse.ArgumentTypeError):
+        return positive_int(text)
+    share = number(float, sys.float_info.min, "a share below 1, or an integer of at least 1", math.nextafter(1, 0))
+    return share(text)
+
+
 def pattern(text: str) -> str:
     """Argparse type of a regular expression."""
     try:
@@ -352,6 +360,27 @@ class RerankSettings:
         changed = [f.name for f in fields(self) if f.name != "rerank" and getattr(self, f.name) != f.default]
         if self.rerank is None and changed:
             raise ValueError(f"expected --rerank with --{changed[0]}, got none; add --rerank 50, say")
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """Which documents to select for all queries together."""
+
+    # fmt: off
+    select: float | int | None = setting(None, "write selected.jsonl: the rows of the documents with the highest "
+        "scores over all queries, a share of them below 1, or a number of them (off)", share_or_count,
+        metavar="HOW_MANY")
+    drop: bool = setting(False, "with --select: write the other rows, those that remain without these documents")
+    aggregate: str = setting("mean", "with --select: over the queries, the mean or the maximum of a document's "
+        "z-scores, or the mean of its ranks", choices=["mean", "max", "rank"])
+    per: str | None = setting(None, "with --select: the same share of the documents with each value of this kept "
+        "column (off)", metavar="COLUMN")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.select is None and changed:
+            raise ValueError(f"expected --select with --{changed[0]}, got none; add --select 0.05, say")
 
 
 @dataclass(frozen=True)

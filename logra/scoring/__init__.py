@@ -1,1 +1,1 @@
-"""Stages 3 and 4: score train examples, combine the scores of checkpoints, rank examples."""
+"""Stage 3, and what stage 4 shares with it: score train examples, combine checkpoints, rank examples."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from logra.run_dir import RunDir
-from logra.scoring.rank import StoredScores, examples_of_score, load_matrix, read_record
+from logra.scoring.rank import StoredScores, examples_of_score, load_matrix, part_of_score, read_record
 from logra.scoring.reranked import Reranked, ScoredModel
 from logra.scoring.score_files import AGAIN, ScoreRecord
 from logra.stages.fine_run import FineRun, at_checkpoint
@@ -85,7 +85,7 @@ def add_checkpoints(
         queries: `number` and `rows` of each ({"top": rows, "bottom": rows}, see ranked_rows).
         folder, record, runs: See CheckpointParts.
         scores: The scores that are ranked.
-        owners: Number of each example's document, [N].
+        owners: Number of each example's document or group, [N].
     """
     names = [run.folder.name for run in runs] if record.checkpoints else []
     parts: CheckpointParts | Reranked
@@ -96,8 +96,8 @@ def add_checkpoints(
     for query in queries if names else ():
         for side, rows in query["rows"].items():
             for row in rows:
-                found = parts.of_scores(query["number"], side == "top", examples_of_score(row, owners)).sum(axis=1)
-                row["checkpoints"] = dict(zip(names, found.tolist(), strict=True))
+                found = parts.of_scores(query["number"], side == "top", examples_of_score(row, owners))
+                row["checkpoints"] = dict(zip(names, part_of_score(row, found).tolist(), strict=True))
 
 
 def scored_models(

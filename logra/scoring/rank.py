@@ -1,11 +1,8 @@
-"""Stage 4: read scores, rank train examples or documents for each query, and write the lists top_k.*.
+"""Read scores, and rank train examples, documents or groups of examples for each query.
 
 Notation: Q queries, N train examples, n ranked ones. The highest scores are the top, the lowest the bottom.
 """
 
-import csv
-import json
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,24 +12,23 @@ from datasets import Dataset
 
 from logra import store
 from logra.influence import top_k
+from logra.inputs.groups import kept_values, label
 from logra.run_dir import RunDir
-from logra.runtime import files, progress
+from logra.runtime import files
 from logra.scoring.score_files import AGAIN, ScoreRecord, are_checkpoints, extremes_layout
 
-CSV_COLUMNS = (
-    "query", "side", "rank", "score", "percentile", "z", "document", "documents", "combine", "example", "examples",
-    "block", "text",
-)  # fmt: skip
+MAX_NAME = 200  # characters of a group's name in a line
+WHOLE = ("sum", "mean")  # scores of documents or groups that are formed from all of their examples
 
 
 class Ranking(NamedTuple):
-    """Examples or documents in the order of their scores.
+    """Examples, documents or groups of examples in the order of their scores.
 
     Attributes:
-        examples: Example ids [n]; for a document, the id of its first example in the ranking.
+        examples: Example ids [n]; for a document or group, the id of its first example in the ranking.
         scores: [n].
         counts: Number of examples of the run that each score stands for, [n].
-        combine: None for examples; for documents how their scores were formed (see by_document).
+        combine: None for examples; else how the scores were formed (see by_document).
         stored: Of re-ranked scores: the stored ones [n], and the ranks that these have on this side.
     """
 
@@ -42,10 +38,13 @@ class Ranking(NamedTuple):
     combine: str | None = None
     stored: tuple[np.ndarray, np.ndarray] | None = None
 
-    def without(self, others: np.ndarray, owners: np.ndarray) -> "Ranking":
-        """Leave out the examples `others`; sums of documents: those of the documents of these examples."""
-        units = owners if self.combine == "sum" else np.arange(len(owners))
-        return self.take(~np.isin(units[self.examples], units[others]))
+    def without(self, others: np.ndarray, same: np.ndarray) -> "Ranking":
+        """Leave out the examples `others`, and those that count as the same: `same` has a number for each, [N]."""
+        return self.take(~np.isin(same[self.examples], same[others]))
+
+    def first_of(self, same: np.ndarray) -> "Ranking":
+        """Keep the first of those that count as the same (see `without`)."""
+        return self.take(np.sort(np.unique(same[self.examples], return_index=True)[1]))
 
     def take(self, rows: np.ndarray | slice) -> "Ranking":
         """Return some rows of the ranking."""
@@ -212,39 +211,38 @@ def rank_again(
     return ranking.take(slice(kept)).with_stored(stored, owners)
 
 
-def document_numbers(examples: Dataset, packed: bool) -> np.ndarray:
-    """Return the number of each example's document, [N]; a packed block has a number of its own."""
-    if packed:
-        return np.arange(len(examples))
-    encoded = examples.data["document_id"].dictionary_encode()  # one dictionary for all chunks
-    return np.concatenate([chunk.indices for chunk in encoded.chunks])
-
-
 def by_document(ranking: Ranking, owners: np.ndarray, largest: bool, combine: str) -> Ranking:
-    """Rank documents instead of examples. Each document is shown by the first of its examples.
+    """Rank documents, or other groups, instead of examples. Each is shown by the first of its examples.
 
     Args:
         ranking: Of examples.
-        owners: Number of each example's document, [N].
+        owners: Number of each example's document or group, [N].
         largest: The ranking starts with the highest score.
-        combine: A document's score: the `sum` of its examples' scores, or `max`, the score of its first example.
+        combine: The `sum` or `mean` of the examples' scores (then `ranking` has all examples of those documents), or
+            `max`, the score of the first example.
     """
     documents, first, inverse = np.unique(owners[ranking.examples], return_index=True, return_inverse=True)
     scores, counts = ranking.scores[first], np.bincount(owners)[documents]
-    if combine == "sum":
-        scores = np.bincount(inverse, weights=ranking.scores).astype(np.float32)
+    if combine in WHOLE:
+        sums = np.bincount(inverse, weights=ranking.scores)
+        scores = (sums / counts if combine == "mean" else sums).astype(np.float32)
     order = np.lexsort((ranking.examples[first], -scores if largest else scores))
     return Ranking(ranking.examples[first][order], scores[order], counts[order], combine)
 
 
 def examples_of_score(row: dict[str, Any], owners: np.ndarray) -> np.ndarray:
-    """Return the ids of the examples whose scores add up to that of a row of ranked_rows.
+    """Return the ids of the examples whose scores add up to that of a row of ranked_rows, or have it as their mean.
 
     Args:
         row: The row.
-        owners: Number of each example's document, [N].
+        owners: Number of each example's document or group, [N].
     """
-    return np.flatnonzero(owners == owners[row["example"]]) if row["combine"] == "sum" else np.array([row["example"]])
+    return np.flatnonzero(owners == owners[row["example"]]) if row["combine"] in WHOLE else np.array([row["example"]])
+
+
+def part_of_score(row: dict[str, Any], parts: np.ndarray) -> np.ndarray:
+    """Return the parts of a row's score, [C], from those of the scores of examples_of_score, [C, m]."""
+    return parts.mean(axis=1) if row["combine"] == "mean" else parts.sum(axis=1)
 
 
 def query_text(query: dict) -> dict[str, Any]:
@@ -314,6 +312,7 @@ def ranked_rows(
             known = ranks[n] > 0  # else --top_k_only did not keep the score
             row["stored_score"], row["stored_rank"] = (v[n].item() if known else None for v in (stored, ranks))
         row |= {"documents": example["document_ids"]} if "document_ids" in example else {}
+        row |= {"kept": kept_values(example)} if "kept" in example else {}
         rows.append(row | {"text": example["text"]})
     return rows
 
@@ -324,9 +323,9 @@ def shortage(found: int, asked: int, total: int, on_top: int, unit: str, reranke
     Args:
         found: Rows.
         asked: Rows that were asked for.
-        total: Examples or documents (`unit`) of the run.
+        total: Examples, documents or groups (`unit`) of the run.
         on_top: For the bottom: rows of the top, which are not shown twice.
-        unit: examples or documents.
+        unit: examples, documents or groups.
         reranked: On each side at most, with --rerank.
     """
     if found >= asked:
@@ -337,9 +336,19 @@ def shortage(found: int, asked: int, total: int, on_top: int, unit: str, reranke
     return [f"{'Lowest' if on_top else 'Highest'} scores: {found} instead of {asked}, since {reason}"]
 
 
+def name_and_count(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the name of what a row of ranked_rows is of (--pack: all its documents), and how many that is, or ""."""
+    copies = f" x{row['copies']}" if row.get("copies", 1) > 1 else ""
+    if "by" in row:
+        name = label(row["group"])
+        name = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
+        return name, f" ({row['examples']} example{'s' if row['examples'] > 1 else ''})"
+    return ", ".join(row.get("documents") or [row["document"]]), copies
+
+
 def document_names(row: dict[str, Any]) -> str:
-    """Return the ids of all documents of a row of ranked_rows: several with --pack."""
-    return ", ".join(row.get("documents") or [row["document"]])
+    """Return what to call what a row of ranked_rows is of: documents, or a group, with their number."""
+    return "".join(name_and_count(row))
 
 
 def move(row: dict[str, Any]) -> str:
@@ -351,56 +360,9 @@ def move(row: dict[str, Any]) -> str:
 def scored_examples(row: dict[str, Any]) -> str:
     """Return what the score of a row of ranked_rows is of, and which example its text is of."""
     example, extreme = f"example {row['example']}", "highest" if row["side"] == "top" else "lowest"
+    example += f" of {row['document']}" if "by" in row else ""
     if row["combine"] is None or row["examples"] == 1:
         return example
     if row["combine"] == "max":
         return f"{example}, the {extreme} of {row['examples']}"
-    return f"sum of {row['examples']} examples; text of {example}, the {extreme}"
-
-
-def write_lists(folder: Path, queries: list[dict], sides: Sequence[str], formats: Collection[str]) -> None:
-    """Write top_k.jsonl, top_k.csv and top_k.txt.
-
-    Args:
-        folder: The folder of the scores.
-        queries: query_text, and rows ({"top": ranked_rows, "bottom": ranked_rows}) of each query.
-        sides: Which of these rows to write.
-        formats: Which of jsonl, csv and txt to write.
-    """
-    rows = [row for query in queries for side in sides for row in query["rows"][side]]
-    if "jsonl" in formats:
-        with files.atomic(folder / "top_k.jsonl") as path:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    if "csv" in formats:
-        with files.atomic(folder / "top_k.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
-            optional = ("stored_score", "stored_rank", "checkpoints")
-            further = [name for name in optional if any(name in row for row in rows)]
-            writer = csv.DictWriter(file, [*CSV_COLUMNS, *further], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
-    if "txt" in formats:
-        with files.atomic(folder / "top_k.txt") as path:
-            path.write_text(progress.printable("\n".join(text_lines(queries, sides))), "utf-8")
-
-
-def csv_cell(value: Any) -> Any:
-    """Return a cell of top_k.csv: lists and dicts as JSON; an apostrophe before a text that would run as a formula."""
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False)
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
-
-
-def text_lines(queries: list[dict], sides: Sequence[str]) -> list[str]:
-    """Return the lines of top_k.txt (see write_lists)."""
-    lines = []
-    for query in queries:
-        group = f" ({query['group']})" if query["group"] else ""
-        lines += ["=" * 100, f"Query {query['id']}{group}: {query['prompt']}", query["response"], ""]
-        for row in (row for side in sides for row in query["rows"][side]):
-            place = f"{document_names(row)}  ({scored_examples(row)})"
-            moved = f" ({move(row)})" if move(row) else ""
-            lines += [f"--- {row['side']} {row['rank']}{moved}: {row['score']:+.4g}  {place}"]
-            if parts := row.get("checkpoints"):
-                lines += [f"by checkpoint: {', '.join(f'{name} {part:+.4g}' for name, part in parts.items())}"]
-            lines += [row["text"].strip(), ""]
-    return lines
+    return f"{row['combine']} of {row['examples']} examples; text of {example}, the {extreme}"

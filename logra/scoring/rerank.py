@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from logra import influence
 from logra.hessian import Damping
+from logra.inputs.groups import document_numbers
 from logra.inputs.queries import Query
 from logra.run_dir import RunDir
 from logra.runtime import files, processes, progress
@@ -141,7 +142,7 @@ def _all_candidates(folder: Path, run: RunDir, record: ScoreRecord, settings: Re
     """Return the candidates of each query of a folder of scores."""
     checkpoints, queries = len(record.checkpoints or ()), record.num_queries
     stored = rank.StoredScores(folder, queries, run.examples, record.top_k_only, checkpoints)
-    owners = rank.document_numbers(run.train(), run.settings.pack) if settings.rerank_by == "document" else None
+    owners = document_numbers(run.train(), run.settings.pack) if settings.rerank_by == "document" else None
     return [find_candidates(stored, query, settings.rerank, run.examples, owners) for query in range(queries)]
 
 

@@ -112,13 +112,14 @@ class Reranked:
         self.record, self.tensors = record, tensors
 
     @classmethod
-    def load(cls, folder: Path, scores: ScoreRecord, combine: str | None) -> Self | None:
+    def load(cls, folder: Path, scores: ScoreRecord, combine: str | None, grouped: bool = False) -> Self | None:
         """Read the file; None if the scores were not re-ranked.
 
         Args:
             folder: Of the scores.
             scores: Their record.
-            combine: What is ranked: None for examples, max or sum for documents (see rank.by_document).
+            combine: What is ranked: None for examples, else how documents' scores are formed (see rank.by_document).
+            grouped: Groups of examples are ranked and not documents.
 
         Raises:
             ValueError: It is damaged, or of other scores; or other candidates are needed.
@@ -126,6 +127,11 @@ class Reranked:
         path = folder / FILE
         if not path.with_suffix(".json").exists():
             return None
+        if combine == "mean" or (grouped and combine == "sum"):
+            raise ValueError(
+                f"expected new scores of all examples for a {combine}, got those of the candidates in {path}; rank "
+                "examples or documents, or give --combine max"
+            )
         content = files.read_json(path.with_suffix(".json"), AGAIN)
         if not files.has_shape(content, RECORD_JSON) or content["scores"] != files.file_content(folder / "run.json"):
             raise ValueError(f"expected re-ranked scores of {folder} in {path}, got others; {AGAIN}")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from logra.hooks import GradientCapture, GradientPositions
-from logra.inputs.batches import length_batches, make_batch
 from logra.loss import IGNORE, example_losses, input_device
 from logra.models.model import rope_boundaries
 from logra.projection import identity
@@ -23,6 +22,7 @@ from logra.runtime.fsdp import Lockstep
 from logra.runtime.memory import TooLittleMemoryError, release_memory
 from logra.runtime.progress import say
 from logra.runtime.settings import Execution
+from logra.stages.batches import length_batches, make_batch
 
 ROUNDING_SAMPLE = 16  # examples of a shard whose scores are compared before and after rounding
 MIN_SPEEDUP = 1.03  # a larger batch must be this much faster to be chosen
@@ -180,7 +180,7 @@ class Extractor:
         return result
 
     def batches(self, lengths: list[int] | np.ndarray) -> list[list[int]]:
-        """Group examples of these lengths into batches; see inputs.batches.length_batches."""
+        """Group examples of these lengths into batches; see stages.batches.length_batches."""
         return length_batches(lengths, self.batch_tokens, self.batch_size, self.boundaries)
 
     def run(

@@ -1,1 +1,1 @@
-"""Tools that inspect a run: before it (estimate, verify) and after it (diagnose, tokens, report)."""
+"""Tools for the time before a run: what it needs (estimate, trial), and whether it will be right (verify)."""

@@ -12,10 +12,10 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from logra.analysis.tokens import pieces
 from logra.inputs import examples
 from logra.inputs.rows import decode, split_text
 from logra.runtime.settings import RunSettings
-from logra.tools.tokens import pieces
 
 TEXT = "the river  ran past the old mill, 😀👍🏽 中文字 ünï and\nstones into cold water . do n't"
 SPECIAL = ["<unk>", "<s>", "</s>", "<|eot_id|>"]

@@ -11,8 +11,8 @@ from helpers import refused
 from transformers import AutoModelForCausalLM
 
 from logra import hessian, influence
-from logra.inputs.batches import make_batch
 from logra.loss import example_losses
+from logra.stages.batches import make_batch
 
 KINDS = ("raw", "kfac", "ekfac", "none")
 

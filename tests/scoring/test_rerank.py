@@ -13,7 +13,9 @@ from helpers import extract, influence, one_model_at_a_time, refused
 from transformers import AutoModelForCausalLM
 
 from logra import projection
+from logra.analysis.tokens import TokenSplitter
 from logra.influence import checkpoint_factors
+from logra.inputs.groups import document_numbers
 from logra.run_dir import RunDir
 from logra.runtime import processes
 from logra.scoring import parts, rank, rerank
@@ -21,7 +23,6 @@ from logra.scoring import reranked as reranked_module
 from logra.scoring.reranked import Reranked
 from logra.stages import calibrate
 from logra.stages.fine_run import FineRun, choose_rank
-from logra.tools.tokens import TokenSplitter
 
 SIGNS = ("--preset", "best", "--rank", 3, "--calibration_examples", 11)
 MODES = ("dot", "cosine", "l2")
@@ -317,7 +318,7 @@ def test_documents(cli, tiny, workspace):
     extract(cli, tiny / "gpt2", *SIGNS, "--block_size", 8)
     _, folder = influence(cli, "--rerank", 2, "--rerank_by", "document")
     run, found = RunDir.load(Path("log")), load(folder, "sum")
-    owners, stored = rank.document_numbers(run.train(), False), np.load(folder / "scores.npy")
+    owners, stored = document_numbers(run.train(), False), np.load(folder / "scores.npy")
     sums = np.array([np.bincount(owners, weights=row) for row in stored])
     assert cli("analysis", "--log_dir", "log", "--by", "document", "--bottom")[0] == 0
     rows = rows_of(folder)

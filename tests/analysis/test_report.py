@@ -13,8 +13,9 @@ import pytest
 from conftest import write_jsonl
 from helpers import extract, influence
 
+from logra.analysis import report
+from logra.analysis.units import Units
 from logra.run_dir import RunDir
-from logra.tools import report
 
 
 class Page(HTMLParser):
@@ -150,6 +151,6 @@ def test_texts_without_a_word():
         rows = [{"example": i} for i in range(3)]
         query = {"words": "what is it?", "rows": {"top": rows, "bottom": []}}
         empty = {"words": "", "rows": {"top": [{"example": 1}], "bottom": []}}
-        report.add_word_matches([query, empty], ["a b.", word, ""], 2, np.arange(3))
+        report.add_word_matches([query, empty], ["a b.", word, ""], 2, Units("example", None, np.arange(3)))
         assert [row["word_rank"] for row in rows] == [None, expected, None]
         assert empty["rows"]["top"][0]["word_rank"] is None

@@ -8,11 +8,11 @@ from conftest import make_model, make_tokenizer, write_jsonl
 from helpers import extract, influence
 from reference import full_gradient, layer_io
 
+from logra.analysis import report
+from logra.analysis.tokens import TokenSplitter, pieces
 from logra.influence import MODES
 from logra.run_dir import RunDir
 from logra.scoring.rank import read_record
-from logra.tools import report
-from logra.tools.tokens import TokenSplitter, pieces
 
 
 def equal(one, two, scale) -> bool:

@@ -23,6 +23,7 @@ from logra.run_dir import RunDir
 from logra.runtime.memory import release_memory
 from logra.runtime.progress import bar
 from logra.runtime.settings import CPU_BATCH_TOKENS, Execution, QuerySettings
+from logra.scoring.rank import WHOLE
 from logra.scoring.reranked import ScoredModel
 from logra.scoring.score import Scorer, ScoreTask, block_name
 from logra.scoring.score_files import ScoreRecord, SelfInfluence
@@ -200,7 +201,7 @@ def combine(splits: Sequence[Split], factors: np.ndarray) -> Split:
 def add_shares(queries: list[dict], models: Iterable[ScoredModel], examples: Dataset, trust_remote_code: bool) -> None:
     """Add to the report's queries the shares of tokens (`pieces`, see there) and of blocks of layers (`layers`).
 
-    A row keeps the `layers` of --layerwise. A document's sum gets none: the shares are those of the example shown.
+    A row keeps the `layers` of --layerwise. A sum or mean gets none: the shares are those of the example shown.
 
     Args:
         queries: `rows` of each is {"top": rows, "bottom": rows}. The queries and all rows get `pieces`, the rows of the
@@ -228,5 +229,5 @@ def add_shares(queries: list[dict], models: Iterable[ScoredModel], examples: Dat
             ids = groups[number][0].token_ids
             query["pieces"] = pieces(tokenizer, ids, query_shares[number])
         for row in query["rows"]["top"]:
-            if row["combine"] != "sum":
+            if row["combine"] not in WHOLE:
                 row.setdefault("layers", pairs[number, row["example"]].blocks)

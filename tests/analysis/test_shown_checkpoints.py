@@ -18,12 +18,12 @@ from conftest import edit_json, make_model, make_tokenizer, run_cli, vouch, writ
 from helpers import extract, influence, refused
 from reference import full_gradient, layer_io
 
+from logra.analysis import report, tokens
 from logra.influence import MODES
 from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.scoring.parts import read_factors
 from logra.scoring.rank import read_record, scored_runs
-from logra.tools import report, tokens
 
 NAMES = ["checkpoint-9", "checkpoint-10", "checkpoint-30"]  # sorted by number
 AGAIN = "run compute_influence.py again"

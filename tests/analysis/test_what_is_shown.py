@@ -11,9 +11,9 @@ import pytest
 from conftest import vouch, write_jsonl
 from helpers import extract, influence, refused
 
+from logra.analysis import report
 from logra.influence import MODES
 from logra.run_dir import RunDir
-from logra.tools import report
 
 ANALYSIS = ("analysis", "--log_dir", "log")
 

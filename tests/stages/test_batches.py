@@ -1,6 +1,6 @@
 """Batches of like length."""
 
-from logra.inputs.batches import length_batches
+from logra.stages.batches import length_batches
 
 
 def test_length_batches():

@@ -3,7 +3,8 @@
 report.html.j2 is the page's template. Jinja2 escapes all texts (autoescape).
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +13,10 @@ import bm25s
 import jinja2
 import numpy as np
 
+from logra.analysis.units import Units
+from logra.inputs.groups import label
 from logra.run_dir import RunDir
-from logra.scoring.rank import document_names, examples_of_score, load_matrix, move, scored_examples
+from logra.scoring.rank import examples_of_score, load_matrix, move, name_and_count, scored_examples
 from logra.scoring.reranked import Reranked
 from logra.scoring.score_files import ScoreRecord
 
@@ -21,7 +24,6 @@ MAX_REPORT_BYTES = 5_000_000
 MIN_QUERY_BYTES = 2_000  # a query takes at least this many
 MIN_CARDS = 5  # examples shown on each side of a query
 MAX_BM25_TEXTS = 100_000  # the index is in memory
-HISTOGRAM_BINS = 60
 L2_PART = "- half of the self-influence"
 SHADE_LEVELS = 4  # for shares above 0, and as many for shares below
 
@@ -77,36 +79,6 @@ def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
     return shaded
 
 
-def histogram(values: np.ndarray, of: str, sides: Sequence[str]) -> dict:
-    """Return what the page draws for some scores of a query; positions and lengths are from 0 to 100.
-
-    Args:
-        values: The scores.
-        of: What they are, for the caption.
-        sides: Which rows (top, bottom) are marked; their scores are among the values.
-
-    Returns:
-        bars (x, width, height, count), low and high score, the edges left and right of the picture, and count. A bar's
-        height is the square root of its count, so that a single score is visible beside a thousand.
-    """
-    counts, edges = np.histogram(values.astype(np.float64), bins=HISTOGRAM_BINS)
-    heights = 100 * np.sqrt(counts / max(counts.max(), 1))
-    width = 100 / HISTOGRAM_BINS
-    bars = [(i * width, width, h, int(n)) for i, (h, n) in enumerate(zip(heights, counts, strict=True)) if n]
-    shown = {"of": of, "sides": sides, "bars": bars, "count": len(values)}
-    shown |= {"left": float(edges[0]), "right": float(edges[-1])}
-    return shown | {"low": float(values.min()), "high": float(values.max())}
-
-
-def histograms(values: dict[str, np.ndarray], combine: str | None) -> list[dict]:
-    """Return a query's histograms: of all its scores {side: [N]}, or for the best and worst of documents one each."""
-    if combine == "max":
-        names = {"top": "highest", "bottom": "lowest"}
-        return [histogram(v, f"documents' {names[side]} scores", [side]) for side, v in values.items()]
-    of = "documents' scores" if combine else "scores"
-    return [histogram(values["top"], of, ["top", "bottom"])] if values else []
-
-
 def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray]:
     """Yield the BM25 scores of all texts, [N], for each query (Lucene's variant, lower case, no stemming)."""
     options = {"stopwords": None, "return_ids": False, "show_progress": False}
@@ -127,6 +99,11 @@ def checkpoint_bars(parts: dict[str, float]) -> list[CheckpointBar]:
     ]
 
 
+def is_web_address(value: object) -> bool:
+    """Return whether a kept column's value may become a link: an http(s) address without spaces or invisible signs."""
+    return isinstance(value, str) and value.isprintable() and bool(re.fullmatch(r"https?://[^\s\"'<>\\]+", value))
+
+
 def mean_layers(rows: list[dict]) -> dict[str, float]:
     """Return the mean parts of the rows' scores by block of layers; nothing if they are not known."""
     layers = [row["layers"] for row in rows if "layers" in row]
@@ -143,7 +120,8 @@ def render(content: dict, queries: list[dict]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(shade=shade, mean_layers=mean_layers, checkpoint_bars=checkpoint_bars)
-    environment.filters.update(names=document_names, scored=scored_examples, move=move)
+    environment.filters.update(name_and_count=name_and_count, scored=scored_examples, move=move, label=label)
+    environment.tests["web_address"] = is_web_address
     template = environment.get_template("report.html.j2")
     most = max(len(rows) for query in queries for rows in query["rows"].values())
     cards, count = most, min(len(queries), MAX_REPORT_BYTES // MIN_QUERY_BYTES)
@@ -178,7 +156,7 @@ def add_layers(
         record: Their record.
         scores: [Q, N].
         fine: The re-ranked scores, whose parts these are if there are any.
-        owners: Number of each example's document, [N].
+        owners: Number of each example's document or group, [N].
     """
     if record.blocks is None:
         return
@@ -191,22 +169,24 @@ def add_layers(
                 parts, shown = (fine.of_scores(number, True, ids, name) for name in ("blocks", "scores"))
             else:
                 parts, shown = dots[:, number, ids], scores[number, ids]
-            row["layers"] = split_by_layers(parts, shown, record.blocks, record.mode)
+            sums, count = split_by_layers(parts, shown, record.blocks, record.mode), len(ids)
+            row["layers"] = {k: v / count for k, v in sums.items()} if row["combine"] == "mean" else sums
 
 
-def add_word_matches(queries: list[dict], texts: list[str], k: int, units: np.ndarray) -> None:
-    """Add the BM25 ranks of what the rows show, if these are among the k best. Nothing if there are too many texts.
+def add_word_matches(queries: list[dict], texts: list[str], k: int, units: Units) -> None:
+    """Add the BM25 ranks of what the rows show, if these are among the k best. Nothing for groups or too many texts.
 
     Args:
         queries: See render.
         texts: Of the examples.
         k: How many of the best matches count.
-        units: Number of each example's document, [N], to match whole documents; the examples' own numbers if not.
+        units: What is ranked. Documents are matched whole.
     """
-    if len(texts) > MAX_BM25_TEXTS:
+    if len(texts) > MAX_BM25_TEXTS or units.values is not None:
         return
-    parts: list[list[str]] = [[] for _ in range(units.max() + 1)]
-    for unit, text in zip(units, texts, strict=True):
+    numbers = units.owners if units.combine else np.arange(len(texts))
+    parts: list[list[str]] = [[] for _ in range(numbers.max() + 1)]
+    for unit, text in zip(numbers, texts, strict=True):
         parts[unit].append(text)
     texts = ["".join(blocks) for blocks in parts]
     for query, scores in zip(queries, bm25_scores(texts, [query["words"] for query in queries]), strict=True):
@@ -214,4 +194,4 @@ def add_word_matches(queries: list[dict], texts: list[str], k: int, units: np.nd
         ranks = {unit: rank for rank, unit in enumerate(best, 1) if scores[unit] > 0}
         query["word_matches"] = True
         for row in [*query["rows"]["top"], *query["rows"]["bottom"]]:
-            row["word_rank"] = ranks.get(units[row["example"]])
+            row["word_rank"] = ranks.get(numbers[row["example"]])

@@ -12,11 +12,11 @@ from conftest import write_jsonl
 from helpers import extract, influence, stored_gradients
 
 from logra import hessian
+from logra.analysis.diagnose import duplicates, eigenvalues, rounding, spectra
 from logra.quantise import stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.settings import RunSettings
 from logra.scoring.rank import read_record
-from logra.tools.diagnose import duplicates, eigenvalues, rounding, spectra
 
 
 @pytest.mark.parametrize(

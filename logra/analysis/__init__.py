@@ -1,0 +1,1 @@
+"""Stage 4: rank, select, and show scores."""
