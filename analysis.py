@@ -19,7 +19,7 @@ from logra.scoring.reranked import Reranked
 from logra.tools import report
 from logra.tools.diagnose import diagnose
 
-TABLE_ROWS = 3  # documents per query in the printed table
+TABLE_ROWS, TABLE_QUERIES = 3, 10  # documents per query, and queries, in the printed table
 FORMATS = ("html", "jsonl", "csv", "txt")
 
 
@@ -136,14 +136,14 @@ def rank_queries(
 
 
 def print_table(queries: list[dict], heading: str) -> None:
-    """Print the first documents of each query."""
+    """Print the first documents of the first queries."""
     progress.say(f"\n{heading}:")
-    for query in queries:
+    for query in queries[:TABLE_QUERIES]:
         progress.say(f"\n{' '.join(query['id'].split())}: {' '.join(query['prompt'].split())[:90]}")
         for row in query["table"]:
             names = " ".join(rank.document_names(row).split())
             progress.say(f"  {row['rank']}. {row['score']:+.4g}  {names}")
-    progress.say("")
+    progress.say(f"\nThe files have {len(queries)} queries" if len(queries) > TABLE_QUERIES else "")
 
 
 if __name__ == "__main__":

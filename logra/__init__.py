@@ -14,4 +14,5 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else transformer
 try:
     tempfile.gettempdir()
 except FileNotFoundError as error:  # torch needs one at import
-    raise SystemExit(f"expected a folder for temporary files, got {error.strerror}; set TMPDIR to one") from None
+    reason = f"expected a folder for temporary files that can be written, got none ({error.strerror})"
+    raise SystemExit(f"{reason}; set TMPDIR to one") from None

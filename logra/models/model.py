@@ -199,6 +199,24 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
 
 
+def keep_extra_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep, for check_token_ids, the tokens for which the model has no embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.extra_tokens = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+
+
+def check_token_ids(model: nn.Module, token_ids: list[int], place: str) -> None:
+    """Raise a ValueError if the model has no embedding of a token; `place` says where the tokens are."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(token_ids, default=0) >= rows:
+        names = getattr(model, "extra_tokens", {})
+        extra = [f"{i} ({names.get(i, 'no token')})" for i in sorted({*token_ids}) if i >= rows]
+        raise ValueError(
+            f"expected token ids below {rows}, the model's vocabulary, got {', '.join(extra[:3])} in {place}; use the "
+            "model's own tokenizer, or a model with embeddings of these tokens"
+        )
+
+
 def load_model(
     name: str,
     dtype: torch.dtype,
