@@ -265,7 +265,7 @@ def _merge(base: PreTrainedModel, name: str, revision: str | None) -> PreTrained
     if embedding.weight.isnan().any() or head.weight.isnan().any():
         raise IncompleteError(
             f"expected embedding and head of all {embedding.num_embeddings} tokens in the adapter {name!r}, whose "
-            "vocabulary was resized, got one of them; save it again with save_embedding_layers=True"
+            "vocabulary was resized, got one of them; give a model into which it was merged where it was trained"
         )
     error = _relative_error(merged(input_ids=probe, use_cache=False).logits, expected)
     if not error < torch.finfo(expected.dtype).eps ** 0.5:

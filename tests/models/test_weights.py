@@ -443,9 +443,16 @@ def resized_adapter(base: Path, folder: Path, tokens: int, **settings) -> None:
 @pytest.mark.parametrize("base", ["llama", "llama_tied"])
 @pytest.mark.parametrize("variant", OF_VOCABULARY)
 def test_an_adapter_of_embedding_or_head(tiny, tmp_path, base, variant, tokens):
-    """It computes what peft's own model does, with a tied head and with a longer vocabulary too, also if sharded."""
+    """It computes what peft's own model does, with a tied head and with a longer vocabulary too, also if sharded.
+
+    Where the file lacks the embedding or the head of new tokens, this is the reason of the refusal.
+    """
     peft = pytest.importorskip("peft")
     resized_adapter(tiny / base, tmp_path / "a", tokens, **OF_VOCABULARY[variant])
+    if tokens and (variant, base) == ("LoRA of the head", "llama"):  # peft saves the head alone
+        with pytest.raises(ValueError, match="whose vocabulary was resized, got one of them; give a model into which"):
+            load_model(str(tmp_path / "a"), torch.float32)
+        return
     plain = load_model(str(tiny / base), torch.float32)
     plain.resize_token_embeddings(320 + tokens, mean_resizing=False)
     own, ids = (
@@ -463,16 +470,6 @@ def test_an_adapter_of_embedding_or_head(tiny, tmp_path, base, variant, tokens):
             assert relative(lm(ids).logits, expected) < 2e-5
     finally:
         dist.destroy_process_group()
-
-
-def test_a_resized_vocabulary_in_parts(tiny, tmp_path):
-    """An adapter of a longer vocabulary that lacks the new tokens' embeddings is refused with this reason."""
-    pytest.importorskip("peft")
-    resized_adapter(tiny / "llama", tmp_path / "a", 3, **OF_VOCABULARY["a saved head"])
-    path = tmp_path / "a/adapter_model.safetensors"
-    save_file({key: tensor for key, tensor in load_file(path).items() if "embed" not in key}, path)
-    with pytest.raises(ValueError, match="whose vocabulary was resized, got one of them; save it again"):
-        load_model(str(tmp_path / "a"), torch.float32)
 
 
 def test_a_configuration_beside_an_adapter(tiny, tmp_path):

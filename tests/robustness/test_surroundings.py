@@ -16,7 +16,7 @@ from logra.inputs import documents
 NOWHERE = "/dev/null/cache"  # can't be made, by root neither
 
 
-def run(script: str, *flags: object, before: str = "", **variables: str) -> subprocess.CompletedProcess:
+def run(script: str, *flags: object, before: str = "pass", **variables: str) -> subprocess.CompletedProcess:
     """Run a script in a process of its own, after some Python, with further variables."""
     program = f"import runpy, sys; {before}; sys.argv[1:] = sys.argv[2:]; sys.path.insert(0, {str(ROOT)!r})"
     program += f"; runpy.run_path({str(ROOT / script)!r} + '.py', run_name='__main__')"
@@ -27,7 +27,7 @@ def run(script: str, *flags: object, before: str = "", **variables: str) -> subp
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_without_a_cache(script):
     """Numba can't keep compiled code, and home is no folder."""
-    no_cache = "import numba.core.caching as c; c._CacheImpl._locator_classes = c.CacheImpl._locator_classes = []"
+    no_cache = "import numba.core.caching as c; c.CacheImpl._locator_classes = []"
     done = run(script, "--help", before=no_cache, HOME=NOWHERE, HF_HOME=NOWHERE)
     assert done.returncode == 0 and done.stdout.startswith("usage"), done.stderr
 
@@ -43,7 +43,7 @@ def test_stages_without_a_cache(tiny, workspace):
     """They copy data files among temporary files, and say so; the copy is deleted."""
     (workspace / "temporary").mkdir()
     places = {"HOME": NOWHERE, "HF_HOME": NOWHERE, "TMPDIR": str(workspace / "temporary")}
-    done = run("extract_log", "--model_name", tiny / "llama", *DATA, "--rank", 4, "--store_dtype", "int1", **places)
+    done = run("extract_log", "--model_name", tiny / "llama", *DATA, "--rank", 4, "--preset", "best", **places)
     assert done.returncode == 0 and "--cache_dir chooses a folder" in done.stdout, done.stderr
     done = run("compute_influence", *QUERIES, **places)
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def test_a_cache_without_room(cli, tiny, workspace, monkeypatch, number):
     flags = ("--model_name", tiny / "llama", *DATA, "--rank", 4)
     refused(cli("extract_log", *flags, "--cache_dir", "/dev/null/c"), "/dev/null/c", "as --cache_dir")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(number, os.strerror(number), "/cache/copy.arrow")
 
     monkeypatch.setattr(documents.data_files, "_write", fail)
