@@ -244,7 +244,7 @@ def _merge(base: PreTrainedModel, name: str, revision: str | None) -> PreTrained
     import peft
 
     weights = peft.load_peft_weights(name, device="cpu", revision=revision)
-    _resize_vocabulary(base, name, weights)
+    resized = _resize_vocabulary(base, name, weights)
     vocabulary = rf"\.({_of_vocabulary(base)})\."
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     probe = torch.linspace(0, embedding.num_embeddings - 1, PROBE_TOKENS).long()[None]
@@ -262,7 +262,7 @@ def _merge(base: PreTrainedModel, name: str, revision: str | None) -> PreTrained
     merged = tuned.merge_and_unload().requires_grad_(True)
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     merged.config.tie_word_embeddings = head.weight is embedding.weight
-    if embedding.weight.isnan().any() or head.weight.isnan().any():
+    if resized and (embedding.weight.isnan().any() or head.weight.isnan().any()):
         raise IncompleteError(
             f"expected embedding and head of all {embedding.num_embeddings} tokens in the adapter {name!r}, whose "
             "vocabulary was resized, got one of them; give a model into which it was merged where it was trained"
@@ -273,21 +273,25 @@ def _merge(base: PreTrainedModel, name: str, revision: str | None) -> PreTrained
     return merged
 
 
-def _resize_vocabulary(base: PreTrainedModel, name: str, weights: dict[str, Tensor]) -> None:
-    """Give the base model the vocabulary that an adapter's files have. New rows are NaN until they are loaded."""
+def _resize_vocabulary(base: PreTrainedModel, name: str, weights: dict[str, Tensor]) -> bool:
+    """Give the base model the vocabulary of an adapter's files, and return whether it is another one.
+
+    New rows are NaN until they are loaded.
+    """
     rows = base.get_input_embeddings().num_embeddings
     pattern = re.compile(
         rf"\.({_of_vocabulary(base)})\.((base_layer|original_module|modules_to_save|token_adapter)\.)*weight$"
     )
     sizes = {len(tensor) for key, tensor in weights.items() if pattern.search(key)}
     if len(sizes) != 1 or sizes == {rows}:
-        return  # peft refuses several sizes
+        return False  # peft refuses several sizes
     size = sizes.pop()
     say(f"{name}: a vocabulary of {size} tokens; its base model has {rows}")
     base.resize_token_embeddings(size, mean_resizing=False)
     for module in (base.get_input_embeddings(), base.get_output_embeddings()):
         for parameter in module.parameters():
             parameter[rows:] = torch.nan
+    return True
 
 
 def _of_vocabulary(base: PreTrainedModel) -> str:
