@@ -15,9 +15,12 @@ from logra.analysis.lists import FORMATS, write_lists, write_text
 from logra.analysis.ranked import rank_queries, shared_first
 from logra.analysis.units import choose
 from logra.runtime import flags, processes, progress
-from logra.runtime.settings import SelectionSettings, positive_int
+from logra.runtime.flag_types import positive_int
+from logra.runtime.settings import SelectionSettings
 from logra.scoring import parts, rank
 from logra.scoring.reranked import Reranked
+
+TABLE_QUERIES = 10  # in the printed table
 
 
 def build_parser() -> flags.Parser:
@@ -102,14 +105,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def print_table(queries: list[dict], heading: str) -> None:
-    """Print the first documents of each query."""
+    """Print the first documents of the first queries."""
     progress.say(f"\n{heading}:")
-    for query in queries:
+    for query in queries[:TABLE_QUERIES]:
         progress.say(f"\n{' '.join(query['id'].split())}: {' '.join(query['prompt'].split())[:90]}")
         for row in query["table"]:
             names = " ".join(rank.document_names(row).split())
             progress.say(f"  {row['rank']}. {row['score']:+.4g}  {names}")
-    progress.say("")
+    progress.say(f"\nThe files have {len(queries)} queries" if len(queries) > TABLE_QUERIES else "")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from logra.hessian import Damping
 from logra.inputs.queries import group_queries, merge_group
 from logra.runtime import flags, processes, progress
@@ -103,8 +101,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def fine_models(
-    views: list[FineRun], weights: list[float], lm: nn.Module | None, execution: Execution
-) -> Iterator[tuple[FineRun, nn.Module, float]]:
+    views: list[FineRun], weights: list[float], lm: open_run.nn.Module | None, execution: Execution
+) -> Iterator[tuple[FineRun, open_run.nn.Module, float]]:
     """Yield the views that re-rank, their models and weights. First compute the statistics that are missing.
 
     Args:

@@ -9,12 +9,11 @@ To resume after a stop, run the same command again, on any number of processes.
 import argparse
 from pathlib import Path
 
-from torch import nn
-
 from logra.models import model
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import flags, processes, progress
-from logra.runtime.settings import DataSettings, Execution, RunSettings, positive_int
+from logra.runtime.flag_types import positive_int
+from logra.runtime.settings import DataSettings, Execution, RunSettings
 from logra.scoring import rerank
 from logra.stages import calibrate, checkpoints, extract, open_run
 from logra.stages.fine_run import FineRun, choose_rank
@@ -106,7 +105,7 @@ def extract_run(
 def set_up(
     args: argparse.Namespace, folder: Path, settings: RunSettings, run: RunDir | None, further: DataSettings | None,
     execution: Execution, sibling: RunDir | None,
-) -> tuple[nn.Module, RunDir]:  # fmt: skip
+) -> tuple[model.nn.Module, RunDir]:  # fmt: skip
     """Load the model, and write what is missing of run.json, train/ (or an extension) and projections.safetensors."""
     lm, tokenizer, described = open_run.load_model(settings, execution)
     open_run.say_tracked(lm, described, settings)

@@ -30,8 +30,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import make_model, write_texts
+from logra.runtime.flag_types import positive_int, seed_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int, seed_int
 
 RUN = "--model_name model --data_name texts.jsonl --log_dir log --hessian ekfac --rank 8 --shard_examples 8"
 STAGES = {

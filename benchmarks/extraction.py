@@ -34,8 +34,9 @@ from logra import experts, projection, store
 from logra.hooks import GradientCapture
 from logra.models import layers, model
 from logra.quantise import FLOAT_DTYPES
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import DEFAULT_MODEL, positive_int
+from logra.runtime.settings import DEFAULT_MODEL
 from logra.stages.gradients import Extractor
 
 SIZES = {

@@ -29,8 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import hessian, projection, store
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int
 
 KINDS = {  # name -> (kind, whether the gradients are in the eigenbasis already), as for hessian.statistics
     "raw": ("raw", False),

@@ -29,8 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.soak import ROOT, make_model, write_texts
+from logra.runtime.flag_types import positive_int, seed_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int, seed_int
 
 STAGES = {
     "extract_log.py": "--model_name model --data_name texts.jsonl --hessian ekfac --rank 8 --shard_examples 100",

@@ -44,8 +44,8 @@ Nothing else is known to differ: the best factor must be 1, since both are q^T (
 
 def build_parser():
     """Return the command line's parser."""
+    from logra.runtime.flag_types import positive_int
     from logra.runtime.flags import Parser  # not at the top, as all of ours: kronfluence's python has no logra
-    from logra.runtime.settings import positive_int
 
     parser = Parser(description=__doc__)
     parser.add_argument("--model_name", help="of Llama's architecture (a small one, made and briefly trained here)")

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from logra import influence, projection, store
 from logra.hooks import GradientCapture
 from logra.models import layers
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int
 from logra.stages.gradients import Extractor
 
 LLAMA3_8B = LlamaConfig(

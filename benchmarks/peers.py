@@ -45,8 +45,8 @@ NOT_EQUAL = """\
 
 def build_parser():
     """Return the command line's parser."""
+    from logra.runtime.flag_types import non_negative, positive_int
     from logra.runtime.flags import Parser  # not at the top: the peers' python has no logra
-    from logra.runtime.settings import non_negative, positive_int
 
     parser = Parser(description=__doc__)
     parser.add_argument(

@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from logra import projection
 from logra.hooks import GradientCapture
 from logra.models import layers, model
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import CPU_BATCH_TOKENS, DEFAULT_MODEL, positive_int
+from logra.runtime.settings import CPU_BATCH_TOKENS, DEFAULT_MODEL
 from logra.stages.gradients import Extractor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,8 +27,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logra import influence, quantise, store
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int
 
 
 def build_parser() -> Parser:

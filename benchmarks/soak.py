@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("extract_log.py", "compute_influence.py", "analysis.py")

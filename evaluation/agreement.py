@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scored
 from lds import gradient_bytes, ranks, runs_of
 
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int
 from logra.scoring.reranked import Reranked
 
 CANDIDATES = (10, 20, 50, 100, 200)

@@ -30,8 +30,8 @@ import testbed
 
 from logra.models.model import load_tokenizer
 from logra.runtime import files
+from logra.runtime.flag_types import positive_int, seed_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int, seed_int
 
 
 def build_parser() -> Parser:

@@ -38,8 +38,9 @@ from logra.inputs.rows import encode_row
 from logra.loss import hidden_states
 from logra.models.model import load_model, load_tokenizer
 from logra.runtime import files
+from logra.runtime.flag_types import positive_int, seed_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import RunSettings, positive_int, seed_int
+from logra.runtime.settings import RunSettings
 from logra.stages.batches import make_batch
 
 RELATIONS = Path(__file__).parent / "relations.jsonl"

@@ -33,8 +33,9 @@ from logra.inputs.queries import Query, load_queries, query_hash
 from logra.loss import IGNORE
 from logra.models.model import fingerprint, hub_options, load_model, load_tokenizer
 from logra.runtime import files
+from logra.runtime.flag_types import positive, positive_int, seed_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import QuerySettings, positive, positive_int, seed_int
+from logra.runtime.settings import QuerySettings
 from logra.stages.batches import make_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -130,7 +130,7 @@ def _popcount(_context, _word):
     return numba.types.uint64(numba.types.uint64), generate
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)  # no cache on the disk: it needs a writable folder, and compiling takes half a second
 def _sum_bit_planes(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> None:
     """Set sums [n, Q] to sum_b w_b * popcount(signs & plane b), with w_b = 2^b and -2^7 for the last plane.
 

@@ -1,10 +1,13 @@
 """Load documents from a local file or folder, from Python's own manual, or from the Hub."""
 
+import errno
 import glob
 import math
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -22,6 +25,7 @@ HUB_NAMES = {
 }
 OPENWEBTEXT_TOKENS = 9e9  # about; a run of less than a tenth streams
 SHUFFLE_BUFFER = 10_000  # documents of a stream that are mixed
+NOT_WRITTEN = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
 MAX_SHORT_TOPIC_CHARACTERS = 12_000  # pydoc's configuration `short` leaves out longer topics
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the script prints each error once
@@ -41,6 +45,28 @@ def load_documents(settings: DataSettings, cache_dir: str | None = None) -> Data
         return documents if isinstance(documents, Stream) else _with_text_ids(documents)
 
 
+def _cache_folder(cache_dir: str | None) -> Path:
+    """Return a folder for copies of data files: --cache_dir, or that of `datasets`, or a temporary one."""
+    folder = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if cache_dir:
+            raise
+        folder = _temporary_cache().name
+        progress.say(
+            f"data files are copied to {folder}, since this can't be written: {error}; --cache_dir chooses a folder"
+        )
+    return Path(folder, "logra")
+
+
+@cache
+def _temporary_cache() -> tempfile.TemporaryDirectory:
+    """Make a folder that is deleted when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="data-")
+
+
 @contextmanager
 def _errors_of(name: str, split: str) -> Iterator[None]:
     try:
@@ -49,19 +75,23 @@ def _errors_of(name: str, split: str) -> Iterator[None]:
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__ or error
         reason = str(error).strip().split("\n")[0] or "there is nothing in it"
+        remedy = "check the name, the file and the network"
+        if isinstance(error, OSError) and error.errno in NOT_WRITTEN and not str(error.filename).startswith(name):
+            remedy = "give a folder that can be written, and has room, as --cache_dir"
         raise ValueError(
             f"expected the split {split} of a data set in a local file or folder or on the Hub, got {name!r}, which "
-            f"can't be loaded ({type(error).__name__}: {reason[:300]}); check the name, the file and the network"
+            f"can't be loaded ({type(error).__name__}: {reason[:300]}); {remedy}"
         ) from error
 
 
 def _load(settings: DataSettings, cache_dir: str | None) -> Dataset | Stream:
     name, config, split = settings.data_name, settings.data_config, settings.data_split
-    path, cache = Path(name), Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "logra"
+    path = Path(name)
     if settings.streaming and (name == "pydoc" or (path.is_dir() and data_files.is_saved(path))):
         raise ValueError("it is small or on the disk already; leave --streaming out")
     if data_files.exists(name) or glob.has_magic(name):
         found = data_files.find(path, config, split)
+        cache = _cache_folder(cache_dir)
         if path.is_dir() and data_files.is_saved(path):
             return _only_split(data_files.load_saved(path, cache), split)
         data_files.say_left_out(path)

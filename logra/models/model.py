@@ -27,7 +27,15 @@ from transformers.initialization import no_init_weights
 from transformers.utils import find_adapter_config_file, logging
 
 from logra.loss import check_head
-from logra.models.weights import check_blocks, check_config, check_loaded, gguf_file, merge_adapter, quantization
+from logra.models.weights import (
+    check_blocks,
+    check_config,
+    check_loaded,
+    check_place,
+    gguf_file,
+    merge_adapter,
+    quantization,
+)
 from logra.runtime import files, fsdp
 from logra.runtime.files import atomic, file_content, has_shape, parse_json
 from logra.runtime.settings import DEFAULT_MODEL
@@ -128,6 +136,7 @@ class Base(NamedTuple):
 
 def _base(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Base:
     """Return the base model of an adapter; of a model that is not an adapter, the model itself."""
+    check_place(name)
     is_model = gguf_file(name) or Path(name) == Path(DEFAULT_MODEL)  # it is never looked up on the Hub
     file = None if is_model else find_adapter_config_file(name, revision=revision)
     if file is None:
@@ -140,6 +149,7 @@ def _base(name: str, revision: str | None = None, trust_remote_code: bool = Fals
     if not has_shape(config, {"base_model_name_or_path": str, "peft_type": str}):
         raise ValueError(f"expected base model and type of an adapter in {file}, got none; restore them")
     base = config["base_model_name_or_path"]
+    check_place(base, f"the base model of the adapter {name}", f"correct base_model_name_or_path in {file}")
     if find_adapter_config_file(base, revision=config.get("revision")):
         raise ValueError(f"expected a model under the adapter {name}, got the adapter {base}; merge that one first")
     return Base(base, config["peft_type"], hub_options(config.get("revision"), trust_remote_code))
@@ -172,6 +182,7 @@ def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: There is none. transformers makes an empty one for some models, which turns texts into nothing.
     """
+    check_place(name)
     if Path(name).exists() and not any(Path(name).glob("tokenizer*")):
         name, _, hub = _base(name, **hub)
     remedy = "copy the tokenizer's files of the base model into this folder" if Path(name).is_dir() else CHECK_NAME
@@ -186,6 +197,24 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the vocabulary and of the token ids of a fixed text."""
     content = [sorted(tokenizer.get_vocab().items()), tokenizer(TOKENIZER_PROBE)["input_ids"]]
     return xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
+
+
+def keep_extra_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep, for check_token_ids, the tokens for which the model has no embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.extra_tokens = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+
+
+def check_token_ids(model: nn.Module, token_ids: list[int], place: str) -> None:
+    """Raise a ValueError if the model has no embedding of a token; `place` says where the tokens are."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(token_ids, default=0) >= rows:
+        names = getattr(model, "extra_tokens", {})
+        extra = [f"{i} ({names.get(i, 'no token')})" for i in sorted({*token_ids}) if i >= rows]
+        raise ValueError(
+            f"expected token ids below {rows}, the model's vocabulary, got {', '.join(extra[:3])} in {place}; use the "
+            "model's own tokenizer, or a model with embeddings of these tokens"
+        )
 
 
 def load_model(
@@ -244,11 +273,13 @@ def load_sharded_model(name: str, dtype: torch.dtype, device: torch.device, **hu
         ValueError: As load_model.
     """
     whole = load_model(name, dtype, **hub) if dist.get_rank() == 0 else None
-    weights_hash = [None if whole is None else fingerprint(whole)]
-    dist.broadcast_object_list(weights_hash, 0)
+    load_config(name, **hub)  # makes a class of the model's own code known
+    known = [None if whole is None else (fingerprint(whole), whole.config)]
+    dist.broadcast_object_list(known, 0)
+    weights_hash, config = known[0]
     with torch.device("meta"):
-        empty = empty_model(load_config(name, **hub), dtype, hub["trust_remote_code"])
-    return fsdp.shard(whole, empty, blocks(empty), device), weights_hash[0]
+        empty = empty_model(config, dtype, hub["trust_remote_code"])
+    return fsdp.shard(whole, empty, blocks(empty), device), weights_hash
 
 
 def empty_model(config, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -18,6 +19,8 @@ from logra.runtime.progress import say
 OLD_BUFFERS = r"\.(attn|attention)\.(masked_bias|bias|causal_mask)$|\.inv_freq$|\bdecoder\.version$"
 DEQUANTIZED = ("fp8", "mxfp4", "mxfp8")  # by transformers, on any device
 LANGUAGE_MODEL = ("language_model", "model", "text_model")  # its keys in the files of a larger model begin so
+CONFIGS = ("config.json", "adapter_config.json")
+WEIGHTS = (".gguf", ".safetensors", ".bin")
 PROBE_TOKENS = 32
 logging.get_logger("transformers.quantizers").setLevel(logging.ERROR)  # "will dequantize": DEQUANTIZED, to any dtype
 logging.get_logger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
@@ -40,6 +43,41 @@ def gguf_file(name: str) -> Path | None:
             f"expected one GGUF file in {name}, got {len(files)}; give the path of one, such as {files[0]}"
         )
     return files[0]
+
+
+def check_place(name: str, what: str = "a model", remedy: str = "give the path of a model, or a Hub id") -> None:
+    """Refuse a path at which there is no model, and say which one to give.
+
+    Args:
+        name: Local folder, GGUF file or Hub id of a model or adapter.
+        what, remedy: For the message.
+
+    Raises:
+        ValueError: It is another file, a folder without a model, or neither a path nor a Hub id.
+    """
+    path = Path(name)
+    if gguf_file(name) or any((path / config).is_file() for config in CONFIGS):
+        return
+    found = "no such file or folder"
+    if path.is_dir():
+        kinds = [depth + kind for depth in ("*/", "*/*/", "*/*/*/") for kind in (*CONFIGS, "*.gguf")]
+        inside = sorted({str(file.parent) for kind in kinds for file in path.glob(kind)})
+        found, remedy = "none there", f"give a folder in it: {', '.join(inside[:3])}" if inside else remedy
+    elif path.is_file():
+        found, remedy = "another file", f"give its folder, {path.parent}"
+    elif path.suffix not in WEIGHTS and _is_hub_id(name):
+        return
+    raise ValueError(
+        f"expected {what} at {name}: a folder with {' or '.join(CONFIGS)}, or a GGUF file, got {found}; {remedy}"
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def check_config(name: str, config: Any) -> None:
@@ -205,30 +243,80 @@ def merge_adapter(base: PreTrainedModel, name: str, kind: str, revision: str | N
 def _merge(base: PreTrainedModel, name: str, revision: str | None) -> PreTrainedModel:
     import peft
 
-    probe = torch.linspace(0, base.get_input_embeddings().num_embeddings - 1, PROBE_TOKENS).long()[None]
+    weights = peft.load_peft_weights(name, device="cpu", revision=revision)
+    resized = _resize_vocabulary(base, name, weights)
+    vocabulary = rf"\.({_of_vocabulary(base)})\."
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    probe = torch.linspace(0, embedding.num_embeddings - 1, PROBE_TOKENS).long()[None]
     config = peft.PeftConfig.from_pretrained(name, revision=revision)
     config.inference_mode = False  # requires_grad then marks what was trained
     tuned = peft.get_peft_model(base, config).eval()
     if not hasattr(tuned, "merge_and_unload"):
         raise ValueError("it does not change weights")
-    result = peft.set_peft_model_state_dict(tuned, peft.load_peft_weights(name, device="cpu", revision=revision))
-    _check_adapter_keys(name, tuned, result)
+    result = peft.set_peft_model_state_dict(tuned, weights)
+    _check_adapter_keys(name, tuned, result, weights, vocabulary)
     expected = tuned(input_ids=probe, use_cache=False).logits
+    wrapped = (base.get_input_embeddings(), base.get_output_embeddings()) != (embedding, head)
+    if wrapped and head.weight is embedding.weight:  # else the merge of one would change both
+        head.weight = nn.Parameter(head.weight.clone())
     merged = tuned.merge_and_unload().requires_grad_(True)
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    merged.config.tie_word_embeddings = head.weight is embedding.weight
+    if resized and (embedding.weight.isnan().any() or head.weight.isnan().any()):
+        raise IncompleteError(
+            f"expected embedding and head of all {embedding.num_embeddings} tokens in the adapter {name!r}, whose "
+            "vocabulary was resized, got one of them; give a model into which it was merged where it was trained"
+        )
     error = _relative_error(merged(input_ids=probe, use_cache=False).logits, expected)
     if not error < torch.finfo(expected.dtype).eps ** 0.5:
         raise ValueError(f"the merged model's logits differ by {error:.1e} from those of peft's own model")
     return merged
 
 
-def _check_adapter_keys(name: str, tuned: nn.Module, result: Any) -> None:
-    """Raise an IncompleteError unless a file held all trained parameters of an adapter, and no others."""
+def _resize_vocabulary(base: PreTrainedModel, name: str, weights: dict[str, Tensor]) -> bool:
+    """Give the base model the vocabulary of an adapter's files, and return whether it is another one.
+
+    New rows are NaN until they are loaded.
+    """
+    rows = base.get_input_embeddings().num_embeddings
+    pattern = re.compile(
+        rf"\.({_of_vocabulary(base)})\.((base_layer|original_module|modules_to_save|token_adapter)\.)*weight$"
+    )
+    sizes = {len(tensor) for key, tensor in weights.items() if pattern.search(key)}
+    if len(sizes) != 1 or sizes == {rows}:
+        return False  # peft refuses several sizes
+    size = sizes.pop()
+    say(f"{name}: a vocabulary of {size} tokens; its base model has {rows}")
+    base.resize_token_embeddings(size, mean_resizing=False)
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        for parameter in module.parameters():
+            parameter[rows:] = torch.nan
+    return True
+
+
+def _of_vocabulary(base: PreTrainedModel) -> str:
+    """Return a pattern of the names of embedding and head."""
+    modules = {base.get_input_embeddings(), base.get_output_embeddings()}
+    return "|".join(re.escape(path) for path, module in base.named_modules() if module in modules)
+
+
+def _check_adapter_keys(name: str, tuned: nn.Module, result: Any, weights: dict[str, Tensor], vocabulary: str) -> None:
+    """Raise an IncompleteError unless a file held all trained parameters of an adapter, and no others.
+
+    peft saves a resized embedding or head under several names.
+    """
     absent = set(result.missing_keys)
     loaded = {p.data_ptr() for key, p in tuned.named_parameters(remove_duplicate=False) if key not in absent}
     constant = re.compile(r"\.ranknum\.")  # of AdaLoRA; not saved
     trained = {key: p for key, p in tuned.named_parameters() if p.requires_grad and not constant.search(key)}
     missing = [key for key, p in trained.items() if p.data_ptr() not in loaded]
-    check_keys(name, {"missing_keys": missing, "unexpected_keys": result.unexpected_keys, "mismatched_keys": []})
+    used = [weights[key] for key in weights.keys() - {*result.unexpected_keys} if re.search(vocabulary, key)]
+    left_over = [
+        key
+        for key in result.unexpected_keys
+        if not re.search(vocabulary, key) or not any(torch.equal(weights[key], tensor) for tensor in used)
+    ]
+    check_keys(name, {"missing_keys": missing, "unexpected_keys": left_over, "mismatched_keys": []})
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -20,6 +20,7 @@ import xxhash
 from filelock import SoftFileLease, Timeout
 
 T = TypeVar("T")
+MAX_NAME_BYTES = 160  # of the 255 that file systems allow
 LOCK_LEASE_SECONDS = 60.0  # see locked
 NETWORK_DISK_SECONDS = 60.0  # for so long an NFS client may remember that a file is missing, or its old size
 
@@ -35,7 +36,7 @@ def sync(path: Path) -> None:
 
 def temporary_path(path: Path, tag: str = "") -> Path:
     """Return the name under which `path` is written until it is complete."""
-    return path.with_name(f"{path.name}{tag}.tmp")
+    return path.with_name(f"{fitting(path.name)}{tag}.tmp")
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    renamed = path.with_name(f"{path.name}.deleted.tmp")
+    renamed = temporary_path(path, ".deleted")
     shutil.rmtree(renamed, ignore_errors=True)
     path.rename(renamed)
     shutil.rmtree(renamed)
@@ -126,6 +127,14 @@ def link_files(source: Path, folder: Path) -> None:
 def short_name(name: str) -> str:
     """Return the last part of a model's or data set's name or path, usable as a file name."""
     return re.sub(r"[^\w.+-]", "_", Path(name).name or "root").lstrip(".")
+
+
+def fitting(name: str) -> str:
+    """Return a file's or folder's name, or its beginning and a hash if other parts of a name may not fit after it."""
+    content = os.fsencode(name)
+    if len(content) <= MAX_NAME_BYTES:
+        return name
+    return f"{content[: MAX_NAME_BYTES - 9].decode(errors='ignore')}-{xxhash.xxh32_hexdigest(content)}"
 
 
 def same_name(one: str, two: str) -> bool:

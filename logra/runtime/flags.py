@@ -1,6 +1,7 @@
 """The command line: parsers made from the fields of the settings, presets, and errors reported in one line."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from logra.hessian import KINDS
-from logra.runtime.processes import finish
+from logra.runtime.flag_types import number, positive_int, positive_int_auto_or_none
+from logra.runtime.processes import check_launch, finish
 from logra.runtime.progress import begin, printable, say
 from logra.runtime.settings import (
     CPU_BATCH_TOKENS,
@@ -22,12 +24,13 @@ from logra.runtime.settings import (
     Execution,
     RunSettings,
     Sampling,
-    number,
-    positive_int,
-    positive_int_auto_or_none,
 )
 
 T = TypeVar("T")
+REMEDIES = {
+    errno.ENAMETOOLONG: "choose a shorter name", errno.ENOSPC: "free some disk, or choose another folder",
+    errno.EACCES: "choose another folder", errno.EROFS: "choose another folder",
+}  # fmt: skip
 RANK_FLAGS = ("rank", "rank_in", "rank_out", "bytes_per_example")
 
 # --preset -> its flags. A flag that the user gives takes precedence.
@@ -200,6 +203,8 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
     """
     args = parser.parse_args()
     try:
+        if precision := check_launch():
+            say(f"accelerate's mixed precision {precision} is not used; --dtype chooses the numbers of the model")
         main(args)
         finish()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -207,6 +212,8 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         if rank != "0":
             time.sleep(5)
         reason = printable(" ".join(str(error).split())) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            reason = f"expected a file or folder that can be written or read, got {reason}; {REMEDIES[error.errno]}"
         if isinstance(error, torch.OutOfMemoryError):
             reason = (
                 f"expected free GPU memory, got too little ({reason}); end other programs on the GPU, or use --fsdp"

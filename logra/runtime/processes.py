@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce, str_to_bool
 from torch import Tensor
 
 from logra.runtime.memory import available_memory
@@ -32,6 +32,10 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=24)
 KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 8}  # seconds, seconds, attempts: five minutes
 CONNECT_SECONDS = 60
+NOT_SUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}  # fmt: skip
 GOODBYE = b"."  # what a rank sends before it ends without an error
 _connections: list[socket.socket] = []  # rank 0: to all others; the others: to rank 0
 _deciding = ContextVar("_deciding", default=False)  # rank 0 runs a function of on_rank_0
@@ -52,12 +56,31 @@ def start() -> None:
     if "RANK" in os.environ:
         end_with_parent()
         name_network_interface()
-    connected = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout]).num_processes
+    options = {"mixed_precision": "no", "kwargs_handlers": [timeout]}
+    connected = Accelerator(cpu=not torch.cuda.is_available(), **options).num_processes
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != connected:
         raise ValueError(f"expected {world} processes (WORLD_SIZE), got {connected}; use accelerate launch")
     if world > 1:
         end_with_others()
+
+
+def check_launch() -> str | None:
+    """Return the mixed precision that accelerate's configuration asks for, bf16 or fp16, which is not used; or None.
+
+    Raises:
+        ValueError: The configuration asks for something else than processes.
+    """
+    asked = [name for variable, name in NOT_SUPPORTED.items() if str_to_bool(os.environ.get(variable) or "0")]
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked += ["fp8"] * (precision == "fp8") + ["TPU"] * (os.environ.get("PJRT_DEVICE") == "TPU")
+    if asked:
+        raise ValueError(
+            f"expected accelerate to start processes on GPUs or CPUs only, got {', '.join(asked)} in its "
+            "configuration; give accelerate launch --config_file scripts/accelerate.yaml (to shard a model, give the "
+            "script --fsdp)"
+        )
+    return precision if precision in ("bf16", "fp16") else None
 
 
 def state() -> PartialState:

@@ -106,7 +106,7 @@ class ScoreRecord:
         further |= {"layerwise": self.blocks is not None, "checkpoints": self.checkpoints}
         settings |= {name: value for name, value in further.items() if value}
         settings_hash = xxhash.xxh3_64_hexdigest(json.dumps(settings).encode())[:8]
-        return f"{query_set}-{settings_hash}-{self.mode}-{self.hessian}"
+        return f"{files.fitting(query_set)}-{settings_hash}-{self.mode}-{self.hessian}"
 
     @property
     def applied_damping(self) -> Damping:

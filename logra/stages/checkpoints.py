@@ -143,7 +143,7 @@ def _folder_name(entry: dict[str, Any], taken: dict[str, dict[str, Any]]) -> str
     own, group = path.name, path.parent.name
     if entry["revision"]:
         own, group = entry["revision"].replace("/", "-"), path.name
-    names = [files.short_name(name) for name in (own, f"{group}-{own}")]
+    names = [files.fitting(files.short_name(name)) for name in (own, f"{group}-{own}")]
     for name in reversed(names):
         if name in taken and not (entry["revision"] or taken[name]["revision"] or _exists(taken[name])):
             return name  # if this is another checkpoint of that name, open_run.check_flags refuses it

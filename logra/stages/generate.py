@@ -15,7 +15,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from logra.inputs.rows import split_text
-from logra.models.model import context_length, default_dtype, hub_options, load_model, load_tokenizer, rope_boundaries
+from logra.models.model import (
+    check_token_ids,
+    context_length,
+    default_dtype,
+    hub_options,
+    keep_extra_tokens,
+    load_model,
+    load_tokenizer,
+    rope_boundaries,
+)
 from logra.quantise import FLOAT_DTYPES
 from logra.runtime.files import atomic, has_shape, read_lines, read_row, row_id, short_name
 from logra.runtime.progress import bar, say
@@ -65,6 +74,7 @@ def write_queries(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = source.dtype or default_dtype(device)
     model = load_model(source.name, FLOAT_DTYPES[dtype], device, **hub)
+    keep_extra_tokens(model, tokenizer)
     end_ids = end_token_ids(tokenizer, model)
     not_used = settings_not_used(model, sampling)
     if not_used:
@@ -183,12 +193,8 @@ def _check_prompts(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_
             f"expected prompt and response within the model's context of {context} tokens, got {longest} + "
             f"{max_new_tokens}; shorten the prompts or --max_new_tokens"
         )
-    vocabulary, highest = model.get_input_embeddings().weight.shape[0], max(map(max, prompt_ids))
-    if highest >= vocabulary:
-        raise ValueError(
-            f"expected token ids below {vocabulary}, the model's vocabulary, got {highest} in a prompt; "
-            "use the model's own tokenizer"
-        )
+    for number, ids in enumerate(prompt_ids):
+        check_token_ids(model, ids, f"prompt {number}")
 
 
 def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:

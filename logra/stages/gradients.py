@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from logra.hooks import GradientCapture, GradientPositions
 from logra.loss import IGNORE, example_losses, input_device
-from logra.models.model import rope_boundaries
+from logra.models.model import check_token_ids, rope_boundaries
 from logra.projection import identity
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
@@ -256,11 +256,7 @@ class Extractor:
     def check_vocabulary(self, token_ids: list[list[int]], ids: Sequence[int]) -> None:
         """Raise a ValueError if a token id is not in the model's vocabulary; `ids` are the examples'."""
         for example, tokens in zip(ids, token_ids, strict=True):
-            if max(tokens, default=0) >= self.vocabulary:
-                raise ValueError(
-                    f"expected token ids below {self.vocabulary}, the model's vocabulary, got {max(tokens)} in example "
-                    f"{example}; use the model's own tokenizer"
-                )
+            check_token_ids(self.model, tokens, f"example {example}")
 
     def find_batch_tokens(self, length: int, max_examples: int) -> int:
         """Measure batches of 1, 2, 4 ... examples, set batch_tokens to the best size, and return it.

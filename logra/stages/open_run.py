@@ -37,7 +37,7 @@ def run_name(settings: RunSettings) -> str:
     parts += ["mlp" if settings.mlp_only else "all"]
     parts += [settings.store_dtype] if settings.store_dtype in INTEGER_BITS else []
     parts += [f"layers-{xxhash.xxh32_hexdigest(settings.layers.encode())}"] if settings.layers else []
-    return "_".join(parts)
+    return files.fitting("_".join(parts))
 
 
 @processes.on_rank_0
@@ -285,6 +285,7 @@ def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, 
     else:
         lm = model.load_model(name, dtype, device, settings.quantize, execution.device_map, **hub)
         weights_hash = model.fingerprint(lm)
+    model.keep_extra_tokens(lm, tokenizer)
     if execution.gradient_checkpointing or execution.device_map:  # or the graph would keep all offloaded weights
         model.checkpoint_blocks(lm)
     described = layers.describe(lm, weights_hash, tokenizer, settings)

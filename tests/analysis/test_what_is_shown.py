@@ -249,3 +249,14 @@ def test_combine_is_for_documents(cli, blocks):
     influence(cli)
     for combine in ("sum", "max"):
         refused(cli(*ANALYSIS, "--combine", combine), "--by document")
+
+
+def test_the_printed_table_of_many_queries(cli, tiny, workspace):
+    """Ten queries are printed, then how many the files have; the lists have all."""
+    extract(cli, tiny / "llama", "--rank", 4)
+    write_jsonl(Path("many.jsonl"), [{"id": f"query{i}", "text": "the river"} for i in range(12)])
+    _, folder = influence(cli, "--split", "many.jsonl")
+    out, _ = analyse(cli, folder)
+    assert re.findall(r"^(query\d+): ", out, re.MULTILINE) == [f"query{i}" for i in range(10)]
+    assert "The files have 12 queries" in out and len(listed(folder, "top", "query11")) == 20
+    assert "The files have" not in analyse(cli, influence(cli)[1], "--split", "queries.jsonl")[0]

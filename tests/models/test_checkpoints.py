@@ -136,8 +136,8 @@ def test_gguf_files(cli, workspace):
 def test_a_gguf_file_that_is_none(cli, workspace):
     """A damaged file and a missing one: one line."""
     Path("x.gguf").write_bytes(b"GGUF and no more")
-    for name in ("x.gguf", "y.gguf"):
-        refused(cli("extract_log", "--model_name", name, *DATA), name, "can't be loaded")
+    for name, words in (("x.gguf", "can't be loaded"), ("y.gguf", "no such file or folder")):
+        refused(cli("extract_log", "--model_name", name, *DATA), name, words)
 
 
 # ---- quantised checkpoints

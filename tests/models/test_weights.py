@@ -408,3 +408,74 @@ def test_what_lies_under_an_adapter(tiny, tmp_path):
     shutil.copy(tiny / "llama/model.safetensors", tmp_path / "one")
     with pytest.raises(ValueError, match="got both"):
         load_model(str(tmp_path / "one"), torch.float32)
+
+
+# ---- adapters that change embedding or head, and the vocabulary
+
+OF_VOCABULARY = {
+    "LoRA of the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA of both": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "a saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [0, 319]},
+    "neither": {"target_modules": ["q_proj"]},
+}
+
+
+def resized_adapter(base: Path, folder: Path, tokens: int, **settings) -> None:
+    """Write an adapter of a model whose vocabulary was extended, with its tokenizer, as peft does."""
+    import peft
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(tokens)])
+    model = load_model(str(base), torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    tuned.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("base", ["llama", "llama_tied"])
+@pytest.mark.parametrize("variant", OF_VOCABULARY)
+def test_an_adapter_of_embedding_or_head(tiny, tmp_path, base, variant, tokens):
+    """It computes what peft's own model does, with a tied head and with a longer vocabulary too, also if sharded.
+
+    Where the file lacks the embedding or the head of new tokens, this is the reason of the refusal.
+    """
+    peft = pytest.importorskip("peft")
+    resized_adapter(tiny / base, tmp_path / "a", tokens, **OF_VOCABULARY[variant])
+    if tokens and (variant, base) == ("LoRA of the head", "llama"):  # peft saves the head alone
+        with pytest.raises(ValueError, match="whose vocabulary was resized, got one of them; give a model into which"):
+            load_model(str(tmp_path / "a"), torch.float32)
+        return
+    plain = load_model(str(tiny / base), torch.float32)
+    plain.resize_token_embeddings(320 + tokens, mean_resizing=False)
+    own, ids = (
+        peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval(),
+        torch.tensor([[0, 319 + tokens, 7, 319, 9]]),
+    )
+    expected = own(input_ids=ids).logits
+    merged = load_model(str(tmp_path / "a"), torch.float32)
+    assert merged.config.vocab_size == len(models.load_tokenizer(str(tmp_path / "a"), **HUB)) == 320 + tokens
+    placed = load_model(str(tmp_path / "a"), torch.float32, device_map={"": "cpu"})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded, _ = load_sharded_model(str(tmp_path / "a"), torch.float32, torch.device("cpu"), **HUB)
+        for lm in (merged, placed, sharded):
+            assert relative(lm(ids).logits, expected) < 2e-5
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_configuration_beside_an_adapter(tiny, tmp_path):
+    """A folder with both configurations, and no weights of a model, is the adapter."""
+    pytest.importorskip("peft")
+    save_adapter("LORA", tiny / "llama", tmp_path / "a")
+    expected = fingerprint(load_model(str(tmp_path / "a"), torch.float32))
+    shutil.copy(tiny / "gpt2/config.json", tmp_path / "a")
+    assert fingerprint(load_model(str(tmp_path / "a"), torch.float32)) == expected

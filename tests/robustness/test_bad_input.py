@@ -61,6 +61,57 @@ def test_extract_log_refuses(cli, base, flags, words):
     assert not Path("log/run.json").exists()
 
 
+PLACES = {  # --model_name -> what the line says
+    "empty": ("got none there", "give the path of a model"),
+    "high": ("got none there", "give a folder in it: high/run/model"),
+    "high/run/model/model.safetensors": ("got another file", "give its folder, high/run/model"),
+    "high/run/model/config.json": ("got another file", "give its folder, high/run/model"),
+    "./gone/model": ("no such file or folder",),
+    "/gone/model": ("no such file or folder",),
+    "gone.gguf": ("no such file or folder",),
+    "adapter": ("the base model of the adapter adapter at /gone/base", "correct base_model_name_or_path in adapter/"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_path_without_a_model(cli, base, name):
+    """Stages 1, 2 and 3 say which path to give, and do not take it for a Hub id."""
+    pytest.importorskip("peft")
+    shutil.copytree(base[1], "high/run/model")
+    Path("empty").mkdir()
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}')
+    Path("p.txt").write_text("the river\n")
+    refused(cli("generate", "--model_name", name, "--prompts", "p.txt"), name, *PLACES[name])
+    refused(cli("extract_log", "--model_name", name, *base[2:]), name, *PLACES[name])
+    assert cli("extract_log", "--model_name", "high/run/model", *base[2:])[0] == 0
+    edit_json(Path("log/run.json"), lambda content: content["settings"].update(model_name=name))
+    edit_json(Path("log/run.json"), lambda content: content.update(model_files=None))
+    refused(cli("compute_influence", "--log_dir", "log", "--split", "queries.jsonl"), name, *PLACES[name])
+
+
+def test_a_tokenizer_that_is_longer_than_the_embedding(cli, base):
+    """The tokens without an embedding are named, in a prompt, a document and a query; others do no harm."""
+    shutil.copytree(base[1], "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained("model")
+    first = len(tokenizer) - 2
+    write_jsonl(Path("l.jsonl"), [{"text": "the river"}, {"text": "the <two> and <one>"}])
+    Path("p.txt").write_text("the <two>\n")
+    flags = ("--model_name", "model", *base[2:])
+    assert cli("extract_log", *flags)[0] == 0
+    words = (f"got {first} (<one>), {first + 1} (<two>) in example 1",)
+    refused(cli("compute_influence", "--log_dir", "log", "--split", "l.jsonl"), *words)
+    for options in ((), ("--hessian", "ekfac")):
+        refused(
+            cli("extract_log", *flags, "--data_name", "l.jsonl", "--log_dir", "other", "--overwrite", *options), *words
+        )
+    refused(
+        cli("generate", *flags[:2], "--prompts", "p.txt", "--max_new_tokens", 2), f"{first + 1} (<two>) in prompt 0"
+    )
+
+
 def test_bad_rows_are_named(cli, base):
     """Empty rows are counted and named; with --skip_bad_rows the same command goes on."""
     rows = [{"id": "a", "text": "the river"}, {"id": "b", "text": ""}, {"id": "c", "text": None}]
