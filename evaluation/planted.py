@@ -33,8 +33,7 @@ import scored
 import testbed
 
 from logra.analysis.report import bm25_scores
-from logra.inputs.row_forms import Row
-from logra.inputs.rows import encode_row
+from logra.inputs import rows as data_rows
 from logra.loss import hidden_states
 from logra.models.model import load_model, load_tokenizer
 from logra.runtime import files
@@ -164,8 +163,8 @@ def fine_tune(model: torch.nn.Module, token_ids: list[list[int]], epochs: int, s
 @torch.no_grad()
 def knows_answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, query: dict) -> bool:
     """Say whether the answer is the greedy continuation of the query's prompt."""
-    encoded = encode_row(tokenizer, Row((query["prompt"], query["response"])), RunSettings.chat_date)
-    ids, counted = (torch.tensor(part) for part in encoded)
+    row, date = data_rows.Row((query["prompt"], query["response"])), RunSettings.chat_date
+    ids, counted = map(torch.tensor, data_rows.encode_row(tokenizer, row, date))
     best = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].argmax(dim=1).cpu()
     return bool((best[:-1] == ids[1:])[counted[1:]].all())
 
