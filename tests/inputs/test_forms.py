@@ -238,3 +238,26 @@ def test_kept_columns(cli, tiny, workspace):
         assert json.loads(example["kept"]) == {"url": row["url"], "meta": row["meta"]}
     assert run.settings.keep_columns == ["url", "meta"] and len(run.train()) > 2
     assert cli("extract_log", *flags)[0] == 0  # it reads the setting from run.json
+
+
+def test_a_trainers_file_through_all_stages(cli, tiny, workspace):
+    """TRL's chats with tools, parts and further columns: to a report that shows what was kept, and groups by it."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "the old mill"}]}, ASSISTANT],
+            "tools": TOOLS, "source": "web" if number % 2 else "books", "url": f"https://example.org/{number}",
+        }
+        for number in range(6)
+    ]  # fmt: skip
+    write_jsonl(Path("sft.jsonl"), rows)
+    flags = ("--model_name", tiny / "llama", "--data_name", "sft.jsonl", "--rank", 4, "--log_dir", "log")
+    kept = ("--train_loss", "response", "--keep_columns", "source", "url")
+    assert cli("extract_log", *flags, *kept)[0] == 0
+    prompts = ("--prompts", "prompts.txt", "--max_new_tokens", 3, "--output", "q.jsonl")
+    Path("prompts.txt").write_text("water\n")
+    assert cli("generate_llama3", "--model_name", tiny / "llama", *prompts)[0] == 0
+    assert cli("compute_influence", "--log_dir", "log", "--split", "q.jsonl")[0] == 0
+    status, out, err = cli("analysis", "--log_dir", "log", "--by", "source")
+    assert status == 0 and "books" in out and "web" in out, err
+    assert cli("analysis", "--log_dir", "log", "--tokens")[0] == 0
+    assert 'href="https://example.org/' in next(Path("log/scores").glob("*/report.html")).read_text()
