@@ -59,7 +59,7 @@ def test_a_cache_without_room(cli, tiny, workspace, monkeypatch, number):
     def fail(*_, **__):
         raise OSError(number, os.strerror(number), "/cache/copy.arrow")
 
-    monkeypatch.setattr(documents.data_files, "_write", fail)
+    monkeypatch.setattr(documents.file_rows, "_write", fail)
     refused(cli("extract_log", *flags, "--cache_dir", workspace / "new"), "has room, as --cache_dir")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     refused(cli("extract_log", *flags[:2], "--data_name", "wikitext", *flags[4:]), "has room, as --cache_dir")

@@ -456,7 +456,7 @@ def no_model(folder: Path, like: Path) -> None:
         (other_shapes, ("another layers", "odd/last")),
         (no_tokenizer, ("expected a tokenizer", "odd/last", "copy the tokenizer's files of the base model")),
         (short_context, ("--block_size of at most 16",)),
-        (no_model, ("odd/last", "can't be loaded")),
+        (no_model, ("expected a model at odd/last", "none there")),
     ],
 )
 def test_checkpoints_that_do_not_fit(trajectory, place, make, spoil, words):
