@@ -26,6 +26,7 @@ KINDS = (*ROW_KINDS, ".txt")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READER = 2  # raise it where the reader's results change: rows that another one cached are then not used
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 2**25  # of a batch that is written
+PEEKED_ROWS = 100  # of a stream, whose columns are known before the first is tokenised
 MAX_CSV_FIELD = 2**31 - 1  # characters
 NOT_TEXT = "(not text)"  # a column: the names of the row's columns that hold JSON instead of text
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -140,15 +141,16 @@ def values_of(rows: Dataset, columns: tuple[str, ...]) -> list[tuple]:
 class Stream:
     """Documents that are read from the first one on, as far as a run needs them (--streaming).
 
-    Its length is the number of rows that were read.
+    Its columns are those of the first rows, and its length is the number of rows that were taken.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]]):
         iterator = iter(rows)
-        first = list(islice(iterator, 1))
+        first = list(islice(iterator, PEEKED_ROWS))
         if not first:
             raise ValueError("there is nothing in it")
-        self.column_names, self._rows, self._read = [*first[0]], chain(first, iterator), 0
+        self.column_names = list(dict.fromkeys(name for row in first for name in row))
+        self._rows, self._read = chain(first, iterator), 0
 
     def take(self, count: int) -> list[dict[str, Any]]:
         """Return the next rows; fewer at the end."""
@@ -160,7 +162,7 @@ class Stream:
         return rows
 
     def __len__(self) -> int:
-        """Return the number of rows that were read."""
+        """Return the number of rows that were taken."""
         return self._read
 
 

@@ -89,6 +89,14 @@ def write_source(kind: str) -> str:
         write_jsonl(Path("rows.folder/b.jsonl"), ROWS[7:])
     elif kind == "txt":
         Path("rows.txt").write_text("".join(row["text"] + "\n" * (1 + i % 2) for i, row in enumerate(ROWS)))
+    elif kind == "pattern":
+        for name, rows in (("a", ROWS[:7]), ("b", ROWS[7:])):
+            with pa.output_stream(f"rows.{name}.jsonl.zst", compression="zstd") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        return "rows.*.zst"
+    elif kind == "stream":
+        write_jsonl(Path("rows.jsonl"), ROWS)
+        return "rows.jsonl"
     elif kind == "no_ids":
         write_jsonl(Path("rows.no_ids.jsonl"), [{k: v for k, v in row.items() if k != "id"} for row in ROWS])
         return "rows.no_ids.jsonl"
@@ -97,11 +105,12 @@ def write_source(kind: str) -> str:
     return f"rows.{kind}"
 
 
-@pytest.mark.parametrize("kind", ["json", "parquet", "saved", "folder", "txt", "no_ids"])
+@pytest.mark.parametrize("kind", ["json", "parquet", "saved", "folder", "txt", "no_ids", "pattern", "stream"])
 def test_rows_of_the_source(cli, tiny, workspace, kind):
     """They are whole, in the source's order, with score and rank; --drop writes the others."""
     name = write_source(kind)
-    extract(cli, tiny / "llama", "--rank", 3, "--block_size", 6, "--data_name", name)
+    streaming = ("--streaming",) if kind == "stream" else ()
+    extract(cli, tiny / "llama", "--rank", 3, "--block_size", 6, "--data_name", name, *streaming)
     scores, folder = influence(cli)
     owners = np.array(RunDir.load(Path("log")).train()["document_id"])
     assert f"{folder}/selected.jsonl: 5 rows, the 5 highest of 20 documents" in analyse(cli, "--select", 0.25)
