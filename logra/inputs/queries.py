@@ -212,7 +212,8 @@ def _encode(
             )
         prompt, response = row["prompt_ids"], row["response_ids"]
         return (prompt + response, [False] * len(prompt) + [True] * len(response)), None, {}
-    form = next(iter(row_forms.detect([key for key in row if row[key] is not None], "text")), None)
+    forms = row_forms.detect([key for key in row if row[key] is not None], "text")
+    form = "preference" if "preference" in forms else next(iter(forms), None)
     if form is None:
         expected = ", ".join(" and ".join(f"`{column}`" for column in form.needed) for form in FORMS.values())
         raise ValueError(f"the columns {', '.join(row)}, which are none of {expected}; add them")

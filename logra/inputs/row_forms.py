@@ -122,12 +122,14 @@ def _answered(prompt: Any, answer: Any, tools: Any = None) -> Row:
 def contrast(chosen: Any, rejected: Any, prompt: Any = None, tools: Any = None) -> tuple[Row, Row]:
     """Return two rows that begin alike: with the preferred answer and with the other one.
 
-    Without a prompt, both hold whole chats, and what they have in common at the beginning is the prompt.
+    Without a prompt, and where the answers begin with a user's or system's turn, both are whole chats. What they have in
+    common at the beginning is then the prompt.
 
     Raises:
         RowError: What is wrong with the values.
     """
-    if prompt is not None:
+    first_turn = _turns(chosen)[:1] if isinstance(chosen, list) else []
+    if prompt is not None and not any(turn["role"] in ("system", "user") for turn in first_turn):
         return _answered(prompt, chosen, tools), _answered(prompt, rejected, tools)
     one, two = _turns(chosen), _turns(rejected)
     pairs = zip(one, two, strict=False)
@@ -141,8 +143,8 @@ def _chosen(*values: Any) -> Row:
 
 def _alpaca(instruction: Any, output: Any, further: Any = None, system: Any = None) -> Row:
     """Return a turn of the user and one of the assistant, and the same in the prompt of Stanford's Alpaca."""
-    parts = {"Instruction": _text(instruction)} | ({"Input": further} if further else {})
-    text = system or ALPACA.format(ALPACA_INPUT if further else "")
+    parts = {"Instruction": _text(instruction)} | ({"Input": _text(further)} if further else {})
+    text = _text(system) if system else ALPACA.format(ALPACA_INPUT if further else "")
     text += "".join(f"\n\n### {name}:\n{part}" for name, part in parts.items()) + "\n\n### Response:\n"
     turns = [{"role": "system", "content": system}] if system else []
     turns += [{"role": "user", "content": "\n\n".join(parts.values())}, {"role": "assistant", "content": _text(output)}]
@@ -152,7 +154,7 @@ def _alpaca(instruction: Any, output: Any, further: Any = None, system: Any = No
 def _sharegpt(conversations: Any, system: Any = None, tools: Any = None) -> Row:
     if not isinstance(conversations, list):
         raise RowError("no list of turns")
-    turns = [{"role": "system", "content": system}] if system else []
+    turns = [{"role": "system", "content": _text(system)}] if system else []
     for number, turn in enumerate(conversations):
         turn = turn if isinstance(turn, dict) else {}
         role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))

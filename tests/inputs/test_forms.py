@@ -80,9 +80,11 @@ def test_conversational_forms():
         {"prompt": before, "chosen": [{"role": "assistant", "content": "birds"}], "rejected": [ASSISTANT]},
         {"chosen": [*before, {"role": "assistant", "content": "birds"}], "rejected": [*before, ASSISTANT]},
         {"prompt": "the mill", "completion": [{"role": "assistant", "content": "birds"}]},
+        {"prompt": "water", "chosen": [*before, ASSISTANT | {"content": "birds"}], "rejected": [*before, ASSISTANT]},
     ):
         row = make_row(detect(values, "text")[0], values)
-        assert counted_text(tokenizer(), row)[1] == "birds<|im_end|>\n"
+        text, counted = counted_text(tokenizer(), row)
+        assert counted == "birds<|im_end|>\n" and text.count("water") == ("water" in str(values))
 
 
 def test_alpaca_without_a_chat_template():
@@ -131,6 +133,7 @@ def test_parts_and_tools():
         ({"prompt": [USER], "completion": [USER]}, "no assistant's turn"),
         ({"prompt": "a", "response": 3}, "int"),
         ({"instruction": "", "output": "a"}, "empty"),
+        ({"instruction": "a", "input": 3, "output": "a"}, "int"),
     ],
 )
 def test_bad_rows(values, problem):
