@@ -122,8 +122,8 @@ def _answered(prompt: Any, answer: Any, tools: Any = None) -> Row:
 def contrast(chosen: Any, rejected: Any, prompt: Any = None, tools: Any = None) -> tuple[Row, Row]:
     """Return two rows that begin alike: with the preferred answer and with the other one.
 
-    Without a prompt, and where the answers begin with a user's or system's turn, both are whole chats. What they have in
-    common at the beginning is then the prompt.
+    Without a prompt, and where the answers begin with a user's or system's turn, both are whole chats. What is equal at
+    their beginning is then the prompt.
 
     Raises:
         RowError: What is wrong with the values.
