@@ -6,16 +6,14 @@
 The task is like that of DATE-LM (arXiv 2507.09424) to find toxic rows, but needs no download. A small model is
 pretrained on docstrings of Python's standard library, without one package. It is fine-tuned on passages of Python's
 manual, and on docstrings of this package: the mixed-in rows. Queries are other docstrings of the package. A row's score
-is its mean z-score over the queries. The table has the average precision (area under the curve of precision and recall)
-of the order by these scores: the mean over seeds and, in parentheses, the range. Each seed has other rows, initial
-weights and orders. The folder holds
+is its mean z-score over the queries. The table has the average precision (AUPRC) of the order by these scores: mean and
+range over seeds, which have other rows, initial weights and orders. The folder holds
 
     testbed.json                       the settings; later commands must agree with them
-    <seed>/queries.jsonl
+    <seed>/queries.jsonl, losses.json  mean loss of the queries, in nats, before and after fine-tuning
     <seed>/plain/corpus.jsonl, model/  the fine-tuning rows, and the fine-tuned model
     <seed>/decoys/...                  the same with decoys: passages of other packages and of the manual whose words
                                        are, by BM25, most like those of the queries. Pretraining does not see them
-    <seed>/losses.json                 mean loss of the queries, in nats, before and after fine-tuning
 """
 
 import argparse
@@ -68,6 +66,12 @@ def main(args: argparse.Namespace) -> None:
     if path.exists():
         settings = scored.made_with(path, settings, build_parser())
     seeds = range(settings["num_seeds"])
+    places = {(variant, seed): args.folder / str(seed) / variant for variant in VARIANTS for seed in seeds}
+    if lost := [folder for folder in args.scores if not set(places.values()) & set(folder.parents)]:
+        raise ValueError(
+            f"expected scores in {args.folder}/<seed>/{{{','.join(VARIANTS)}}}, got {lost[0]}; score a corpus.jsonl of "
+            f"{args.folder}"
+        )
     if jobs := [seed for seed in seeds if not (args.folder / str(seed) / "losses.json").exists()]:
         check_sizes(settings)
         files.write_json(path, settings)
@@ -76,11 +80,9 @@ def main(args: argparse.Namespace) -> None:
     means = {name: np.mean([loss[name] for loss in losses]) for name in losses[0]}
     print("Mean loss of the queries, nats: " + ", ".join(f"{name} {mean:.1f}" for name, mean in means.items()) + "\n")
     found: dict[str, dict[str, list[float]]] = {}
-    for variant in VARIANTS:
-        for seed in seeds:
-            place = args.folder / str(seed) / variant
-            for name, precision in precisions(place, [path for path in args.scores if place in path.parents]).items():
-                found.setdefault(name, {}).setdefault(variant, []).append(precision)
+    for (variant, _), place in places.items():
+        for name, precision in precisions(place, [path for path in args.scores if place in path.parents]).items():
+            found.setdefault(name, {}).setdefault(variant, []).append(precision)
     shown = [[name, *(spread(row.get(variant, [])) for variant in VARIANTS)] for name, row in found.items()]
     scored.print_table(["scores", *VARIANTS], shown)
 
