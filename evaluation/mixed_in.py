@@ -93,7 +93,7 @@ def passages_of(package: str) -> list[list[str]]:
     None holds the package's name: it alone would mark the rows. Modules that begin with it (turtledemo) are left out.
     """
     documents = testbed.docstrings()
-    own = testbed.cut(text for name, text in documents if name == package)
+    own = testbed.cut(text for name, text in documents if name.split(".")[0] == package)
     others = testbed.cut(text for name, text in documents if not name.startswith(package))
     return [[text for text in part if package not in text.lower()] for part in (own, others, testbed.passages("pydoc"))]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reproduces: the table of mixed-in rows in evaluation/results: does a method find the rows of another topic?
 # Needs:      as scripts/test.sh, 4 GB of memory
-# Takes:      about 10 minutes a model on 2 CPU cores; REDUCED=1: 1 minute
+# Takes:      about 10 minutes a model on 2 CPU cores; REDUCED=1: 2 minutes
 # Expect:     for each model the queries' loss, and a table: scores, average precision without and with decoys
 # Checked:    not yet
 #

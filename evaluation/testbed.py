@@ -45,15 +45,20 @@ AtShare = Callable[[float, torch.nn.Module], object]
 
 
 def docstrings() -> list[tuple[str, str]]:
-    """Return (module or package, docstring) of all docstrings of Python's standard library, without its tests."""
+    """Return (name, docstring) of all docstrings of Python's standard library, without its tests.
+
+    A name is that of the module (email.header), and of the class or function in it (email.header.append).
+    """
     library, found = Path(sysconfig.get_paths()["stdlib"]), []
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
         if not {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & {*parts}:
             nodes = ast.walk(ast.parse(path.read_bytes()))
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
-            found += [(parts[0].removesuffix(".py"), text) for text in texts]
+            module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+            for node in (node for node in nodes if isinstance(node, documented)):
+                name = module if isinstance(node, ast.Module) else f"{module}.{node.name}"
+                found.append((name, ast.get_docstring(node) or ""))
     return found
 
 
@@ -197,8 +202,9 @@ def train(
 
 
 def fine_tune(
-    model: torch.nn.Module, token_ids: list[list[int]], epochs: int, seed: int, learning_rate: float = 1e-4
-) -> None:
+    model: torch.nn.Module, token_ids: list[list[int]], epochs: int, seed: int, learning_rate: float = 1e-4,
+    counted: list[list[bool]] | None = None,
+) -> None:  # fmt: skip
     """Train a model on texts: AdamW, batches of 16 texts, mean loss per token, no dropout.
 
     Args:
@@ -207,6 +213,7 @@ def fine_tune(
         epochs: Passes over the texts.
         seed: Of the order of the texts.
         learning_rate: It falls linearly to 0.
+        counted: Which tokens count in the loss; all, but the first of a text, without it.
     """
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
     order = np.random.default_rng(seed)
@@ -216,7 +223,8 @@ def fine_tune(
     ]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     for rows in tqdm(batches, desc="fine-tuning", unit="batch"):
-        batch = make_batch([token_ids[i] for i in rows], device=model.device)
+        marks = counted and [counted[i] for i in rows]
+        batch = make_batch([token_ids[i] for i in rows], marks, model.device)
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
         cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
