@@ -66,7 +66,8 @@ def main(args: argparse.Namespace) -> None:
         testbed.fine_tune(model, [row.token_ids for row in rows], args.epochs, args.seed, counted=counted)
         after = losses(model, target)
         table.append([path, len(rows), before, after, after - before])
-    scored.print_table(["rows", "number", "loss before", "after", "change"], table)
+    if table:
+        scored.print_table(["rows", "number", "loss before", "after", "change"], table)
 
 
 def make_rows(
@@ -83,7 +84,8 @@ def make_rows(
         if len(answer.split()) >= MIN_WORDS and len(tokenizer(answer)["input_ids"]) <= MAX_TOKENS:
             answers.setdefault(answer, name)
     shuffled = np.random.default_rng(seed).permutation(list(answers)).tolist()
-    target = [answer for answer in shuffled if answers[answer].split(".")[0] == package][:num_target]
+    # from the end: the first rows would else be without the package
+    target = [answer for answer in shuffled if answers[answer].split(".")[0] == package][-num_target:]
     others = testbed.held_out([answer for answer in shuffled if answer not in target], target)[:num_rows]
     for flag, got, wanted in (("num_target", target, num_target), ("num_rows", others, num_rows)):
         if len(got) < wanted:

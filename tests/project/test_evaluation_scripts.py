@@ -1,4 +1,4 @@
-"""planted.py, mixed_in.py, tail_patch.py and brittleness.py of evaluation/: values by hand, resuming, bad input."""
+"""Scripts of evaluation/ that make their own data: values by hand, resuming, bad input."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from helpers import check
 
 from logra.runtime import files
 
-NAMES = ("planted", "tail_patch", "brittleness", "mixed_in")
+NAMES = ("planted", "tail_patch", "brittleness", "mixed_in", "selection")
 
 SCRIPTS = {name: importlib.import_module(f"evaluation.{name}") for name in NAMES}
 
@@ -234,6 +234,23 @@ def test_mixed_in_refuses(cli, workspace):
     assert status == 2 and error.endswith("got bed/1/plain/runs/best/scores/queries; score a corpus.jsonl of bed")
 
 
+def test_selection(cli, workspace):
+    """Rows and target share no row; training on the target's own rows lowers its loss; bad counts are one line."""
+    model = save_model(workspace / "tiny", "llama", context=256)
+    flags = ("evaluation.selection", "bed", "--model_name", model, "--num_rows", 200, "--num_target", 3)
+    assert cli(*flags)[:2] == (0, "")
+    rows, target, random = (scored.read_rows(Path(f"bed/{name}.jsonl")) for name in ("rows", "target", "random"))
+    assert len(rows) == 200 and len(target) == 3 and random == rows[:20]
+    assert not {row["output"] for row in rows} & {row["output"] for row in target}
+    packages = [[row["instruction"].split()[2].split(".")[0] for row in part] for part in (rows, target)]
+    assert "email" in packages[0] and set(packages[1]) == {"email"}, "the rows hold some of the target's package"
+    status, out, _ = cli(*flags[:2], "bed/target.jsonl", *flags[2:])
+    number, before, after, change = table(out)["bed/target.jsonl"]
+    assert status == 0 and number == 3 and change < 0 and after == pytest.approx(before + change, abs=0.002)
+    status, _, error = cli("evaluation.selection", "more", "--model_name", model, "--num_target", 10**6)
+    assert status == 2 and len(error.splitlines()) == 1 and "expected --num_target of at most" in error
+
+
 @pytest.mark.slow
 def test_the_reduced_mixed_in_rows(tmp_path):
     """REDUCED=1 makes rows, models, runs and the table from nothing: each method has a mean of both variants."""
@@ -247,7 +264,7 @@ def test_the_reduced_mixed_in_rows(tmp_path):
     assert all(len(row) == 2 and min(row) > 0 and max(row) <= 1 for row in found.values())
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "mixed_in"])
+@pytest.mark.parametrize("name", NAMES[:3])
 def test_folders_without_scores(cli, workspace, tiny, name):
     """No folder of scores, or one of --top_k_only, is one line that says what to give."""
     if name == "planted":
