@@ -12,8 +12,8 @@ range over seeds, which have other rows, initial weights and orders. The folder 
     testbed.json                       the settings; later commands must agree with them
     <seed>/queries.jsonl, losses.json  mean loss of the queries, in nats, before and after fine-tuning
     <seed>/plain/corpus.jsonl, model/  the fine-tuning rows, and the fine-tuned model
-    <seed>/decoys/...                  the same with decoys: passages of other packages and of the manual whose words
-                                       are, by BM25, most like those of the queries. Pretraining does not see them
+    <seed>/decoys/...                  the same with decoys: other passages whose words are most like the queries' by
+                                       BM25; not seen in pretraining
 """
 
 import argparse
@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import lds
 import scored
 import testbed
 
@@ -77,14 +78,15 @@ def main(args: argparse.Namespace) -> None:
         files.write_json(path, settings)
         testbed.train_in_parallel(partial(make_seed, args.folder, settings), jobs)
     losses = [files.read_json(args.folder / str(seed) / "losses.json", "delete the folder") for seed in seeds]
-    means = {name: np.mean([loss[name] for loss in losses]) for name in losses[0]}
-    print("Mean loss of the queries, nats: " + ", ".join(f"{name} {mean:.1f}" for name, mean in means.items()) + "\n")
+    means = [f"{name} {np.mean([loss[name] for loss in losses]):.1f}" for name in losses[0]]
+    print(f"Mean loss of the queries, nats: {', '.join(means)}")
     found: dict[str, dict[str, list[float]]] = {}
     for (variant, _), place in places.items():
         for name, precision in precisions(place, [path for path in args.scores if place in path.parents]).items():
             found.setdefault(name, {}).setdefault(variant, []).append(precision)
     shown = [[name, *(spread(row.get(variant, [])) for variant in VARIANTS)] for name, row in found.items()]
-    scored.print_table(["scores", *VARIANTS], shown)
+    if args.scores:
+        scored.print_table(["scores", *VARIANTS], shown)
 
 
 def passages_of(package: str) -> list[list[str]]:
@@ -127,8 +129,7 @@ def make_rows(parts: list[list[str]], settings: dict[str, Any], seed: int) -> tu
     used = {row["text"] for row in manual_rows + package}
     others = shuffled("decoy", [text for text in dict.fromkeys(docstrings + manual) if text not in used])
     scores = list(bm25_scores([row["text"] for row in others], [row["text"] for row in queries]))
-    first = np.argsort(-mean_z_score(np.array(scores)), kind="stable")[: settings["num_mixed"]]
-    decoys = [others[i] for i in first]
+    decoys = [others[i] for i in np.argsort(-mean_z_score(np.array(scores)), kind="stable")[: settings["num_mixed"]]]
     rows = {"plain": manual_rows + mixed, "decoys": manual_rows + mixed + decoys}
     rows = {name: [part[i] for i in random.permutation(len(part))] for name, part in rows.items()}
     allowed = set(docstrings) - {row["text"] for row in decoys}
@@ -166,12 +167,11 @@ def precisions(of_variant: Path, folders: list[Path]) -> dict[str, float]:
     )
     mixed, found = np.array([name.startswith("mixed-") for name in ids]), {}
     for folder in folders:
-        baseline = folder / "scores.npy"
-        if (folder / "run.json").exists() or not baseline.exists():
+        if (folder / "run.json").exists() or not (folder / "scores.npy").exists():
             name = f"{folder.parents[1].name}, {folder.name.split('-', 2)[-1]}"  # without the hash of the queries
             scores = scored.by_document(folder, ids, queries)
         else:
-            name, scores = folder.name, np.load(baseline)
+            name, scores = folder.name, lds.load_scores(folder, of_variant, len(queries), len(ids))
         found[name] = average_precision(mean_z_score(scores), mixed)
     return found | {"random": average_precision(np.random.default_rng(0).random(len(ids)), mixed)}
 

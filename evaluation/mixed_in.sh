@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Reproduces: the table of mixed-in rows in evaluation/results: does a method find the rows of another topic?
 # Needs:      as scripts/test.sh, 4 GB of memory
-# Takes:      about 10 minutes a model on 2 CPU cores; REDUCED=1: 2 minutes
+# Takes:      about 10 minutes a model on 2 idle CPU cores (computed), 25 beside other work; REDUCED=1: 2 minutes
 # Expect:     for each model the queries' loss, and a table: scores, average precision without and with decoys
-# Checked:    not yet
+# Checked:    2026-11-28, 2 CPU cores, Python 3.11: in parts, beside other work; REDUCED=1 in one piece
 #
 # Usage: bash evaluation/mixed_in.sh [gpt2|llama ...]      REDUCED=1: tiny models, to check that it works
 set -euo pipefail
