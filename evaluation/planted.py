@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, normalize
-from tqdm import tqdm
+from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,22 +32,20 @@ import scored
 import testbed
 
 from logra.analysis.report import bm25_scores
-from logra.inputs import rows as data_rows
+from logra.inputs.row_forms import Row
+from logra.inputs.rows import encode_row
 from logra.loss import hidden_states
 from logra.models.model import load_model, load_tokenizer
 from logra.runtime import files
 from logra.runtime.flag_types import positive_int, seed_int
 from logra.runtime.flags import Parser, run_script
 from logra.runtime.settings import RunSettings
-from logra.stages.batches import make_batch
 
 RELATIONS = Path(__file__).parent / "relations.jsonl"
 FILLER_WORDS = 12  # of a passage of Python's manual: about as many as in the document of a fact
 # A name is one token of this vocabulary. A passage fits the context, since a token is at least one byte.
 SMALL_MODEL: dict[str, Any] = {"architecture": "gpt2", "layers": 2, "width": 256, "vocabulary": 3072, "context": 128}
 MAX_FILLER_BYTES = SMALL_MODEL["context"]
-LEARNING_RATE = 1e-4  # of fine-tuning; it falls linearly to 0
-BATCH_TEXTS = 16  # of fine-tuning
 NAME_LETTERS = ("bdfgklmnprstvz", "aeiou") * 3 + ("bdfgklmnprstvz",)  # names are equally long: none begins with another
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -74,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     corpus, queries = (scored.read_rows(args.folder / f"{name}.jsonl") for name in ("corpus", "queries"))
     facts, ids = files.read_json(args.folder / "facts.json", "delete the folder"), [row["id"] for row in corpus]
     planted = np.array([np.isin(ids, facts[query["id"]]) for query in queries])
-    scores = {str(folder): by_document(folder, ids, list(facts)) for folder in args.scores}
+    scores = {str(folder): scored.by_document(folder, ids, list(facts)) for folder in args.scores}
     model = load_model(str(args.folder / "model"), torch.float32, DEVICE)
     tokenizer = load_tokenizer(str(args.folder / "model"))
     learned = np.array([knows_answer(model, tokenizer, query) for query in queries])
@@ -101,7 +98,7 @@ def make_folder(args: argparse.Namespace) -> None:
     texts = [row["text"] for row in corpus]
     if args.model_name:
         model, tokenizer = load_model(args.model_name, torch.float32, DEVICE), load_tokenizer(args.model_name)
-        fine_tune(model, tokenizer(texts)["input_ids"], args.epochs or 5, args.seed)
+        testbed.fine_tune(model, tokenizer(texts)["input_ids"], args.epochs or 5, args.seed)
     else:
         tokenizer = testbed.make_tokenizer(texts, SMALL_MODEL["vocabulary"])
         config, token_ids = testbed.make_config(**SMALL_MODEL), tokenizer(texts)["input_ids"]
@@ -143,40 +140,13 @@ def make_corpus(num_facts: int, paraphrases: int, num_filler: int, seed: int) ->
     return [{"id": name, "text": texts[name]} for name in random.permutation(list(texts)).tolist()], queries, facts
 
 
-def fine_tune(model: torch.nn.Module, token_ids: list[list[int]], epochs: int, seed: int) -> None:
-    """Train a model on texts: AdamW, mean loss per token, no dropout."""
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
-    order = np.random.default_rng(seed)
-    shuffled = [order.permutation(len(token_ids)) for _ in range(epochs)]
-    batches = [rows[i : i + BATCH_TEXTS] for rows in shuffled for i in range(0, len(rows), BATCH_TEXTS)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
-    for rows in tqdm(batches, desc="fine-tuning", unit="batch"):
-        batch = make_batch([token_ids[i] for i in rows], device=model.device)
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
 @torch.no_grad()
 def knows_answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, query: dict) -> bool:
     """Say whether the answer is the greedy continuation of the query's prompt."""
-    row, date = data_rows.Row((query["prompt"], query["response"])), RunSettings.chat_date
-    ids, counted = map(torch.tensor, data_rows.encode_row(tokenizer, row, date))
+    row, date = Row((query["prompt"], query["response"])), RunSettings.chat_date
+    ids, counted = map(torch.tensor, encode_row(tokenizer, row, date))
     best = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].argmax(dim=1).cpu()
     return bool((best[:-1] == ids[1:])[counted[1:]].all())
-
-
-def by_document(folder: Path, ids: list[str], queries: list[str]) -> np.ndarray:
-    """Return a folder's scores [Q, D] of these documents (of each that of its best example) and queries."""
-    found = scored.load(folder)
-    if set(found.documents) != set(ids) or found.queries != queries:
-        raise ValueError(f"expected scores of corpus.jsonl for queries.jsonl in {folder}, got others; score these")
-    best, place = np.full((len(ids), len(queries)), -np.inf), {name: i for i, name in enumerate(ids)}
-    np.maximum.at(best, [place[name] for name in found.documents], found.scores.T)
-    return best.T
 
 
 @torch.no_grad()

@@ -53,6 +53,16 @@ def load(folder: Path) -> Scored:
     return Scored(scores, queries, run.train()["document_id"][:], run, record)
 
 
+def by_document(folder: Path, ids: list[str], queries: list[str]) -> np.ndarray:
+    """Return a folder's scores [Q, D] of these documents (of each that of its best example) and queries."""
+    found = load(folder)
+    if set(found.documents) != set(ids) or found.queries != queries:
+        raise ValueError(f"expected scores of corpus.jsonl for queries.jsonl in {folder}, got others; score these")
+    best, place = np.full((len(ids), len(queries)), -np.inf), {name: i for i, name in enumerate(ids)}
+    np.maximum.at(best, [place[name] for name in found.documents], found.scores.T)
+    return best.T
+
+
 def made_with(path: Path, flags: dict[str, Any], parser: Parser) -> dict[str, Any]:
     """Return the settings that a folder was made with. A flag has to be at its default, or to agree with them.
 

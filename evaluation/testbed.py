@@ -9,13 +9,15 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from logra.inputs.batches import make_batch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
@@ -35,26 +37,33 @@ ARCHITECTURES = ("gpt2", "llama", "olmoe")
 MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 8, 32
 MAX_PASSAGE_TOKENS = 64
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8)  # of the training's steps, after which checkpoints are kept
-BATCH_TEXTS = 32
+BATCH_TEXTS, FINE_TUNING_BATCH_TEXTS = 32, 16
 LEARNING_RATE = 2e-3  # after the warm-up; it falls linearly to 0
 WARM_UP_STEPS = 20
 IGNORED_LABEL = -100  # of transformers
 AtShare = Callable[[float, torch.nn.Module], object]
 
 
-def docstrings() -> list[str]:
-    """Return the docstrings of Python's standard library, without its tests."""
+def docstrings() -> list[tuple[str, str]]:
+    """Return (name, docstring) of all docstrings of Python's standard library, without its tests.
+
+    A name is that of the module (email.header), and of the class or function in it (email.header.append).
+    """
     library, found = Path(sysconfig.get_paths()["stdlib"]), []
     for path in sorted(library.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & {*path.relative_to(library).parts}:
+        parts = path.relative_to(library).parts
+        if not {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & {*parts}:
             nodes = ast.walk(ast.parse(path.read_bytes()))
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            found += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+            module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+            for node in (node for node in nodes if isinstance(node, documented)):
+                name = module if isinstance(node, ast.Module) else f"{module}.{node.name}"
+                found.append((name, ast.get_docstring(node) or ""))
     return found
 
 
 def passages(*sources: str) -> list[str]:
-    """Cut the documents of data sets into passages of at most 32 words; leave out passages of fewer than 8 words.
+    """Return the passages of data sets (see cut).
 
     Args:
         sources: As --data_name of the pipeline, or `docstrings`, those of Python's standard library. In a .txt file,
@@ -65,9 +74,14 @@ def passages(*sources: str) -> list[str]:
         if source.endswith(".txt") and "\n%\n" in (text := Path(source).read_text("utf-8")):
             documents += text.split("\n%\n")
         elif source == "docstrings":
-            documents += docstrings()
+            documents += [text for _, text in docstrings()]
         else:
             documents += [text for (text,) in values_of(load_documents(DataSettings(source)), ("text",))]
+    return cut(documents)
+
+
+def cut(documents: Iterable[str]) -> list[str]:
+    """Cut documents into passages of at most 32 words, each once; leave out passages of fewer than 8 words."""
     found: dict[str, None] = {}
     for document in documents:
         for paragraph in re.split(r"\n\s*\n", document):
@@ -187,6 +201,38 @@ def train(
     return model.eval()
 
 
+def fine_tune(
+    model: torch.nn.Module, token_ids: list[list[int]], epochs: int, seed: int, learning_rate: float = 1e-4,
+    counted: list[list[bool]] | None = None,
+) -> None:  # fmt: skip
+    """Train a model on texts: AdamW, batches of 16 texts, mean loss per token, no dropout.
+
+    Args:
+        model: In evaluation mode.
+        token_ids: Of each text.
+        epochs: Passes over the texts.
+        seed: Of the order of the texts.
+        learning_rate: It falls linearly to 0.
+        counted: Which tokens count in the loss; all, but the first of a text, without it.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
+    order = np.random.default_rng(seed)
+    shuffled = [order.permutation(len(token_ids)) for _ in range(epochs)]
+    batches = [
+        rows[i : i + FINE_TUNING_BATCH_TEXTS] for rows in shuffled for i in range(0, len(rows), FINE_TUNING_BATCH_TEXTS)
+    ]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    for rows in tqdm(batches, desc="fine-tuning", unit="batch"):
+        marks = counted and [counted[i] for i in rows]
+        batch = make_batch([token_ids[i] for i in rows], marks, model.device)
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
 def train_with_settings(
     settings: dict[str, Any], token_ids: list[list[int]], order_seed: int, at_share: AtShare | None = None
 ) -> torch.nn.Module:
@@ -215,5 +261,5 @@ def losses(model: torch.nn.Module, token_ids: list[list[int]]) -> np.ndarray:
     for first in range(0, len(token_ids), 128):
         inputs, labels = _pad(token_ids[first : first + 128])
         logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
-        found.append(torch.nn.functional.cross_entropy(logits.mT, labels[:, 1:], reduction="none").sum(dim=1))
+        found.append(cross_entropy(logits.mT, labels[:, 1:], reduction="none").sum(dim=1))
     return torch.cat(found).numpy()

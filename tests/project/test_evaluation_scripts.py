@@ -1,10 +1,11 @@
-"""evaluation/planted.py, tail_patch.py and brittleness.py, on tiny models: values by hand, resuming, bad input."""
+"""Scripts of evaluation/ that make their own data: values by hand, resuming, bad input."""
 
 import importlib
 import json
 import multiprocessing
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ from helpers import check
 
 from logra.runtime import files
 
-NAMES = ("planted", "tail_patch", "brittleness")
+NAMES = ("planted", "tail_patch", "brittleness", "mixed_in", "selection")
 
 SCRIPTS = {name: importlib.import_module(f"evaluation.{name}") for name in NAMES}
 
-planted, tail_patch = SCRIPTS["planted"], SCRIPTS["tail_patch"]
+planted, tail_patch, mixed_in = SCRIPTS["planted"], SCRIPTS["tail_patch"], SCRIPTS["mixed_in"]
 
 testbed, scored = planted.testbed, planted.scored
 
@@ -193,7 +194,77 @@ def test_brittleness(cli, workspace, monkeypatch):
     assert status == 2 and len(error.splitlines()) == 1 and "score these" in error
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_average_precision_by_hand():
+    """Relevant rows on ranks 1, 3 and 6: the mean of 1/1, 2/3 and 3/6. A z-score weighs each query the same."""
+    relevant, scores = np.array([0, 1, 0, 1, 1, 0], bool), np.array([4.0, 1, 6, 5, 9, 3])
+    assert mixed_in.average_precision(scores, relevant) == pytest.approx((1 + 2 / 3 + 3 / 6) / 3)
+    assert mixed_in.average_precision(np.zeros(6), relevant) == pytest.approx((1 / 2 + 2 / 4 + 3 / 5) / 3)
+    both = mixed_in.mean_z_score(np.stack([scores, 1000 * scores[::-1] + 7]))
+    assert both == pytest.approx(both[::-1]) and mixed_in.mean_z_score(np.ones((2, 6))) == pytest.approx(np.zeros(6))
+
+
+MIXED_IN = ("--num_pretraining", 40, "--num_manual", 30, "--num_mixed", 5, "--num_queries", 3, "--num_seeds", 1)
+
+
+def test_mixed_in_rows():
+    """Rows, decoys, queries and pretraining share no text; queries are no near copies; another seed, other rows."""
+    args = mixed_in.build_parser().parse_args(["bed", *map(str, MIXED_IN)])
+    parts = mixed_in.passages_of("turtle")
+    assert not [text for part in parts for text in part if "turtle" in text.lower()]
+    rows, pretraining = mixed_in.make_rows(parts, vars(args), 0)
+    kinds = {name: [row["id"].split("-")[0] for row in part] for name, part in rows.items()}
+    assert {name: len(part) for name, part in kinds.items()} == {"plain": 35, "decoys": 40, "queries": 3}
+    assert kinds["plain"].count("mixed") == 5 == kinds["decoys"].count("decoy") and len(pretraining) == 40
+    texts = [row["text"] for name in ("decoys", "queries") for row in rows[name]] + pretraining
+    assert len(set(texts)) == len(texts) and not set(parts[0]) & set(pretraining)
+    asked = [row["text"] for row in rows["queries"]]
+    assert testbed.held_out(asked, [row["text"] for row in rows["plain"]]) == asked
+    assert mixed_in.make_rows(parts, vars(args), 0)[0] == rows != mixed_in.make_rows(parts, vars(args), 1)[0]
+
+
+def test_mixed_in_refuses(cli, workspace):
+    """A package or a manual that is too small, and scores of other rows, are one line."""
+    for flags, said in (
+        (("--package", "turtle", "--num_mixed", 500), "expected a --package with 1040 passages, got turtle with"),
+        (("--num_manual", 10**6), "lower it"),
+    ):
+        status, _, error = cli("evaluation.mixed_in", "bed", *flags)
+        assert status == 2 and len(error.splitlines()) == 1 and said in error and not Path("bed").exists()
+    status, _, error = cli("evaluation.mixed_in", "bed", "bed/1/plain/runs/best/scores/queries", *MIXED_IN)
+    assert status == 2 and error.endswith("got bed/1/plain/runs/best/scores/queries; score a corpus.jsonl of bed")
+
+
+def test_selection(cli, workspace):
+    """Rows and target share no row; training on the target's own rows lowers its loss; bad counts are one line."""
+    model = save_model(workspace / "tiny", "llama", context=256)
+    flags = ("evaluation.selection", "bed", "--model_name", model, "--num_rows", 200, "--num_target", 3)
+    assert cli(*flags)[:2] == (0, "")
+    rows, target, random = (scored.read_rows(Path(f"bed/{name}.jsonl")) for name in ("rows", "target", "random"))
+    assert len(rows) == 200 and len(target) == 3 and random == rows[:20]
+    assert not {row["output"] for row in rows} & {row["output"] for row in target}
+    packages = [[row["instruction"].split()[2].split(".")[0] for row in part] for part in (rows, target)]
+    assert "email" in packages[0] and set(packages[1]) == {"email"}, "the rows hold some of the target's package"
+    status, out, _ = cli(*flags[:2], "bed/target.jsonl", *flags[2:])
+    number, before, after, change = table(out)["bed/target.jsonl"]
+    assert status == 0 and number == 3 and change < 0 and after == pytest.approx(before + change, abs=0.002)
+    status, _, error = cli("evaluation.selection", "more", "--model_name", model, "--num_target", 10**6)
+    assert status == 2 and len(error.splitlines()) == 1 and "expected --num_target of at most" in error
+
+
+@pytest.mark.slow
+def test_the_reduced_mixed_in_rows(tmp_path):
+    """REDUCED=1 makes rows, models, runs and the table from nothing: each method has a mean of both variants."""
+    environment = os.environ | {"REDUCED": "1", "TESTBEDS": str(tmp_path)}
+    command = ["bash", ROOT / "evaluation/mixed_in.sh", "gpt2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = table(done.stdout)
+    names = {"best, dot-ekfac-0.2", "best, cosine-ekfac-0.2", "paper, dot-raw-0.1", "paper, cosine-raw-0.1"}
+    assert set(found) == names | {"paper, dot-none-0.1", "bm25", "embedding", "random"}
+    assert all(len(row) == 2 and min(row) > 0 and max(row) <= 1 for row in found.values())
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
 def test_folders_without_scores(cli, workspace, tiny, name):
     """No folder of scores, or one of --top_k_only, is one line that says what to give."""
     if name == "planted":
@@ -220,7 +291,8 @@ def test_command_lines(name):
     commands = [line.strip() for line in SCRIPTS[name].__doc__.splitlines() if line.strip().startswith("python ")]
     assert commands and all(check(command) for command in commands) and len(source.splitlines()) <= 200
     flags = {action.dest for action in SCRIPTS[name].build_parser()._actions} - {"help"}
-    assert all(re.search(rf"args\.{flag}\b", source) for flag in flags), flags
+    source += (ROOT / "evaluation/testbed.py").read_text()  # it reads settings too
+    assert all(re.search(rf'args\.{flag}\b|settings\["{flag}"\]', source) for flag in flags), flags
 
 
 def test_interval():

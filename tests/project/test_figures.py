@@ -21,6 +21,7 @@ RECORDS = {
     "rerank": "evaluation/results/rerank_epyc-2-cores_2026-11-28.md",
     "trajectory": "evaluation/results/lds_trajectory_epyc-2-cores_2026-11-28.md",
     "variants_checkpoints": "evaluation/results/variants_checkpoints_2026-11-28.md",
+    "mixed_in": "evaluation/results/mixed_in_epyc-2-cores_2026-11-28.md",
     "agreement": "evaluation/results/agreement_smollm2_epyc-2-cores_2026-11-24.md",
     "planted": "evaluation/results/planted_epyc-2-cores_2026-11-24.md",
     "tail": "evaluation/results/tail_patch_brittleness_epyc-2-cores_2026-11-25.md",
@@ -132,6 +133,14 @@ AGREEMENT = [
     ("agreement", "| raw rank 64, float32 | 0.1 | # (~) | # (~) | # |"),
     ("agreement", "| ekfac rank 64, float32 | 0.01 | # (~) | # (~) | # |"),
 ]
+MIXED_IN = [
+    ("mixed_in#" + model, f"| {row} | # (~) | # (~)")
+    for model in ("gpt2", "llama")
+    for row in ("best, dot-ekfac-0.2", "paper, dot-raw-0.1", "bm25")
+]
+MIXED_IN += [
+    ("mixed_in#" + model + ", other dampings", "| paper, dot-raw-10 | # (~) | # (~)") for model in ("gpt2", "llama")
+]
 SPEEDS = [("few_bits", f"| {queries} | ~ | ~ | # |") for queries in (1, 10, 50, 100)]
 KRONFLUENCE = [("few_bits", "default batches, 1024 tokens and 8 shards, two runs before that: # and # against # and #")]
 KRONFLUENCE += [("few_bits", "nice) at work: ours # s, kronfluence # (CPU")]
@@ -184,6 +193,8 @@ FIGURES: list[tuple] = [
     (README, "small GPT-2, small Llama | **#**, **#**; #, #; stored alone #, # | stored alone #, # | on three blocks of SmolLM2 with few examples # |", [("rerank", "| final model | # | # | # | # |"), ("rerank", "(`--rerank_checkpoints`) | # | # | # | # |"), ("rerank", "| GPT-2, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| GPT-2, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| rank 136, signs | # (64 random examples) | # | # | # | # | # | # | # |")], lambda *x: (x[0], x[2], x[4], x[6], x[9], x[15], x[21], x[27], x[38])),
     (RESULTS, "| # times the final Llama's LDS with three checkpoints | # |", [("trajectory", "were hoped to have # times the final model's LDS"), ("trajectory", "| three: .2, .5 and the final one | 3 times | #, # (# to #) | #% | #, # (# to #) | #% |")], lambda *x: (x[0], x[7])),
     ("docs/method.md", "LDS # instead of #", [("variants_checkpoints", "| a seed of its own for each | #, #, #, #, # |"), ("variants_checkpoints", "| one seed for all checkpoints | #, # |")], lambda *x: [sum(x[:5]) / 5, sum(x[5:]) / 2]),
+    (RESULTS, "on # passages of the manual and # of another topic. The average precision of finding the 50 with # other texts", [("mixed_in", "fine-tuned for 3 epochs on # passages of Python's manual and # passages"), ("mixed_in", "Queries are # other passages of turtle")], None),
+    (RESULTS, "`--preset best` **#**; **#**, `paper` #; # (at damping 10, its best, #; #), BM25 #. Among 50 decoys with the queries' words: #; #, #; # (#; #), #.", MIXED_IN, lambda *x: [*check_is(x[4], x[10], 0), *(x[i + variant] for variant in (0, 1) for i in (0, 6, 2, 8, 12, 14, 4))]),
     *lds_rows(),
     readme_lds("GPT-2", "Python's manual", "lds#gpt2"),
     readme_lds("Llama", "Python's manual", "lds#llama"),
