@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lds
 import scored
 import testbed
-from logra.tools.report import bm25_scores
 
+from logra.analysis.report import bm25_scores
 from logra.runtime import files
+from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import positive_int
 
 VARIANTS = ("plain", "decoys")
 FINE_TUNING_RATE = 1e-3  # the learning rate

@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scored
 import testbed
-from logra.inputs.batches import make_batch
 
 from logra.inputs.queries import Query, load_queries
 from logra.loss import example_losses
 from logra.models.model import load_model, load_tokenizer
+from logra.runtime.flag_types import positive_int, seed_int
 from logra.runtime.flags import Parser, run_script
-from logra.runtime.settings import QuerySettings, RunSettings, positive_int, seed_int
+from logra.runtime.settings import QuerySettings, RunSettings
+from logra.stages.batches import make_batch
 
 MIN_WORDS, MAX_TOKENS = 5, 60  # of an answer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from logra.inputs.batches import make_batch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -32,6 +31,7 @@ from transformers import (
 from logra.inputs.documents import load_documents
 from logra.inputs.file_rows import values_of
 from logra.runtime.settings import DataSettings
+from logra.stages.batches import make_batch
 
 ARCHITECTURES = ("gpt2", "llama", "olmoe")
 MIN_PASSAGE_WORDS, MAX_PASSAGE_WORDS = 8, 32
