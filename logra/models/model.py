@@ -182,9 +182,10 @@ def load_tokenizer(name: str, **hub) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: There is none. transformers makes an empty one for some models, which turns texts into nothing.
     """
-    check_place(name)
-    if Path(name).exists() and not any(Path(name).glob("tokenizer*")):
-        name, _, hub = _base(name, **hub)
+    if not any(Path(name).glob("tokenizer*")):  # a folder may hold a tokenizer alone
+        check_place(name)
+        if Path(name).exists():
+            name, _, hub = _base(name, **hub)
     remedy = "copy the tokenizer's files of the base model into this folder" if Path(name).is_dir() else CHECK_NAME
     tokenizer = _load(AutoTokenizer, name, "a tokenizer", remedy=remedy, **hub)
     if not tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]:
