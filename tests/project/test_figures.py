@@ -202,6 +202,7 @@ FIGURES: list[tuple] = [
     readme_lds("Llama", "fortunes", "fortunes#llama"),
     readme_lds("mixture of experts", "Python's manual", "moe#olmoe"),
     # README.md
+    (README, "finding 50 rows of another topic in a fine-tuning set; among decoys with the same words; small GPT-2, small Llama | **#**, **#**; **#**, **#** | #, # (#, #); #, # (#, #) | BM25 #; # |", MIXED_IN, lambda *x: [x[i] for i in (0, 6, 1, 7, 2, 8, 12, 14, 3, 9, 13, 15, 4, 5)]),
     (README, "rank 136, one bit per stored number) over `--preset paper` (the paper's setting: raw Hessian, rank 64, float32)", [], None),
     (README, "It stores a seventh of the bytes", [AGREEMENT[1], AGREEMENT[0]], lambda *x: check_is(x[2] / x[5], 7, 0.1)),
     (README, "no 4096 x 4096 matrix per layer", [], lambda: check_is(64 * 64, 4096, 0)),
