@@ -141,6 +141,11 @@ MIXED_IN = [
 MIXED_IN += [
     ("mixed_in#" + model + ", other dampings", "| paper, dot-raw-10 | # (~) | # (~)") for model in ("gpt2", "llama")
 ]
+FEW = [
+    ("trajectory", "trained again. Ceiling #"), ("trajectory", "| raw, rank 64, final model | 7.5 times | # (~)"),
+    ("trajectory", "| the final model alone | 1 | # (~)"), ("trajectory", "after half of the training | 1 | # (~)"),
+    ("trajectory", "| three: .2, .5 and the final one | 3 times | # (~)"),
+]  # fmt: skip
 SPEEDS = [("few_bits", f"| {queries} | ~ | ~ | # |") for queries in (1, 10, 50, 100)]
 KRONFLUENCE = [("few_bits", "default batches, 1024 tokens and 8 shards, two runs before that: # and # against # and #")]
 KRONFLUENCE += [("few_bits", "nice) at work: ours # s, kronfluence # (CPU")]
@@ -191,6 +196,8 @@ FIGURES: list[tuple] = [
     (RESULTS, "that is # minutes for # of the quickstart's", [("rerank", "# min for every # examples")], None),
     (RESULTS, "| # of SmolLM2's uncompressed top 10 with 100 candidates | # |", [("rerank", "Target missed: # with K 100"), ("rerank", "| rank 136, signs | # (64 random examples) | # | # | # | # | # | # | # |")], lambda *x: (x[0], x[7])),
     (README, "small GPT-2, small Llama | **#**, **#**; #, #; stored alone #, # | stored alone #, # | on three blocks of SmolLM2 with few examples # |", [("rerank", "| final model | # | # | # | # |"), ("rerank", "(`--rerank_checkpoints`) | # | # | # | # |"), ("rerank", "| GPT-2, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| GPT-2, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| rank 136, signs | # (64 random examples) | # | # | # | # | # | # | # |")], lambda *x: (x[0], x[2], x[4], x[6], x[9], x[15], x[21], x[27], x[38])),
+    (README, "saw each text twice; ceiling #, wide intervals | #, #, # | # |", FEW, lambda *x: [x[0], x[2], x[3], x[4], x[1]]),
+    (RESULTS, "saw # texts twice (ceiling #, # halves): #, # and, three, #, # (# to #) times; raw #.", [("trajectory", "on # passages of the manual and of"), *FEW, ("trajectory", "2 epochs, # random halves"), ("trajectory", "| three: .2, .5 and the final one | 3 times | # (# to #) | #% | # (# to #) |")], lambda *x: (round(x[0], -3), x[1], x[6], x[3], x[4], x[5], *x[11:14], x[2])),
     (RESULTS, "| # times the final Llama's LDS with three checkpoints | # |", [("trajectory", "were hoped to have # times the final model's LDS"), ("trajectory", "| three: .2, .5 and the final one | 3 times | #, # (# to #) | #% | #, # (# to #) | #% |")], lambda *x: (x[0], x[7])),
     ("docs/method.md", "LDS # instead of #", [("variants_checkpoints", "| a seed of its own for each | #, #, #, #, # |"), ("variants_checkpoints", "| one seed for all checkpoints | #, # |")], lambda *x: [sum(x[:5]) / 5, sum(x[5:]) / 2]),
     (RESULTS, "on # passages of the manual and # of another topic. The average precision of finding the 50 with # other texts", [("mixed_in", "fine-tuned for 3 epochs on # passages of Python's manual and # passages"), ("mixed_in", "Queries are # other passages of turtle")], None),
