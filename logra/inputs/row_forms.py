@@ -154,7 +154,7 @@ def _alpaca(instruction: Any, output: Any, further: Any = None, system: Any = No
 def _sharegpt(conversations: Any, system: Any = None, tools: Any = None) -> Row:
     if not isinstance(conversations, list):
         raise RowError("no list of turns")
-    turns = [{"role": "system", "content": _text(system)}] if system else []
+    turns: list[dict] = [{"role": "system", "content": _text(system)}] if system else []
     for number, turn in enumerate(conversations):
         turn = turn if isinstance(turn, dict) else {}
         role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
