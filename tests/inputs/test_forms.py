@@ -12,6 +12,7 @@ from logra.inputs import row_forms
 from logra.inputs.row_forms import RowError, detect, make_row
 from logra.inputs.rows import encode_row
 from logra.run_dir import RunDir
+from logra.runtime.settings import ROW_FORMS
 
 DATE = "2024-07-26"
 CHATML = (
@@ -67,7 +68,7 @@ FORMS = {  # the values of a row, its form, the end of its text, and what counts
 def test_forms(form):
     """Each is found by its columns, the first one for each; only what the assistant wrote counts."""
     values, end, counts = FORMS[form]
-    assert detect(values, "text")[0] == form and set(FORMS) == set(row_forms.FORMS)
+    assert detect(values, "text")[0] == form and tuple(FORMS) == tuple(row_forms.FORMS) == ROW_FORMS
     text, counted = counted_text(tokenizer(), make_row(form, values))
     assert text.endswith(end) and counted == counts
 
