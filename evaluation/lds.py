@@ -65,9 +65,7 @@ def build_parser() -> Parser:
         "--num_queries", type=positive_int, default=100, help="texts that are not like a train text (100)"
     )
     group.add_argument("--num_subsets", type=positive_int, default=60, help="models trained on half of them (60)")
-    group.add_argument("--num_layers", type=positive_int, default=3, help="of the model (3)")
-    group.add_argument("--width", type=positive_int, default=128, help="of the model, a multiple of 8 (128)")
-    group.add_argument("--vocabulary", type=positive_int, default=1024, help="tokens (1024)")
+    testbed.add_size_flags(group)
     group.add_argument("--epochs", type=positive_int, default=10, help="(10)")
     group.add_argument("--seed", type=seed_int, default=0, help="of texts, subsets and training (0)")
     return parser

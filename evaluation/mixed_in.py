@@ -53,9 +53,7 @@ def build_parser() -> Parser:
     group.add_argument("--num_mixed", type=positive_int, default=50, help="mixed-in rows, and decoys (50)")
     group.add_argument("--num_queries", type=positive_int, default=20, help="(20)")
     group.add_argument("--num_seeds", type=positive_int, default=3, help="(3)")
-    group.add_argument("--num_layers", type=positive_int, default=3, help="of the model (3)")
-    group.add_argument("--width", type=positive_int, default=128, help="of the model, a multiple of 8 (128)")
-    group.add_argument("--vocabulary", type=positive_int, default=1024, help="tokens (1024)")
+    testbed.add_size_flags(group)
     group.add_argument("--epochs", type=positive_int, default=3, help="of fine-tuning (3)")
     return parser
 

@@ -3,6 +3,7 @@
 A model has the architecture of GPT-2, Llama or OLMoE (a mixture of experts) and starts from random weights.
 """
 
+import argparse
 import ast
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from transformers import (
 
 from logra.inputs.documents import load_documents
 from logra.inputs.file_rows import values_of
+from logra.runtime.flag_types import positive_int
 from logra.runtime.settings import DataSettings
 from logra.stages.batches import make_batch
 
@@ -42,6 +44,13 @@ LEARNING_RATE = 2e-3  # after the warm-up; it falls linearly to 0
 WARM_UP_STEPS = 20
 IGNORED_LABEL = -100  # of transformers
 AtShare = Callable[[float, torch.nn.Module], object]
+
+
+def add_size_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of a small model's size."""
+    group.add_argument("--num_layers", type=positive_int, default=3, help="of the model (3)")
+    group.add_argument("--width", type=positive_int, default=128, help="of the model, a multiple of 8 (128)")
+    group.add_argument("--vocabulary", type=positive_int, default=1024, help="tokens (1024)")
 
 
 def docstrings() -> list[tuple[str, str]]:

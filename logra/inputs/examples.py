@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from logra.inputs.chats import ChatTemplate
-from logra.inputs.file_rows import Stream, values_of
+from logra.inputs.file_rows import Stream, kind, values_of
 from logra.inputs.row_forms import FORMS, Row, RowError, choose, detect, make_row, with_columns
 from logra.inputs.rows import (
     Encoded,
@@ -93,8 +93,8 @@ def examples_in_memory(
         return Dataset.from_list(examples.to_list())
 
 
-def say_form(columns: list[str], settings: RunSettings) -> str:
-    """Return the form of a data set's rows, see row_forms.choose. Print it unless they are texts and nothing else.
+def say_form(columns: list[str], settings: RunSettings) -> None:
+    """Print the form of a data set's rows, see row_forms.choose, unless they are texts and nothing else.
 
     Raises:
         ValueError: As choose. Or a column to be kept is missing.
@@ -109,7 +109,6 @@ def say_form(columns: list[str], settings: RunSettings) -> str:
         raise ValueError(
             f"expected the column {missing[0]} of --keep_columns with values, got {', '.join(columns)}; correct it"
         )
-    return form
 
 
 def document_order(count: int, shuffle_seed: int | None) -> np.ndarray:
@@ -198,19 +197,20 @@ def _rows_with_text(documents: list[tuple[str, dict[str, Any]]], form: str, sett
     """
     names = ["document_id", "row", *(["kept"] if settings.keep_columns else [])]
     table: dict[str, list[str]] = {name: [] for name in names}
-    problems = {}
+    problems = []
     for document_id, values in documents:
         try:
             row = make_row(form, values, settings.text_column)
         except RowError as error:
-            problems[document_id] = str(error)
+            problems.append((document_id, str(error)))
             continue
         table["document_id"].append(document_id)
         table["row"].append(json.dumps(row))
         if settings.keep_columns:
             table["kept"].append(json.dumps({name: values.get(name) for name in settings.keep_columns}, default=str))
-    if not _has_blank_rows(settings.data_name) or {*problems.values()} - {"empty"}:
-        _refuse(problems, len(documents), settings)
+    if _has_blank_rows(settings.data_name):
+        problems = [problem for problem in problems if problem[1] != "empty"]
+    _refuse(problems, len(documents), settings)
     return Dataset.from_dict(table)
 
 
@@ -221,10 +221,10 @@ def _say_ignored_tools(rows: Dataset, tokenizer: PreTrainedTokenizerBase, date: 
         progress.say("the model's chat template ignores the rows' tools, so they are no tokens of the chats")
 
 
-def _refuse(problems: dict[str, str], rows: int, settings: RunSettings) -> None:
-    """Raise a ValueError that names bad rows, {document id: problem}, unless they are to be dropped."""
+def _refuse(problems: list[tuple[str, str]], rows: int, settings: RunSettings) -> None:
+    """Raise a ValueError that names bad rows, (document id, problem), unless they are to be dropped."""
     if problems and not settings.skip_bad_rows:
-        named = ", ".join(f"{name} ({problem})" for name, problem in [*problems.items()][:5])
+        named = ", ".join(f"{name} ({problem})" for name, problem in problems[:5])
         raise ValueError(
             f"expected text in every row, got {len(problems)} empty or other rows among {rows}, the first ones: "
             f"{named}; fix them or give --skip_bad_rows"
@@ -233,8 +233,8 @@ def _refuse(problems: dict[str, str], rows: int, settings: RunSettings) -> None:
 
 def _has_blank_rows(data_name: str) -> bool:
     """Return whether the data usually has blank rows (wikitext, text files), which are dropped without a flag."""
-    name = Path(data_name).name
-    return "wikitext" in name or ".txt" in Path(name).suffixes[-2:]
+    path = Path(data_name)
+    return "wikitext" in path.name or kind(path) == ".txt"
 
 
 def _to_blocks(batch: dict, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> dict:
@@ -263,12 +263,12 @@ def _encode(
     if all(len(row.texts) == 1 for row in rows):
         return dict(enumerate(encode_texts(tokenizer, [row.texts[0] for row in rows])))
     ends = special_tokens(tokenizer, rows[0].texts[0]) if rows[0].texts else None
-    encoded, problems = {}, {}
+    encoded, problems = {}, []
     for number, row in enumerate(rows):
         try:
             encoded[number] = encode_row(tokenizer, row, settings.chat_date, ends)
         except RowError as error:
-            problems[ids[number]] = str(error)
+            problems.append((ids[number], str(error)))
     _refuse(problems, len(rows), settings)
     return encoded
 

@@ -181,14 +181,11 @@ def read_rows(path: Path, columns: tuple[str, ...] | None, seen: dict[str, None]
         if kind(path) == ".parquet":
             yield from _read_parquet(path, columns, seen)
             return
-        with _open(path) as file:
-            if file.read(2) in UTF16_MARKS:
-                raise ValueError(f"{path.name} is in UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
         read = {".txt": _read_text, ".csv": _read_csv}.get(kind(path), _read_json)
         with _open(path) as file:
             yield from read(path, file, seen)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 {_bad_byte(path)}") from error
+        raise ValueError(f"{path.name} {_encoding_fault(path)}") from error
     except (OSError, pa.ArrowException) as error:
         if getattr(error, "errno", None):  # of the system, such as a missing permission
             raise
@@ -201,11 +198,13 @@ def read_all(paths: list[Path]) -> Iterator[dict[str, Any]]:
         yield from read_rows(path, None, {})
 
 
-def _bad_byte(path: Path) -> str:
-    """Return where a file stops being UTF-8."""
+def _encoding_fault(path: Path) -> str:
+    """Return how a file that is not UTF-8 is encoded, or where it stops being UTF-8."""
     place, rest = 0, b""
     with _open(path) as file:
         while data := file.read(2**20):
+            if place == 0 and data[:2] in UTF16_MARKS:
+                return "is in UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
             try:
                 (rest + data).decode()
                 place, rest = place + len(rest + data), b""
@@ -213,9 +212,10 @@ def _bad_byte(path: Path) -> str:
                 data = rest + data
                 if error.end < len(data) or "unexpected end" not in error.reason:
                     near = data[max(0, error.start - 20) : error.start + 20]
-                    return f"at byte {place + error.start}, near {near!r}; convert it: iconv -f LATIN1 -t UTF-8, say"
+                    where = f"at byte {place + error.start}, near {near!r}"
+                    return f"is not UTF-8 {where}; convert it: iconv -f LATIN1 -t UTF-8, say"
                 place, rest = place + error.start, data[error.start :]
-    return f"at byte {place}, its end, which cuts a character; is it whole?"
+    return f"is not UTF-8 at byte {place}, its end, which cuts a character; is it whole?"
 
 
 def _read_parquet(path: Path, columns: tuple[str, ...] | None, seen: dict[str, None]) -> Iterator[dict[str, Any]]:
