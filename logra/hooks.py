@@ -6,8 +6,8 @@ coordinates. The parameters are frozen, so the autograd graph starts at the firs
 """
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Self
 
@@ -36,8 +36,35 @@ class _Tap(torch.autograd.Function):
         return d, None, None, None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return x in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix product a @ b, or that of two batches, in float32 or wider.
+
+    Products of 16-bit numbers are exact in float32. A GPU multiplies them as they are and sums in float32.
+    """
+    if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return _wide(a) @ _wide(b)
+
+
+@contextmanager
+def _exact_sums() -> Iterator[None]:
+    """Let a GPU sum 16-bit products in float32 only; by default it may sum parts of long sums in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
 class _SideProjection:
-    """Projects one side of a layer, or the narrow side of a wide layer; returns float32 or wider."""
+    """Projects one side of a layer, or the narrow side of a wide layer; returns the type of its input."""
 
     def __init__(self, p: Tensor | None):
         self.p = p
@@ -46,7 +73,7 @@ class _SideProjection:
         if self.p is not None:
             self.p = self.p.to(x)  # copies at the first call only
             x = x @ self.p.T
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return x
 
 
 class GradientCapture:
@@ -80,24 +107,35 @@ class GradientCapture:
         self._grads: dict[str, Tensor] = {}
         self._factor_sums: dict[str, Tensor] = {}
         self._batch_sums: dict[str, Tensor] = {}  # of the last batch, not committed yet
+        names = {name for name, _ in model.named_modules()}
+        self._sides = {name: self._project_sides(name, name not in names) for name in projections}
+
+    def _project_sides(self, name: str, is_wide: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Return what projects the inputs and the output gradients of a layer; they keep P on the layer's device."""
+        p_in, p_out, *_ = self.projections[name]
+        if not is_wide:
+            return _SideProjection(p_in), _SideProjection(p_out)
+        shard = getattr(self.model, "shard_rows", None)
+        if name.endswith(DOWN):
+            return WideSide(p_in, shard), _SideProjection(p_out)
+        return _SideProjection(p_in), WideSide(p_out, shard)
 
     def __enter__(self) -> Self:
         self._training = {m: m.training for m in self.model.modules()}
         self._trainable = {p: p.requires_grad for p in self.model.parameters()}
         self.model.eval().requires_grad_(False)
         self._exit, modules, wide = ExitStack(), dict(self.model.named_modules()), {}
+        self._exit.enter_context(_exact_sums())
         sharing: dict[int, list[nn.Module]] = {}  # a weight may belong to several modules; the layer is named by one
         for module in modules.values():
             sharing.setdefault(id(getattr(module, "weight", None)), []).append(module)
-        for name, (p_in, p_out, *_) in self.projections.items():
+        for name, sides in self._sides.items():
             if name in modules:
-                hook = partial(self._hook, name, _SideProjection(p_in), _SideProjection(p_out))
+                hook = partial(self._hook, name, *sides)
                 for module in sharing[id(modules[name].weight)]:
                     self._exit.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             else:  # a wide layer, which bears the name of a parameter
-                wide_side = partial(WideSide, shard=getattr(self.model, "shard_rows", None))
-                kinds = (wide_side, _SideProjection) if name.endswith(DOWN) else (_SideProjection, wide_side)
-                wide[name] = WideLayer(kinds[0](p_in), kinds[1](p_out), partial(self._tap, name))
+                wide[name] = WideLayer(*sides, partial(self._tap, name))
         self._exit.enter_context(track(self.model, wide))
         return self
 
@@ -141,11 +179,11 @@ class GradientCapture:
         if self.want_factors and not self.squares_only:
             mask = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
             x, d = (x * mask).flatten(0, 1), d.flatten(0, 1)
-            self._add(self._batch_sums, {f"{name}.A": x.T @ x, f"{name}.B": d.T @ d})
+            self._add(self._batch_sums, {f"{name}.A": _product(x.T, x), f"{name}.B": _product(d.T, d)})
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
         """Return the per-example gradients [B, r_out * r_in] of x~ [B, T, r_in] and d~ [B, T, r_out]."""
-        return torch.bmm(d.mT, x).flatten(1)
+        return _product(d.mT, x).flatten(1)
 
     def _add(self, sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         for key, value in values.items():
@@ -222,7 +260,7 @@ class ScoreCapture(GradientCapture):
         quadratic_forms: dict[str, list[Callable[[Tensor], Tensor]]],
     ):
         super().__init__(model, projections)
-        self.queries, self.quadratic_forms = queries, quadratic_forms
+        self.queries, self.quadratic_forms = dict(queries), quadratic_forms
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
         query, forms = self.queries[name], self.quadratic_forms[name]
@@ -232,10 +270,13 @@ class ScoreCapture(GradientCapture):
             )
         grads = super()._reduce(name, x, d) if forms or not isinstance(query, tuple) else None
         if isinstance(query, tuple):
-            left, right = (factor.flatten(0, 1).to(x) for factor in query)  # [rows * R, r]
+            x, d = _wide(x), _wide(d)
+            self.queries[name] = query = tuple(factor.to(x) for factor in query)  # copies at the first call only
+            left, right = (factor.flatten(0, 1) for factor in query)  # [rows * R, r]
             dots = ((d @ left.T) * (x @ right.T)).sum(dim=1).view(len(x), *query[0].shape[:2]).sum(dim=2)
         else:
-            dots = grads @ query.to(grads).T
+            self.queries[name] = query = query.to(grads)
+            dots = grads @ query.T
         return torch.cat([dots, *(form(grads)[:, None] for form in forms)], dim=1)
 
 
@@ -267,7 +308,8 @@ class TokenCapture(GradientCapture):
     matrices: dict[str, Tensor]
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
-        return torch.einsum("bto,poi,bti->bpt", d, self.matrices[name].to(d), x)
+        d = _wide(d)
+        return torch.einsum("bto,poi,bti->bpt", d, self.matrices[name].to(d), _wide(x))
 
 
 class GradientPositions(GradientCapture):

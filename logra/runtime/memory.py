@@ -6,6 +6,7 @@ import sys
 
 import psutil
 import torch
+from torch import nn
 
 OUT_OF_MEMORY_WORDS = (  # in errors of other types; cuBLAS has no memory left for its workspace
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -24,6 +25,13 @@ def available_memory() -> int:
 def free_memory(device: torch.device) -> int:
     """Return the bytes of free memory of a device; of main memory for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def wait_for_devices(model: nn.Module) -> None:
+    """Wait until the GPUs that hold a model have done what is queued."""
+    for device in {parameter.device for parameter in model.parameters()}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def release_memory() -> None:

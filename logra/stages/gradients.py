@@ -6,7 +6,7 @@ example's loss.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from logra.projection import identity
 from logra.quantise import ScoreErrorEstimate, stored_tensors
 from logra.run_dir import RunDir
 from logra.runtime.fsdp import Lockstep
-from logra.runtime.memory import TooLittleMemoryError, release_memory
+from logra.runtime.memory import TooLittleMemoryError, release_memory, wait_for_devices
 from logra.runtime.progress import say
 from logra.runtime.settings import Execution
 from logra.stages.batches import length_batches, make_batch
@@ -64,22 +64,26 @@ def check_layers(model: nn.Module, layers: Iterable[str]) -> None:
 class HostGradients:
     """The gradients of n examples while they are copied to the CPU, and their factor sums.
 
-    From a GPU the copies run in a stream of their own, into pinned memory, while the next batch is computed. The device
-    of a gradient decides about its stream: a model may lie on the CPU, or on several GPUs.
+    From a GPU the copies run in a stream of their own, into pinned memory, while the next batch is computed.
 
     Args:
         examples: n.
+        streams: Of the copies.
         store_dtype: Of the result; see quantise.stored_tensors.
         first_id: Id of the first example, for error messages.
         score_error: Takes the first examples before they are rounded.
     """
 
-    def __init__(self, examples: int, store_dtype: str, first_id: int, score_error: ScoreErrorEstimate | None):
-        self.examples, self.store_dtype, self.first_id, self.score_error = examples, store_dtype, first_id, score_error
+    def __init__(
+        self, examples: int, streams: "CopyStreams", store_dtype: str, first_id: int,
+        score_error: ScoreErrorEstimate | None,
+    ):  # fmt: skip
+        self.examples, self.streams = examples, streams
+        self.store_dtype, self.first_id, self.score_error = store_dtype, first_id, score_error
         self.grads: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         self.rows: list[int] = []  # row of each copied gradient
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.last_copies: list[torch.cuda.Event] = []
 
     def copy(self, grads: dict[str, Tensor]) -> None:
         """Start to copy the next B examples' gradients, {layer: [B, k]}. They count once their rows are in `rows`."""
@@ -87,26 +91,20 @@ class HostGradients:
         if self.score_error and begin == 0:
             self.score_error.reset()  # after an attempt for which memory ran out
         for layer, grad in grads.items():
-            stream = self._stream(grad.device)
-            with torch.cuda.stream(stream) if stream else nullcontext():
+            with self.streams.use(grad):
                 if self.score_error and begin == 0:
                     self.score_error.add(layer, grad[:ROUNDING_SAMPLE])
                 for name, tensor in stored_tensors(layer, grad, self.store_dtype).items():
                     if name not in self.grads:
-                        shape, pinned = (self.examples, *tensor.shape[1:]), stream is not None
-                        self.grads[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned)
+                        self.grads[name] = host_buffer((self.examples, *tensor.shape[1:]), tensor)
                     self.grads[name][begin : begin + len(tensor)].copy_(tensor, non_blocking=True)
-            if stream:
-                grad.record_stream(stream)
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
-        """Return the stream of copies from a GPU, after the work that is queued there; None for the CPU."""
-        if device.type != "cuda":
-            return None
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream(device)
-        self.streams[device].wait_stream(torch.cuda.current_stream(device))
-        return self.streams[device]
+    def copy_factors(self, factors: dict[str, Tensor]) -> None:
+        """Start the last copies, of the factor sums."""
+        for name, tensor in factors.items():
+            with self.streams.use(tensor):
+                self.factors[name] = host_buffer(tensor.shape, tensor).copy_(tensor, non_blocking=True)
+        self.last_copies = self.streams.events()
 
     def wait(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the gradients {layer: [n, k]}, in the order of the examples, and the factor sums, on the CPU.
@@ -114,8 +112,8 @@ class HostGradients:
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
-        for stream in self.streams.values():
-            stream.synchronize()
+        for event in self.last_copies:
+            event.synchronize()
         order = torch.from_numpy(np.argsort(self.rows))
         result = {}
         for name in list(self.grads):
@@ -129,7 +127,40 @@ class HostGradients:
                     f"{name.removesuffix('.scale')}); use --dtype float32 and --store_dtype float32, or leave the "
                     "example out"
                 )
-        return result, {key: value.cpu() for key, value in self.factors.items()}
+        return result, self.factors
+
+
+class CopyStreams:
+    """A stream for copies to the CPU on each GPU of a model, used for the whole run."""
+
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @contextmanager
+    def use(self, tensor: Tensor) -> Iterator[None]:
+        """Run the block in the stream of the tensor's GPU, after the work that is queued there."""
+        device = tensor.device
+        if device.type != "cuda":
+            yield
+            return
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        stream = self.streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            tensor.record_stream(stream)
+
+    def events(self) -> list[torch.cuda.Event]:
+        """Return events that come after all copies so far."""
+        return [stream.record_event() for stream in self.streams.values()]
+
+
+def host_buffer(shape: Sequence[int], source: Tensor) -> Tensor:
+    """Return an empty CPU tensor of the source's type; for a source on a GPU it is pinned."""
+    return torch.empty(shape, dtype=source.dtype, pin_memory=source.is_cuda)
 
 
 class Extractor:
@@ -147,6 +178,7 @@ class Extractor:
     def __init__(self, model: nn.Module, capture: GradientCapture, batch_tokens: int, batch_size: int | None = None):
         self.model, self.capture = model, capture
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
+        self.streams = CopyStreams()
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.boundaries = rope_boundaries(model.config)
         self.lockstep = Lockstep(model, self._run_empty_batch)
@@ -171,12 +203,12 @@ class Extractor:
             ValueError: A token id is not in the model's vocabulary, or memory runs out for a single example.
         """
         self.check_vocabulary(token_ids, range(first_id, first_id + len(token_ids)))
-        result = HostGradients(len(token_ids), store_dtype, first_id, score_error)
+        result = HostGradients(len(token_ids), self.streams, store_dtype, first_id, score_error)
         for batch in self.batches([len(ids) for ids in token_ids]):
             for rows in self.run(token_ids, counted, batch, result.copy):
                 result.rows += rows
             on_batch(sum(len(token_ids[i]) for i in batch))
-        result.factors = self.capture.take_factors()
+        result.copy_factors(self.capture.take_factors())
         return result
 
     def batches(self, lengths: list[int] | np.ndarray) -> list[list[int]]:
@@ -282,19 +314,15 @@ class Extractor:
         """
         token_ids = [[i % self.vocabulary for i in range(length)]] * examples
         for _ in range(2):  # the first run warms up
+            wait_for_devices(self.model)
             begin = time.perf_counter()
-            done = self._try_batch(token_ids, None, _wait_for_device)
+            done = self._try_batch(token_ids, None, lambda grads: None)
             self.capture.take_factors()
             if not done:
                 return None
+            wait_for_devices(self.model)
         seconds = time.perf_counter() - begin
         return self.lockstep.largest(seconds)
-
-
-def _wait_for_device(grads: dict[str, Tensor]) -> None:
-    """Wait until the device has computed a batch's gradients."""
-    for grad in list(grads.values())[:1]:
-        grad.sum().item()
 
 
 def make_extractor(lm: nn.Module, capture: GradientCapture, execution: Execution, run: RunDir) -> Extractor:

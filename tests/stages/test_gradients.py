@@ -111,33 +111,6 @@ def test_the_device_of_a_gradient_decides_about_streams(model, monkeypatch):
     assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
 
 
-def test_each_gpu_has_a_stream_of_its_own(monkeypatch):
-    """Copies wait for the work on their own device, and `wait` waits for each of them."""
-    made, synchronized = [], []
-
-    class Stream:
-        def __init__(self, device):
-            made.append(device)
-
-        def wait_stream(self, other):
-            assert other == self.device_of_last(), "the current stream of the gradient's device"
-
-        def device_of_last(self):
-            return f"current of {made[-1]}"
-
-        def synchronize(self):
-            synchronized.append(self)
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
-    host = gradients.HostGradients(1, "float32", 0, None)
-    one, two = torch.device("cuda:0"), torch.device("cuda:1")
-    streams = [host._stream(one), host._stream(two)]
-    assert made == [one, two] and host._stream(two) is streams[1] and host._stream(torch.device("cpu")) is None
-    host.wait()
-    assert synchronized == streams
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gradients_of_a_model_on_two_gpus(model):
