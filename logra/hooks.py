@@ -110,7 +110,7 @@ class GradientCapture:
         names = {name for name, _ in model.named_modules()}
         self._sides = {name: self._project_sides(name, name not in names) for name in projections}
 
-    def _project_sides(self, name: str, is_wide: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    def _project_sides(self, name: str, is_wide: bool) -> tuple[Callable, Callable]:
         """Return what projects the inputs and the output gradients of a layer; they keep P on the layer's device."""
         p_in, p_out, *_ = self.projections[name]
         if not is_wide:
@@ -148,8 +148,9 @@ class GradientCapture:
         self._grads, self._factor_sums, self._batch_sums = {}, {}, {}
 
     def _hook(
-        self, name: str, p_in: _SideProjection, p_out: _SideProjection, layer, inputs, keywords, output: Tensor
-    ) -> Tensor:
+        self, name: str, project_in: Callable[[Tensor], Tensor], project_out: Callable[[Tensor], Tensor], layer, inputs,
+        keywords, output: Tensor,
+    ) -> Tensor:  # fmt: skip
         if not torch.is_grad_enabled():  # some models run their first passes so
             return output
         tensors = (*inputs, *keywords.values(), output)
@@ -158,7 +159,7 @@ class GradientCapture:
                 f"expected one tensor as input and one as output of layer {name}, got "
                 f"{', '.join(type(tensor).__name__ for tensor in tensors)}; leave it out with --layers"
             )
-        return self._tap(name, output, p_in(tensors[0].detach()), p_out)
+        return self._tap(name, output, project_in(tensors[0].detach()), project_out)
 
     def _tap(self, name: str, output: Tensor, x: Tensor, project_out: Callable[[Tensor], Tensor]) -> Tensor:
         anchor = torch.empty(0, device=output.device, requires_grad=True)
