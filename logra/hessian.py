@@ -11,7 +11,7 @@ which makes it B (x) A.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -204,7 +204,7 @@ def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tenso
 def eigen(kind: str, stats: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the eigenvalues [r_out, r_in] float64 of kfac or ekfac, U_A [r_in, r_in] and U_B [r_out, r_out].
 
-    The bases are None where the gradients are stored in the eigenbasis. `stats` is as for preconditioner.
+    The bases are None where the gradients are stored in the eigenbasis. `stats` is as for preconditioners.
     """
     count = stats["examples"].item()
     if kind == "ekfac":
@@ -221,21 +221,27 @@ def preconditioner(
     absolute: float | None = None,
     grads: Tensor | None = None,
 ) -> Preconditioner:
-    """Build (C + lambda I)^-1 of one layer from its stored statistics.
+    """Build (C + lambda I)^-1 of one layer for one damping, relative or absolute; see preconditioners."""
+    return preconditioners(kind, stats, [Damping(damping, absolute)], grads)[0]
+
+
+def preconditioners(
+    kind: str, stats: dict[str, Tensor], dampings: Sequence[Damping], grads: Tensor | None = None
+) -> list[Preconditioner]:
+    """Build (C + lambda I)^-1 of one layer for each damping, from its stored statistics. kfac is decomposed once.
 
     Args:
         kind: raw, kfac, ekfac or none.
         stats: raw: cov [k, k] or gram [N, N]. kfac: A, B, tokens. ekfac: square [r_out, r_in] and, unless the
             gradients are stored in the eigenbasis, basis_in and basis_out. All are sums; `examples` is the count.
-        damping: Relative to the mean eigenvalue.
-        absolute: lambda itself, instead of damping.
+        dampings: Relative to the mean eigenvalue, or absolute.
         grads: All gradients [N, k] of the layer; for raw with a gram only.
 
     Raises:
         ValueError: See damping_lambda; or C + lambda I is not positive definite in float64.
     """
     if kind == "none":
-        return IdentityPreconditioner()
+        return [IdentityPreconditioner() for _ in dampings]
     count = stats["examples"].item()
     if kind == "raw" and grads is not None:
         trace, k = stats["gram"].trace().item() / count, grads.shape[1]
@@ -246,8 +252,8 @@ def preconditioner(
     else:
         values, *bases = eigen(kind, stats)
         trace, k, build = values.sum().item(), values.numel(), partial(EigenPreconditioner, values, *bases)
-    lam = damping_lambda(trace, k, damping, absolute)
-    return build(lam) if lam > 0 else IdentityPreconditioner(zero=True)
+    shifts = [damping_lambda(trace, k, *damping) for damping in dampings]
+    return [build(shift) if shift > 0 else IdentityPreconditioner(zero=True) for shift in shifts]
 
 
 def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:

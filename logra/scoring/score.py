@@ -209,7 +209,7 @@ class Scorer:
         """Return (C + lambda I)^-1 of a layer for each damping."""
         statistics = {key: tensor.to(self.device) for key, tensor in statistics.items()}
         train = torch.cat(list(self._stored_gradients(layer))) if "gram" in statistics else None
-        return [hessian.preconditioner(self.task.kind, statistics, *damping, train) for damping in self.task.dampings]
+        return hessian.preconditioners(self.task.kind, statistics, self.task.dampings, train)
 
     def _stored_gradients(self, layer: str) -> Iterator[Tensor]:
         """Yield a layer's gradients [n, k] float32, shard by shard, of the whole run."""

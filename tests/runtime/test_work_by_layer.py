@@ -69,7 +69,7 @@ def rotations() -> list[Tensor]:
 def solutions() -> list[Tensor]:
     """Stage 3's preconditioned queries."""
     scorer = object.__new__(Scorer)
-    scorer.task = SimpleNamespace(kind="kfac", dampings=[hessian.Damping(0.1, None)])
+    scorer.task = SimpleNamespace(kind="kfac", dampings=[hessian.Damping(0.1, None), hessian.Damping(None, 2.0)])
     scorer.run, scorer.self_influence, scorer.device = Run(), None, torch.device("cpu")
     scorer._query_gradients = lambda groups: dict(zip(LAYERS, torch.randn(7, len(groups), 12), strict=True))
     torch.manual_seed(0)
