@@ -11,7 +11,7 @@ which makes it B (x) A.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -204,7 +204,7 @@ def rotated_squares(blocks: Iterable[Tensor], basis_in: Tensor, basis_out: Tenso
 def eigen(kind: str, stats: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the eigenvalues [r_out, r_in] float64 of kfac or ekfac, U_A [r_in, r_in] and U_B [r_out, r_out].
 
-    The bases are None where the gradients are stored in the eigenbasis. `stats` is as for preconditioner.
+    The bases are None where the gradients are stored in the eigenbasis. `stats` is as for preconditioners.
     """
     count = stats["examples"].item()
     if kind == "ekfac":
@@ -221,21 +221,27 @@ def preconditioner(
     absolute: float | None = None,
     grads: Tensor | None = None,
 ) -> Preconditioner:
-    """Build (C + lambda I)^-1 of one layer from its stored statistics.
+    """Build (C + lambda I)^-1 of one layer for one damping, relative or absolute; see preconditioners."""
+    return preconditioners(kind, stats, [Damping(damping, absolute)], grads)[0]
+
+
+def preconditioners(
+    kind: str, stats: dict[str, Tensor], dampings: Sequence[Damping], grads: Tensor | None = None
+) -> list[Preconditioner]:
+    """Build (C + lambda I)^-1 of one layer for each damping, from its stored statistics. kfac is decomposed once.
 
     Args:
         kind: raw, kfac, ekfac or none.
         stats: raw: cov [k, k] or gram [N, N]. kfac: A, B, tokens. ekfac: square [r_out, r_in] and, unless the
             gradients are stored in the eigenbasis, basis_in and basis_out. All are sums; `examples` is the count.
-        damping: Relative to the mean eigenvalue.
-        absolute: lambda itself, instead of damping.
+        dampings: Relative to the mean eigenvalue, or absolute.
         grads: All gradients [N, k] of the layer; for raw with a gram only.
 
     Raises:
         ValueError: See damping_lambda; or C + lambda I is not positive definite in float64.
     """
     if kind == "none":
-        return IdentityPreconditioner()
+        return [IdentityPreconditioner() for _ in dampings]
     count = stats["examples"].item()
     if kind == "raw" and grads is not None:
         trace, k = stats["gram"].trace().item() / count, grads.shape[1]
@@ -246,16 +252,43 @@ def preconditioner(
     else:
         values, *bases = eigen(kind, stats)
         trace, k, build = values.sum().item(), values.numel(), partial(EigenPreconditioner, values, *bases)
-    lam = damping_lambda(trace, k, damping, absolute)
-    return build(lam) if lam > 0 else IdentityPreconditioner(zero=True)
+    shifts = [damping_lambda(trace, k, *damping) for damping in dampings]
+    return [build(shift) if shift > 0 else IdentityPreconditioner(zero=True) for shift in shifts]
 
 
 def memory_bytes(kind: str, projected: Shapes, examples: int) -> int:
-    """Return an upper bound of the bytes that the statistics of the widest layer and their solution take."""
+    """Return an upper bound of the bytes that the statistics of the widest layer and their solution take, on a rank.
+
+    In the 40 of ekfac, two ranks or more hold a layer of their own, and one that is summed or exchanged.
+    """
     k = max(r_out * r_in for r_out, r_in in projected.values())
     if kind == "raw":
         return 24 * k * k if k <= examples else 24 * examples * examples + 20 * examples * k
-    return 32 * max(r_out**2 + r_in**2 + r_out * r_in for r_out, r_in in projected.values())
+    return 40 * max(r_out**2 + r_in**2 + r_out * r_in for r_out, r_in in projected.values())
+
+
+def _eigenbases(
+    source: GradientSource,
+    shards: range,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    factor: Callable[[str, list[int]], Tensor],
+) -> Iterator[list[Tensor]]:
+    """Yield U_A and U_B of each layer, on every rank.
+
+    In each round as many layers as there are ranks are summed, then decomposed side by side, one by each rank. A rank
+    holds the matrices of its own layer, and of the one that is being summed or yielded.
+    """
+    layers, rank, ranks = list(source.projected.items()), shards.start, shards.step
+    for first in range(0, len(layers), ranks):
+        together = layers[first : first + ranks]
+        own: list[Tensor] = []
+        for owner, (name, (r_out, r_in)) in enumerate(together):
+            covs = (factor(f"{name}.{side}", [size, size]) for side, size in (("A", r_in), ("B", r_out)))
+            own += [cov for cov in covs if owner == rank]
+        own = [eigenbasis(cov)[1] for cov in own]
+        for owner, (_, (r_out, r_in)) in enumerate(together):
+            others = (torch.zeros(size, size, dtype=torch.float64) for size in (r_in, r_out))
+            yield [sum_over_ranks(basis) for basis in (own if owner == rank else others)]
 
 
 def statistics(
@@ -283,10 +316,13 @@ def statistics(
         return (block.to(device).float() for block in source.read(layer, indices))
 
     def factor(key: str, shape: list[int]) -> Tensor:
-        sums = (tensor.double() for tensor in source.read(key, shards, "factors"))
-        return sum_over_ranks(sum(sums, torch.zeros(shape, dtype=torch.float64)))
+        total = torch.zeros(shape, dtype=torch.float64)
+        for tensor in source.read(key, shards, "factors"):
+            total += tensor
+        return sum_over_ranks(total)
 
-    for number, (name, (r_out, r_in)) in enumerate(source.projected.items()):
+    bases = _eigenbases(source, shards, sum_over_ranks, factor)
+    for name, (r_out, r_in) in source.projected.items():
         if kind == "raw" and r_out * r_in <= source.examples:
             yield sum_over_ranks(covariance_sum(blocks(name, shards), r_out * r_in).cpu())
         elif kind == "raw":  # every rank reads all gradients and computes the rows of its shards
@@ -298,13 +334,9 @@ def statistics(
         elif rotated:
             yield factor(f"{name}.square", [r_out * r_in]).view(r_out, r_in)
         else:
-            mine = number % shards.step == shards.start
-            basis_in, basis_out = (
-                sum_over_ranks(eigenbasis(cov)[1] if mine else torch.zeros_like(cov))
-                for cov in (factor(f"{name}.A", [r_in, r_in]), factor(f"{name}.B", [r_out, r_out]))
-            )
-            yield sum_over_ranks(rotated_squares(blocks(name, shards), basis_in, basis_out)).view(r_out, r_in)
-            yield basis_in
-            yield basis_out
+            both = next(bases)
+            yield sum_over_ranks(rotated_squares(blocks(name, shards), *both)).view(r_out, r_in)
+            while both:  # none is left in memory when the next layers are summed
+                yield both.pop(0)
     yield factor("examples", []).long()
     yield factor("tokens", []).long()

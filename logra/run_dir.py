@@ -314,7 +314,7 @@ class RunDir:
         return store.problem(lambda: self._hessian_file(kind))
 
     def statistics(self, kind: str) -> Callable[[str], dict[str, Tensor]]:
-        """Return a function layer -> its statistics, as hessian.preconditioner takes them.
+        """Return a function layer -> its statistics, as hessian.preconditioners takes them.
 
         Raises:
             ValueError: The Hessian file is missing, was altered, or is of other examples.

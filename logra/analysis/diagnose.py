@@ -33,7 +33,7 @@ def raw_matrix(stats: dict[str, Tensor]) -> Tensor:
 
 
 def eigenvalues(kind: str, stats: dict[str, Tensor]) -> Tensor:
-    """Return the eigenvalues of a layer's C, largest first, float64 (see hessian.preconditioner for the statistics)."""
+    """Return the eigenvalues of a layer's C, largest first, float64; `stats` as for hessian.preconditioners."""
     if kind == "raw":
         values = torch.linalg.eigvalsh(raw_matrix(stats).double()) / stats["examples"].item()
     else:

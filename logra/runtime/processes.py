@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce, str_to_bool
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce, str_to_bool
 from torch import Tensor
 
 from logra.runtime.memory import available_memory
@@ -159,6 +159,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if state().num_processes == 1:
         return tensor.cpu()
     return reduce(tensor.to(state().device), "sum").cpu()
+
+
+def from_owner(item: int, tensor: Tensor) -> Tensor:
+    """Return the tensor of the rank whose share has this item, on the CPU of every rank.
+
+    The other ranks give a tensor of the same shape and type, whose values are not used.
+    """
+    if state().num_processes == 1:
+        return tensor.cpu()
+    return broadcast(tensor.to(state().device), item % state().num_processes).cpu()
 
 
 def end_with_parent() -> None:

@@ -182,34 +182,34 @@ class Scorer:
             Layer -> [S * len(groups), k]; and functions that compute self-influence, if it is streamed.
         """
         grads = self._query_gradients(groups)
-        own_layers = processes.share(len(grads))
+        layers, rows = list(grads), len(self.task.dampings) * len(groups)
+        own_layers = [layers[number] for number in processes.share(len(layers))]  # a rank solves its layers
         statistics = self.run.statistics(self.task.kind)
-        queries: dict[str, Tensor] = {}
-        quadratic_forms: QuadraticForms = {layer: [] for layer in grads}
-        layers = progress.bar(list(grads), desc=f"Hessian {self.task.kind}", unit="layer")
-        for number, layer in enumerate(layers):
-            q, is_own = grads.pop(layer), number in own_layers  # a rank solves its layers
-            queries[layer] = torch.zeros(len(self.task.dampings) * len(groups), q.shape[1])
-            if is_own or self._self_influence_is_streamed:
-                solvers = self._preconditioners(layer, statistics(layer))
-            if is_own:
-                q = q.to(self.device)
-                queries[layer] = torch.cat([solver.solve(q) for solver in solvers]).cpu()
+        quadratic_forms: QuadraticForms = {layer: [] for layer in layers}
+        # Self-influence that is streamed needs the solvers of all layers on every rank.
+        needed = layers if self._self_influence_is_streamed else own_layers
+        for layer in progress.bar(needed, desc=f"Hessian {self.task.kind}", unit="layer"):
+            solvers = self._preconditioners(layer, statistics(layer))
+            if layer in own_layers:
+                q = grads[layer].to(self.device)
+                grads[layer] = torch.cat([solver.solve(q) for solver in solvers]).cpu()
             if self._self_influence_is_streamed:
                 quadratic_forms[layer] = [solver.quadratic for solver in solvers]
-            elif is_own and self.self_influence and not self.self_influence.complete:  # raw
+            elif self.self_influence and not self.self_influence.complete:  # raw
                 for ids, block in zip(self.run.shards, self._stored_gradients(layer), strict=True):
                     self.self_influence.add(ids, [solver.quadratic(block) for solver in solvers])
-            queries[layer] = processes.sum_over_ranks(queries[layer])
+        for number, layer in enumerate(layers):  # after all solving: then no rank waits for another one's layer
+            own = grads[layer] if layer in own_layers else torch.empty(rows, grads[layer].shape[1])
+            grads[layer] = processes.from_owner(number, own)
         if self.self_influence and not self.self_influence.complete and self.task.kind == "raw":
             self.self_influence.save()
-        return queries, quadratic_forms
+        return grads, quadratic_forms
 
     def _preconditioners(self, layer: str, statistics: dict[str, Tensor]) -> list[hessian.Preconditioner]:
         """Return (C + lambda I)^-1 of a layer for each damping."""
         statistics = {key: tensor.to(self.device) for key, tensor in statistics.items()}
         train = torch.cat(list(self._stored_gradients(layer))) if "gram" in statistics else None
-        return [hessian.preconditioner(self.task.kind, statistics, *damping, train) for damping in self.task.dampings]
+        return hessian.preconditioners(self.task.kind, statistics, self.task.dampings, train)
 
     def _stored_gradients(self, layer: str) -> Iterator[Tensor]:
         """Yield a layer's gradients [n, k] float32, shard by shard, of the whole run."""

@@ -120,10 +120,14 @@ def rotate(projections: dict[str, Projection], sums: dict[str, Tensor], projecte
         sums: <layer>.A [r_in, r_in] and <layer>.B [r_out, r_out] of this rank; emptied.
         projected: Layer -> (r_out, r_in) after the rotation.
     """
-    own_layers, rotated = processes.share(len(projections)), []
-    for number, (layer, unrotated) in enumerate(projections.items()):
-        a, b = (processes.sum_over_ranks(sums.pop(f"{layer}.{factor}")) for factor in "AB")
-        if number in own_layers:
-            rotated.append((layer, projection.rotate(unrotated, a, b, projected[layer])))
+    layers, own_sums, rotated = list(projections), {}, []
+    own_layers = [layers[number] for number in processes.share(len(layers))]
+    for key in list(sums):  # all sums first: then no rank waits for another one's layer
+        total = processes.sum_over_ranks(sums.pop(key))
+        if key.rpartition(".")[0] in own_layers:
+            own_sums[key] = total
+    for layer in own_layers:
+        a, b = (own_sums.pop(f"{layer}.{factor}") for factor in "AB")
+        rotated.append((layer, projection.rotate(projections[layer], a, b, projected[layer])))
     of_all_ranks = dict(processes.gather_list(rotated))
     return {layer: of_all_ranks[layer] for layer in projections}

@@ -132,7 +132,7 @@ class FineRun(RunDir):
         return store.projections_of_tensors(tensors, self.shapes)
 
     def statistics(self, kind: str) -> Callable[[str], dict[str, Tensor]]:
-        """Return a function layer -> its statistics of EK-FAC, as hessian.preconditioner takes them."""
+        """Return a function layer -> its statistics of EK-FAC, as hessian.preconditioners takes them."""
         file = files.retried(self._open)
         counts = {name: file.read(name) for name in store.COUNTS_LAYOUT}
         return lambda layer: counts | {"square": file.read(f"{layer}.square")}
