@@ -19,7 +19,7 @@ from logra.run_dir import RunDir
 from logra.runtime import processes, progress
 from logra.runtime.settings import Execution
 from logra.stages.fine_run import FineRun
-from logra.stages.gradients import Extractor, make_extractor
+from logra.stages.gradients import Extractor, HostCopies, make_extractor
 
 MAX_DEFAULT_SAMPLE = 2048  # examples; LDS at 250, 500, 1000, 2000 examples: .5004, .5062, .5079, .5103
 
@@ -94,20 +94,29 @@ def sample_sums(extractor: Extractor, run: RunDir, layout: dict[str, tuple[int, 
     sample = sample[processes.share(len(sample))]  # before batching: ranks may have found different batch sizes
     batches = extractor.batches(token_counts(examples)[sample])
     sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in layout.items()}
+
+    def add(ids: list[int], copies: HostCopies) -> None:
+        factors = copies()
+        for key, total in sums.items():
+            total += factors[key]
+            if not total.sum().isfinite():
+                raise ValueError(
+                    f"expected finite gradients, got NaN or infinity in one of the examples {ids} "
+                    f"(layer {key.rpartition('.')[0]}); use --dtype float32, or leave the example out"
+                )
+
+    copying: list[tuple[list[int], HostCopies]] = []  # the last batch, while the next one is computed
     for batch in progress.bar(batches, desc="calibrating", unit="batch"):
         ids = sample[batch].tolist()
         rows = examples[ids]
         extractor.check_vocabulary(rows["input_ids"], ids)
         for _ in extractor.run(rows["input_ids"], rows.get("counted"), list(range(len(ids)))):
             pass
-        factors = extractor.capture.take_factors()
-        for key, total in sums.items():
-            total += factors[key].cpu()
-            if not total.sum().isfinite():
-                raise ValueError(
-                    f"expected finite gradients, got NaN or infinity in one of the examples {ids} "
-                    f"(layer {key.rpartition('.')[0]}); use --dtype float32, or leave the example out"
-                )
+        if copying:
+            add(*copying.pop())
+        copying.append((ids, extractor.streams.to_host(extractor.capture.take_factors())))
+    if copying:
+        add(*copying.pop())
     extractor.finish()
     return sums
 

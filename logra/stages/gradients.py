@@ -28,6 +28,7 @@ ROUNDING_SAMPLE = 16  # examples of a shard whose scores are compared before and
 MIN_SPEEDUP = 1.03  # a larger batch must be this much faster to be chosen
 Counted = list[list[bool]] | None
 TakeGradients = Callable[[dict[str, Tensor]], object]
+HostCopies = Callable[[], dict[str, Tensor]]  # waits for copies on the CPU, and returns them
 
 
 def run_batch(
@@ -81,9 +82,8 @@ class HostGradients:
         self.examples, self.streams = examples, streams
         self.store_dtype, self.first_id, self.score_error = store_dtype, first_id, score_error
         self.grads: dict[str, Tensor] = {}
-        self.factors: dict[str, Tensor] = {}
+        self.factors: HostCopies = dict  # of the factor sums, the last to be copied
         self.rows: list[int] = []  # row of each copied gradient
-        self.last_copies: list[torch.cuda.Event] = []
 
     def copy(self, grads: dict[str, Tensor]) -> None:
         """Start to copy the next B examples' gradients, {layer: [B, k]}. They count once their rows are in `rows`."""
@@ -99,21 +99,13 @@ class HostGradients:
                         self.grads[name] = host_buffer((self.examples, *tensor.shape[1:]), tensor)
                     self.grads[name][begin : begin + len(tensor)].copy_(tensor, non_blocking=True)
 
-    def copy_factors(self, factors: dict[str, Tensor]) -> None:
-        """Start the last copies, of the factor sums."""
-        for name, tensor in factors.items():
-            with self.streams.use(tensor):
-                self.factors[name] = host_buffer(tensor.shape, tensor).copy_(tensor, non_blocking=True)
-        self.last_copies = self.streams.events()
-
     def wait(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the gradients {layer: [n, k]}, in the order of the examples, and the factor sums, on the CPU.
 
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
-        for event in self.last_copies:
-            event.synchronize()
+        factors = self.factors()  # waits for the gradients too
         order = torch.from_numpy(np.argsort(self.rows))
         result = {}
         for name in list(self.grads):
@@ -127,7 +119,7 @@ class HostGradients:
                     f"{name.removesuffix('.scale')}); use --dtype float32 and --store_dtype float32, or leave the "
                     "example out"
                 )
-        return result, self.factors
+        return result, factors
 
 
 class CopyStreams:
@@ -153,9 +145,21 @@ class CopyStreams:
         finally:
             tensor.record_stream(stream)
 
-    def events(self) -> list[torch.cuda.Event]:
-        """Return events that come after all copies so far."""
-        return [stream.record_event() for stream in self.streams.values()]
+    def to_host(self, tensors: dict[str, Tensor]) -> HostCopies:
+        """Start to copy tensors. Return a function that waits for all copies so far, and returns these."""
+        copies = dict(tensors)
+        for name, tensor in tensors.items():
+            if tensor.is_cuda:
+                with self.use(tensor):
+                    copies[name] = host_buffer(tensor.shape, tensor).copy_(tensor, non_blocking=True)
+        events = [stream.record_event() for stream in self.streams.values()]
+
+        def wait() -> dict[str, Tensor]:
+            for event in events:
+                event.synchronize()
+            return copies
+
+        return wait
 
 
 def host_buffer(shape: Sequence[int], source: Tensor) -> Tensor:
@@ -208,7 +212,7 @@ class Extractor:
             for rows in self.run(token_ids, counted, batch, result.copy):
                 result.rows += rows
             on_batch(sum(len(token_ids[i]) for i in batch))
-        result.copy_factors(self.capture.take_factors())
+        result.factors = self.streams.to_host(self.capture.take_factors())
         return result
 
     def batches(self, lengths: list[int] | np.ndarray) -> list[list[int]]:

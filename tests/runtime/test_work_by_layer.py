@@ -22,7 +22,7 @@ from logra.scoring.score import Scorer
 from logra.stages import calibrate
 
 LAYERS = {f"layer{i}": (3, 4) for i in range(7)}  # the last round of two ranks has one layer
-SECONDS = 0.25  # of work on a layer
+SECONDS = 0.5  # of work on a layer
 SHARDS = 4
 
 
