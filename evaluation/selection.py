@@ -6,7 +6,7 @@
 Rows are instructions in Alpaca's form: what does a function, class or module of Python's standard library do? The
 output is the first paragraph of its docstring. The target are such rows of one package, which the others do not
 repeat. For each file of rows (of any form with answers) the model is fine-tuned anew, on the answers. The table has the
-mean loss of the target's answers, in nats per token. The folder holds
+mean loss of the target's answers, in nats per token, with intervals over the target's rows. The folder holds
 
     rows.jsonl      the rows to select from
     random.jsonl    a tenth of them, drawn at random
@@ -66,9 +66,10 @@ def main(args: argparse.Namespace) -> None:
         before, counted = losses(model, target), [row.counted for row in rows]
         testbed.fine_tune(model, [row.token_ids for row in rows], args.epochs, args.seed, counted=counted)
         after = losses(model, target)
-        table.append([path, len(rows), before, after, after - before])
+        first = table[0][3] if table else after
+        table.append([path, len(rows), before, after, after - before, after - first])
     if table:
-        scored.print_table(["rows", "number", "loss before", "after", "change"], table)
+        scored.print_table(["rows", "number", "loss before", "after", "change", "after, less that of the first"], table)
 
 
 def make_rows(
