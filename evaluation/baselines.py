@@ -4,7 +4,7 @@
 
 Writes <output>/{bm25,embedding,trak}/scores.npy [Q, N] float32 of Q queries and N train examples, and for trak, which
 reads the run's stored gradients, gradients.json with the run's folder.
-    bm25       Okapi BM25 (package bm25s) of lower-case words
+    bm25       Okapi BM25 (Lucene's variant) of lower-case words
     embedding  cosine of the mean last hidden states
     trak       q (G^T G + lambda I)^-1 z (1 - p): TRAK (arXiv 2303.14186) with one model. The stored gradients of all
                layers are one vector, p is the geometric mean of the example's token probabilities, and lambda is 0.01

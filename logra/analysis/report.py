@@ -3,13 +3,14 @@
 report.html.j2 is the page's template. Jinja2 escapes all texts (autoescape).
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import bm25s
 import jinja2
 import numpy as np
 
@@ -80,13 +81,27 @@ def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
 
 
 def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray]:
-    """Yield the BM25 scores of all texts, [N], for each query (Lucene's variant, lower case, no stemming)."""
-    options = {"stopwords": None, "return_ids": False, "show_progress": False}
-    index, words = bm25s.BM25(), bm25s.tokenize(texts, **options)
-    if any(words):  # bm25s fails without a word, which has at least two letters
-        index.index(words, show_progress=False)
-    for query in bm25s.tokenize(query_texts, **options):
-        yield index.get_scores(query) if query and any(words) else np.zeros(len(texts), np.float32)
+    """Yield the BM25 scores of all texts, [N] float32, for each query.
+
+    Lucene's variant with k1 = 1.5 and b = 0.75. A word has two letters or more, in lower case, without stemming.
+    """
+    words_of = re.compile(r"\b\w\w+\b").findall
+    queries = [words_of(text.lower()) for text in query_texts]
+    postings: dict[str, list[tuple[int, int]]] = {word: [] for words in queries for word in words}  # (text, count)
+    lengths = np.zeros(len(texts))  # in words
+    for number, text in enumerate(texts):
+        words = words_of(text.lower())
+        lengths[number] = len(words)
+        for word, count in Counter(filter(postings.__contains__, words)).items():
+            postings[word].append((number, count))
+    penalties = 1.5 * (0.25 + 0.75 * lengths / (lengths.mean() or 1.0))
+    for words in queries:
+        scores = np.zeros(len(texts), np.float32)
+        for word in words:
+            numbers, counts = np.array(postings[word], dtype=np.int64).reshape(-1, 2).T
+            idf = np.float32(math.log(1 + (len(texts) - len(numbers) + 0.5) / (len(numbers) + 0.5)))
+            scores[numbers] += (idf * (counts / (penalties[numbers] + counts))).astype(np.float32)
+        yield scores
 
 
 def checkpoint_bars(parts: dict[str, float]) -> list[CheckpointBar]:

@@ -34,6 +34,19 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_word_scores():
+    """BM25 by its formula: a word counts as often as the query has it; words of one letter do not count."""
+    texts = ["The mill, the MILL a", "mill Über stones", "", "stones"]
+    lengths, found = [4, 3, 0, 1], list(report.bm25_scores(texts, ["mill über MILL unknown a", "a"]))
+
+    def score(text: int, count: int, texts_with_word: int) -> float:
+        idf = np.log(1 + (4 - texts_with_word + 0.5) / (texts_with_word + 0.5))
+        return idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * lengths[text] / 2))
+
+    assert found[0] == pytest.approx([2 * score(0, 2, 2), 2 * score(1, 1, 2) + score(1, 1, 1), 0, 0])
+    assert not found[1].any() and not next(report.bm25_scores(["", "a"], ["mill"])).any()
+
+
 HOSTILE = "<script>f(1)</script><img onerror=g()>\"'&{{7*7}}"
 
 
