@@ -23,9 +23,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-if (
-    __name__ == "__main__"
-):  # before the imports below: they take seconds, which --help and wrong flags need not wait for
+if __name__ == "__main__":  # --help and wrong flags do not wait for the slow imports below
     PARSER = build_parser()
     ARGS = PARSER.parse_args()
 
