@@ -9,17 +9,11 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from logra.analysis import report
-from logra.analysis.diagnose import diagnose
-from logra.analysis.lists import FORMATS, write_lists, write_text
-from logra.analysis.ranked import rank_queries, shared_first
-from logra.analysis.units import choose
-from logra.runtime import flags, processes, progress
+from logra.runtime import flags, progress
 from logra.runtime.flag_types import positive_int
 from logra.runtime.settings import SelectionSettings
-from logra.scoring import parts, rank
-from logra.scoring.reranked import Reranked
 
+FORMATS = ("html", "jsonl", "csv", "txt", "parquet")
 TABLE_QUERIES = 10  # in the printed table
 
 
@@ -46,6 +40,20 @@ def build_parser() -> flags.Parser:
     flags.add_common_flags(parser)
     flags.add_settings(parser.add_argument_group("selection"), SelectionSettings())
     return parser
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for the slow imports below
+    PARSER = build_parser()
+    ARGS = PARSER.parse_args()
+
+from logra.analysis import report
+from logra.analysis.diagnose import diagnose
+from logra.analysis.lists import write_lists, write_text
+from logra.analysis.ranked import rank_queries, shared_first
+from logra.analysis.units import choose
+from logra.runtime import processes
+from logra.scoring import parts, rank
+from logra.scoring.reranked import Reranked
 
 
 def main(args: argparse.Namespace) -> None:
@@ -116,4 +124,4 @@ def print_table(queries: list[dict], heading: str) -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    flags.run_script(main, PARSER, ARGS)

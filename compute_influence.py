@@ -12,17 +12,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from logra.hessian import Damping
-from logra.inputs.queries import group_queries, merge_group
-from logra.runtime import flags, processes, progress
-from logra.runtime.memory import release_memory
-from logra.runtime.settings import Execution, QuerySettings, RerankSettings, ScoreSettings
-from logra.scoring import rerank
-from logra.scoring.combine import combine, kept_scores
-from logra.scoring.score import ScoreTask, block_name, describe_scores, score_run
-from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord, score_folders
-from logra.stages import checkpoints, open_run
-from logra.stages.fine_run import FineRun
+from logra.runtime import flags, progress
+from logra.runtime.settings import Damping, Execution, QuerySettings, RerankSettings, ScoreSettings
 
 
 def build_parser() -> flags.Parser:
@@ -34,6 +25,21 @@ def build_parser() -> flags.Parser:
     flags.add_settings(parser.add_argument_group("scores"), ScoreSettings())
     flags.add_settings(parser.add_argument_group("re-ranking"), RerankSettings())
     return parser
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for the slow imports below
+    PARSER = build_parser()
+    ARGS = PARSER.parse_args()
+
+from logra.inputs.queries import group_queries, merge_group
+from logra.runtime import processes
+from logra.runtime.memory import release_memory
+from logra.scoring import rerank
+from logra.scoring.combine import combine, kept_scores
+from logra.scoring.score import ScoreTask, block_name, describe_scores, score_run
+from logra.scoring.score_files import ScoredCheckpoint, ScoreRecord, score_folders
+from logra.stages import checkpoints, open_run
+from logra.stages.fine_run import FineRun
 
 
 def main(args: argparse.Namespace) -> None:
@@ -125,4 +131,4 @@ def say_scores(record: ScoreRecord, base: Path, dampings: list[Damping]) -> None
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    flags.run_script(main, PARSER, ARGS)

@@ -9,31 +9,29 @@ To resume after a stop, run the same command again, on any number of processes.
 import argparse
 from pathlib import Path
 
-from logra.models import model
-from logra.run_dir import RunDir, RunRecord
-from logra.runtime import flags, processes, progress
-from logra.runtime.flag_types import positive_int
+from logra.runtime import flags, progress
 from logra.runtime.settings import DataSettings, Execution, RunSettings
-from logra.scoring import rerank
-from logra.stages import calibrate, checkpoints, extract, open_run
-from logra.stages.fine_run import FineRun, choose_rank
-from logra.tools import estimate, trial, verify
 
 
 def build_parser() -> flags.Parser:
     """Return the parser of the command line."""
     parser = flags.Parser(description=__doc__)
     flags.add_run_flags(parser)
-    group = flags.add_execution_flags(parser)
-    group.add_argument(
-        "--num_proc", type=positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
-    )
-    group.add_argument("--overwrite", action="store_true", help="delete the run's folder and start again")
-    group.add_argument(
-        "--extend", action="store_true", help="add the documents of --data_name to the finished run in --log_dir"
-    )
     flags.add_stage_2_flags(parser)
     return parser
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for the slow imports below
+    PARSER = build_parser()
+    ARGS = PARSER.parse_args()
+
+from logra.models import model
+from logra.run_dir import RunDir, RunRecord
+from logra.runtime import processes
+from logra.scoring import rerank
+from logra.stages import calibrate, checkpoints, extract, open_run
+from logra.stages.fine_run import FineRun, choose_rank
+from logra.tools import estimate, trial, verify
 
 
 def main(args: argparse.Namespace) -> None:
@@ -145,4 +143,4 @@ def look_ahead(args: argparse.Namespace, members: list[checkpoints.Member], exec
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    flags.run_script(main, PARSER, ARGS)

@@ -8,10 +8,8 @@ Works for any causal language model:
 import argparse
 from pathlib import Path
 
-from logra.inputs.rows import prompt_tokens
 from logra.runtime import flags, progress
 from logra.runtime.settings import Sampling
-from logra.stages.generate import ModelSource, write_queries
 
 MODEL = "EleutherAI/pythia-1.4b"
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/continuation.txt"
@@ -24,6 +22,14 @@ def build_parser() -> flags.Parser:
     return parser
 
 
+if __name__ == "__main__":  # --help and wrong flags do not wait for the slow imports below
+    PARSER = build_parser()
+    ARGS = PARSER.parse_args()
+
+from logra.inputs.rows import prompt_tokens
+from logra.stages.generate import ModelSource, write_queries
+
+
 def main(args: argparse.Namespace) -> None:
     """Generate continuations and write them as queries."""
     sampling = flags.read_settings(Sampling, args)
@@ -34,4 +40,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    flags.run_script(main, PARSER, ARGS)

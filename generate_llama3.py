@@ -8,10 +8,8 @@ Works for any model that has a chat template:
 import argparse
 from pathlib import Path
 
-from logra.inputs.rows import chat_tokens
 from logra.runtime import flags, progress
 from logra.runtime.settings import RUN_FIELDS, RunSettings, Sampling
-from logra.stages.generate import ModelSource, write_queries
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 PROMPTS = Path(__file__).resolve().parent / "scripts/prompts/chat.txt"
@@ -23,6 +21,14 @@ def build_parser() -> flags.Parser:
     flags.add_generation_flags(parser, MODEL, PROMPTS, Sampling(max_new_tokens=256, temperature=0.6, top_p=0.9))
     flags.add_settings(parser, RunSettings(), skip={*RUN_FIELDS} - {"chat_date"})
     return parser
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for the slow imports below
+    PARSER = build_parser()
+    ARGS = PARSER.parse_args()
+
+from logra.inputs.rows import chat_tokens
+from logra.stages.generate import ModelSource, write_queries
 
 
 def main(args: argparse.Namespace) -> None:
@@ -40,4 +46,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main, build_parser())
+    flags.run_script(main, PARSER, ARGS)

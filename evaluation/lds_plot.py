@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logra.hessian import default_damping
 from logra.runtime import files
 from logra.runtime.flags import Parser, run_script
+from logra.runtime.settings import default_damping
 
 SCORES_PATTERN = re.compile(r"(?P<run>[^/]+)/scores/.*-(?P<mode>dot|cosine|l2)-(?P<hessian>\w+)-(?P<damping>[\d.e-]+)$")
 LABELS = {  # run of lds_table.sh -> its label in the table, where the name of the run does not give it

@@ -13,14 +13,13 @@ which makes it B (x) A.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from logra.projection import Shapes, eigenbasis
 
-KINDS = ("raw", "kfac", "ekfac", "none")
 MAX_LAMBDA = 1e36  # float32 holds at most 3e38
 
 
@@ -33,19 +32,6 @@ class GradientSource(Protocol):
     @property
     def shards(self) -> list[range]: ...
     def read(self, name: str, shards: Iterable[int], kind: str = "gradients") -> Iterator[Tensor]: ...
-
-
-class Damping(NamedTuple):
-    """The damping, either relative to the mean eigenvalue or absolute; the other field is None."""
-
-    relative: float | None
-    absolute: float | None
-
-    @property
-    def label(self) -> str:
-        """The damping's part of file and folder names."""
-        value = str(self.absolute if self.relative is None else self.relative).removesuffix(".0")
-        return f"abs{value}" if self.relative is None else value
 
 
 def damping_lambda(trace: float, k: int, damping: float | None, absolute: float | None) -> float:
@@ -64,13 +50,6 @@ def damping_lambda(trace: float, k: int, damping: float | None, absolute: float 
             f"{trace / k:.3g}); lower the damping, or remove the examples with the largest gradients"
         )
     return lam
-
-
-def default_damping(kind: str, store_dtype: str) -> float:
-    """Return the relative damping that gave the best scores on small models (evaluation/results)."""
-    if kind in ("kfac", "ekfac"):
-        return 0.2 if store_dtype == "int1" else 0.01
-    return 0.1
 
 
 def _cholesky(matrix: Tensor, shift: float) -> Tensor:
@@ -222,11 +201,14 @@ def preconditioner(
     grads: Tensor | None = None,
 ) -> Preconditioner:
     """Build (C + lambda I)^-1 of one layer for one damping, relative or absolute; see preconditioners."""
-    return preconditioners(kind, stats, [Damping(damping, absolute)], grads)[0]
+    return preconditioners(kind, stats, [(damping, absolute)], grads)[0]
 
 
 def preconditioners(
-    kind: str, stats: dict[str, Tensor], dampings: Sequence[Damping], grads: Tensor | None = None
+    kind: str,
+    stats: dict[str, Tensor],
+    dampings: Sequence[tuple[float | None, float | None]],
+    grads: Tensor | None = None,
 ) -> list[Preconditioner]:
     """Build (C + lambda I)^-1 of one layer for each damping, from its stored statistics. kfac is decomposed once.
 
@@ -234,7 +216,7 @@ def preconditioners(
         kind: raw, kfac, ekfac or none.
         stats: raw: cov [k, k] or gram [N, N]. kfac: A, B, tokens. ekfac: square [r_out, r_in] and, unless the
             gradients are stored in the eigenbasis, basis_in and basis_out. All are sums; `examples` is the count.
-        dampings: Relative to the mean eigenvalue, or absolute.
+        dampings: (relative to the mean eigenvalue, absolute), of which one is None.
         grads: All gradients [N, k] of the layer; for raw with a gram only.
 
     Raises:

@@ -30,7 +30,6 @@ class GradientFile(Protocol):
     def close(self) -> None: ...
 
 
-MODES = ("dot", "cosine", "l2")
 UNPACK_BLOCK = 2**22  # coordinates unpacked at a time
 QUEUED_LAYERS = 2  # layers that wait for a core
 MANY_QUERIES = 256  # up to here each core works on a layer of its own; above, all cores share one matrix product

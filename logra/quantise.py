@@ -11,12 +11,11 @@ row is padded with zero bits to a multiple of 8 bytes. Signs are enough in the e
 basis a few large directions dominate the rounded scores.
 """
 
+from collections.abc import Callable
 from functools import cache
 
-import numba
 import numpy as np
 import torch
-from numba.extending import intrinsic
 from torch import Tensor
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,32 +119,39 @@ class ScoreErrorEstimate:
         return (1 - cosine.square()).clamp_min(0).sqrt().item() if exact.any() else 0.0
 
 
-@intrinsic
-def _popcount(_context, _word):
-    """Count the ones of a 64-bit word, with LLVM's ctpop."""
+@cache
+def _bit_plane_sums() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
+    """Return a compiled function of (signs, planes, sums).
 
-    def generate(_context, builder, _signature, arguments):
-        return builder.ctpop(arguments[0])
-
-    return numba.types.uint64(numba.types.uint64), generate
-
-
-@numba.njit(nogil=True)  # no cache on the disk: it needs a writable folder, and compiling takes half a second
-def _sum_bit_planes(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> None:
-    """Set sums [n, Q] to sum_b w_b * popcount(signs & plane b), with w_b = 2^b and -2^7 for the last plane.
-
+    It sets sums [n, Q] to sum_b w_b * popcount(signs & plane b), with w_b = 2^b and -2^7 for the last plane.
     signs [n, W] uint64. planes [Q, 8, W] uint64 are the bits of the queries' values in two's complement.
     """
-    for first in range(0, len(signs), 16):  # these rows stay in the cache for all queries
-        for query in range(len(planes)):
-            for row in range(first, min(first + 16, len(signs))):
-                row_sum = np.int64(0)
-                for word in range(signs.shape[1]):
-                    bits = signs[row, word]
-                    for plane in range(7):
-                        row_sum += np.int64(_popcount(bits & planes[query, plane, word])) << plane
-                    row_sum -= np.int64(_popcount(bits & planes[query, 7, word])) << 7
-                sums[row, query] = row_sum
+    import numba  # not at the head: it takes half a second, and only stores of one bit need it
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def popcount(_context, _word):
+        """Count the ones of a 64-bit word, with LLVM's ctpop."""
+
+        def generate(_context, builder, _signature, arguments):
+            return builder.ctpop(arguments[0])
+
+        return numba.types.uint64(numba.types.uint64), generate
+
+    @numba.njit(nogil=True)  # no cache on the disk: it needs a writable folder, and compiling takes half a second
+    def sum_bit_planes(signs: np.ndarray, planes: np.ndarray, sums: np.ndarray) -> None:
+        for first in range(0, len(signs), 16):  # these rows stay in the cache for all queries
+            for query in range(len(planes)):
+                for row in range(first, min(first + 16, len(signs))):
+                    row_sum = np.int64(0)
+                    for word in range(signs.shape[1]):
+                        bits = signs[row, word]
+                        for plane in range(7):
+                            row_sum += np.int64(popcount(bits & planes[query, plane, word])) << plane
+                        row_sum -= np.int64(popcount(bits & planes[query, 7, word])) << 7
+                    sums[row, query] = row_sum
+
+    return sum_bit_planes
 
 
 class BitQueries:
@@ -169,10 +175,11 @@ class BitQueries:
         values = np.pad(levels.char().numpy().view(np.uint8), ((0, 0), (0, packed_bytes(k, 1) * 8 - k)))
         planes = [np.packbits(values & (1 << plane), axis=1, bitorder="little") for plane in range(8)]
         self.planes = np.stack(planes, axis=1).view(np.uint64)
+        self.sum_bit_planes = _bit_plane_sums()  # here, before there are threads
 
     def score(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return scores [n, Q] float32 of rows of one bit, packed [n, packed_bytes] and scale [n]."""
         signs, sums = packed.numpy().view(np.uint64), np.empty((len(packed), self.shape[0]), dtype=np.int64)
-        _sum_bit_planes(signs, self.planes, sums)
+        self.sum_bit_planes(signs, self.planes, sums)
         # a sign is 2 * bit - 1
         return (2 * torch.from_numpy(sums) - self.level_sum).mul_(self.step).mul_(scale[:, None])

@@ -21,10 +21,10 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 
-from logra import hessian, projection, quantise, store
+from logra import projection, quantise, store
 from logra.runtime import files
 from logra.runtime.files import has_shape, is_count, is_positive
-from logra.runtime.settings import DATA_FIELDS, RUN_FIELDS, DataSettings, RunSettings, is_setting
+from logra.runtime.settings import DATA_FIELDS, HESSIANS, RUN_FIELDS, DataSettings, RunSettings, is_setting
 
 FORMAT = 5  # of the run directory
 SHARD_BYTES = 2**28  # of a shard's gradients at most, unless its factor sums are larger
@@ -74,7 +74,7 @@ PART_JSON = {field.name: is_count for field in fields(TrainPart)} | {
 }
 RUN_JSON = {
     "settings": {field.name: partial(is_setting, field) for field in fields(RunSettings)},
-    "arguments": {"hessian": lambda kind: kind in (None, *hessian.KINDS)},
+    "arguments": {"hessian": lambda kind: kind in (None, *HESSIANS)},
     "versions": dict,
     "model": {"class": str, "fingerprint": str},
     "tokenizer": str,

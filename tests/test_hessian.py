@@ -5,6 +5,7 @@ import reference
 import torch
 
 from logra import hessian, influence, projection, store
+from logra.runtime.settings import MODES
 
 R_OUT, R_IN, TOKENS = 4, 5, 6
 
@@ -138,7 +139,7 @@ def test_rotated_store_gives_the_same_ekfac():
     assert abs(plain - rotated) < 1e-4 * abs(plain)
 
 
-@pytest.mark.parametrize("mode", influence.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["raw", "kfac", "ekfac", "none"])
 def test_scores_by_definition(mode, kind, tmp_path):
     """Two layers: terms are summed over layers first, then root and half are taken."""

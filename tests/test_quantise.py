@@ -6,6 +6,7 @@ import torch
 
 from logra import quantise, store
 from logra.influence import score_shards
+from logra.runtime import settings
 
 BITS = {"int8": 8, "int4": 4, "int1": 1}
 
@@ -16,6 +17,11 @@ def random_rows(n: int, k: int, seed: int = 0) -> torch.Tensor:
     rows = torch.randn(n, k, generator=generator) * torch.rand(k, generator=generator) ** 3
     rows[n // 2] = 0
     return rows
+
+
+def test_store_types_of_the_flags():
+    """The flags take the types that can be stored."""
+    assert settings.INTEGER_BITS == quantise.INTEGER_BITS and tuple(quantise.FLOAT_DTYPES) == settings.FLOAT_DTYPES
 
 
 @pytest.mark.parametrize("k", [64, 100, 1, 4096])

@@ -13,7 +13,6 @@ from logra.inputs.groups import label
 from logra.runtime import files, progress
 from logra.scoring.rank import document_names, move, scored_examples
 
-FORMATS = ("html", "jsonl", "csv", "txt", "parquet")
 COLUMNS = {  # of .csv and .parquet; others follow if some row has them
     "query": pa.string(), "side": pa.string(), "rank": pa.int64(), "score": pa.float64(), "percentile": pa.float64(),
     "z": pa.float64(), "document": pa.string(), "documents": pa.string(), "combine": pa.string(),

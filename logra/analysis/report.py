@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import bm25s
 import jinja2
 import numpy as np
 
@@ -81,6 +80,8 @@ def shade(pieces: list[tuple[str, float]]) -> list[Shaded]:
 
 def bm25_scores(texts: list[str], query_texts: list[str]) -> Iterator[np.ndarray]:
     """Yield the BM25 scores of all texts, [N], for each query (Lucene's variant, lower case, no stemming)."""
+    import bm25s  # not at the head: it imports numba
+
     options = {"stopwords": None, "return_ids": False, "show_progress": False}
     index, words = bm25s.BM25(), bm25s.tokenize(texts, **options)
     if any(words):  # bm25s fails without a word, which has at least two letters

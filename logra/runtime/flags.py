@@ -1,4 +1,7 @@
-"""The command line: parsers made from the fields of the settings, presets, and errors reported in one line."""
+"""The command line: parsers made from the fields of the settings, presets, and errors reported in one line.
+
+It imports neither torch nor transformers, so that `--help` and wrong flags need less than a second.
+"""
 
 import argparse
 import errno
@@ -10,20 +13,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
-from logra.hessian import KINDS
 from logra.runtime.flag_types import number, positive_int, positive_int_auto_or_none
-from logra.runtime.processes import check_launch, finish
 from logra.runtime.progress import begin, printable, say
 from logra.runtime.settings import (
     CPU_BATCH_TOKENS,
     DATA_FIELDS,
+    HESSIANS,
     RUN_FIELDS,
     DataSettings,
     Execution,
+    RerankSettings,
     RunSettings,
     Sampling,
+    ScoreSettings,
+    SelectionSettings,
 )
 
 T = TypeVar("T")
@@ -63,6 +66,12 @@ class Parser(argparse.ArgumentParser):
             chosen = {flag: vars(parsed)[flag] for flag in preset if vars(parsed)[flag] is not None}
             words = (f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in chosen.items())
             say(f"--preset {parsed.preset}: {' '.join(words)}")
+        for settings in (ScoreSettings, RerankSettings, SelectionSettings, Sampling):
+            if all(field.name in vars(parsed) for field in fields(settings)):
+                try:
+                    read_settings(settings, parsed)
+                except ValueError as error:  # flags that contradict each other
+                    self.error(str(error))
         return parsed
 
     def error(self, message: str):
@@ -116,7 +125,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_settings(group, RunSettings(), optional=True, skip=DATA_FIELDS)
     group.add_argument("--preset", choices=list(PRESETS), help=preset)
     group.add_argument("--rank", type=positive_int, help="sets --rank_in and --rank_out where these are not given (64)")
-    group.add_argument("--hessian", choices=KINDS, help=hessian)
+    group.add_argument("--hessian", choices=HESSIANS, help=hessian)
     group.add_argument("--log_dir", help="folder of the run (logs/ and a name made from the flags)")
     group.add_argument("--checkpoints", nargs="+", metavar="CHECKPOINT", help=checkpoints)
     group = parser.add_argument_group("documents (they belong to the run too)")
@@ -133,7 +142,15 @@ def add_execution_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
 
 
 def add_stage_2_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --rerank_rank, and the flags of what can be done before a run."""
+    """Add the flags that only extract_log.py has."""
+    group = add_execution_flags(parser)
+    group.add_argument(
+        "--num_proc", type=positive_int, help="processes that tokenise (1, with the tokenizer's threads)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="delete the run's folder and start again")
+    group.add_argument(
+        "--extend", action="store_true", help="add the documents of --data_name to the finished run in --log_dir"
+    )
     parser.add_argument_group("re-ranking").add_argument(
         "--rerank_rank", type=positive_int_auto_or_none, metavar="RANK",
         help="also write the statistics that compute_influence.py --rerank would compute at this rank (off)",
@@ -190,23 +207,36 @@ def read_run_flags(args: argparse.Namespace) -> RunFlags:
 
 def read_execution(args: argparse.Namespace) -> Execution:
     """Return the settings of execution, with the default batch size of this machine."""
+    import torch  # not at the head: see there
+
     tokens = args.batch_tokens or ("auto" if torch.cuda.is_available() else CPU_BATCH_TOKENS)
     args = argparse.Namespace(**vars(args) | {"batch_tokens": None if tokens == "auto" else tokens})
     return read_settings(Execution, args)
 
 
-def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+def run_script(
+    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, args: argparse.Namespace | None = None
+) -> None:
     """Run main(args). A ValueError or OSError becomes one line on stderr and exit status 2.
 
     Rank 0 prints its error at once. The launcher ends all ranks when one fails. So a rank that is still alive after
     five seconds failed by itself, and prints its error too.
+
+    Args:
+        main: A script's main.
+        parser: Its parser.
+        args: What it has parsed; None: parse here.
     """
-    args = parser.parse_args()
+    args = args or parser.parse_args()
+    import torch  # not at the head: see there
+
+    from logra.runtime import processes
+
     try:
-        if precision := check_launch():
+        if precision := processes.check_launch():
             say(f"accelerate's mixed precision {precision} is not used; --dtype chooses the numbers of the model")
         main(args)
-        finish()
+        processes.finish()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from logra.runtime.memory import peak_memory
-
 _CONTROL_CHARACTERS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # all but tab and newline
 
 
@@ -89,6 +87,8 @@ def duration(seconds: float) -> str:
 
 def summary(following: str, tokens: int = 0) -> None:
     """Print the time and the peak memory of a stage, and the command that comes next."""
+    from logra.runtime.memory import peak_memory  # not at the head: it imports torch
+
     seconds = time.monotonic() - _State.start_seconds
     what = f"{tokens:,} tokens in {duration(seconds)} ({tokens / seconds:,.0f}/s)" if tokens else duration(seconds)
     say(f"{what}, at most {peak_memory() / 1e9:.2g} GB of memory" + (f"; see {_State.file}" if _State.file else ""))

@@ -9,11 +9,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from logra.hessian import Damping, default_damping
-from logra.influence import MODES
-from logra.quantise import FLOAT_DTYPES, INTEGER_BITS
 from logra.runtime.flag_types import (
     iso_date,
     non_negative,
@@ -27,9 +24,34 @@ from logra.runtime.flag_types import (
     share_or_count,
 )
 
+# The choices of flags, which must be known before torch is imported
+HESSIANS = ("raw", "kfac", "ekfac", "none")
+MODES = ("dot", "cosine", "l2")
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+INTEGER_BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}  # as in quantise.py, which may not import this file
 ROW_FORMS = ("text", "prompt_response", "messages", "prompt_completion", "preference", "alpaca", "sharegpt")
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"  # see models.model.load_config
 CPU_BATCH_TOKENS = 1024  # larger batches were slower on a CPU
+
+
+class Damping(NamedTuple):
+    """The damping, either relative to the mean eigenvalue or absolute; the other field is None."""
+
+    relative: float | None
+    absolute: float | None
+
+    @property
+    def label(self) -> str:
+        """The damping's part of file and folder names."""
+        value = str(self.absolute if self.relative is None else self.relative).removesuffix(".0")
+        return f"abs{value}" if self.relative is None else value
+
+
+def default_damping(kind: str, store_dtype: str) -> float:
+    """Return the relative damping that gave the best scores on small models (evaluation/results)."""
+    if kind in ("kfac", "ekfac"):
+        return 0.2 if store_dtype == "int1" else 0.01
+    return 0.1
 
 
 def setting(default: Any, help: str, type: Callable = str, **options: Any) -> Any:
@@ -96,7 +118,7 @@ class RunSettings(DataSettings):
         "embedding and head)", pattern, metavar="PATTERN")
     shard_examples: int | None = setting(None, "examples per shard (file of gradients); a crash loses at most "
         "the shards in progress (chosen from their size)", positive_int)
-    dtype: str = setting(None, "dtype of the model (float32; bfloat16 on a GPU)", choices=list(FLOAT_DTYPES))
+    dtype: str = setting(None, "dtype of the model (float32; bfloat16 on a GPU)", choices=FLOAT_DTYPES)
     quantize: str | None = setting(None, "load the weights in 8 or 4 bits; needs bitsandbytes and a GPU (off)",
         choices=["8bit", "4bit"])
     store_dtype: str = setting("float32", "dtype of the stored gradients; int1 stores signs; none stores none, and "

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from logra import influence
-from logra.hessian import Damping
 from logra.inputs.queries import Query, query_rows
 from logra.run_dir import RunDir
 from logra.runtime import files, processes, progress
+from logra.runtime.settings import Damping
 from logra.scoring.score_files import (
     AGAIN,
     ScoredCheckpoint,

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from logra import influence
-from logra.hessian import Damping
 from logra.inputs.groups import document_numbers
 from logra.inputs.queries import Query
 from logra.run_dir import RunDir
 from logra.runtime import files, processes, progress
-from logra.runtime.settings import Execution, RerankSettings
+from logra.runtime.settings import Damping, Execution, RerankSettings
 from logra.scoring import rank, reranked
 from logra.scoring.score import Scorer, ScoreTask, block_name, write_pass
 from logra.scoring.score_files import ScoreRecord, deviation

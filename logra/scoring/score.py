@@ -21,7 +21,7 @@ from logra.projection import identity, times, unrotated
 from logra.run_dir import RunDir
 from logra.runtime import processes, progress
 from logra.runtime.memory import available_memory, free_memory, is_out_of_memory, release_memory
-from logra.runtime.settings import Execution, QuerySettings, ScoreSettings
+from logra.runtime.settings import Damping, Execution, QuerySettings, ScoreSettings
 from logra.scoring import self_check
 from logra.scoring.matrix_files import KeptQueries
 from logra.scoring.score_files import (
@@ -60,7 +60,7 @@ class ScoreTask:
     run: RunDir
     kind: str
     blocks: dict[str, str]
-    dampings: list[hessian.Damping]
+    dampings: list[Damping]
     query_rank: int | None = None
 
     def __post_init__(self) -> None:

@@ -31,10 +31,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from logra import store
-from logra.hessian import KINDS, Damping
-from logra.influence import MODES, RunningTopK
+from logra.influence import RunningTopK
 from logra.run_dir import RunDir, RunRecord
 from logra.runtime import files, processes
+from logra.runtime.settings import HESSIANS, MODES, Damping
 from logra.scoring.matrix_files import create_matrix
 
 AGAIN = "run compute_influence.py again"
@@ -131,7 +131,7 @@ CHECKPOINT_JSON = {"run": _is_folder_name, "scores": _is_folder_name, "weight": 
 SCORES_JSON = {
     "log": dict,
     "mode": lambda mode: mode in MODES,
-    "hessian": lambda kind: kind in KINDS,
+    "hessian": lambda kind: kind in HESSIANS,
     "layers": lambda names: names and files.has_shape(names, [str]),
     "num_queries": files.is_count,
     "num_examples": files.is_count,

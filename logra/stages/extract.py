@@ -20,7 +20,7 @@ from logra.inputs.examples import say_form, token_counts, write_examples
 from logra.quantise import ScoreErrorEstimate
 from logra.run_dir import RunDir, TrainPart
 from logra.runtime import files, processes, progress
-from logra.runtime.settings import DataSettings, Execution
+from logra.runtime.settings import DataSettings, Execution, default_damping
 from logra.stages.gradients import HostGradients, make_extractor
 from logra.store import Shard
 
@@ -214,7 +214,7 @@ def write_shards(lm: nn.Module, run: RunDir, pending: list[int], execution: Exec
     lengths = token_counts(examples)
     tokens = {index: int(lengths[list(run.shards[index])].sum()) for index in pending}
     eigenvalues = {layer: (p.values_in, p.values_out) for layer, p in projections.items()}
-    damping = hessian.default_damping("ekfac", store_dtype)
+    damping = default_damping("ekfac", store_dtype)
     own_tokens = sum(tokens[index] for index in own_shards)
     description = f"extracting (1 of {processes.state().num_processes})"
     bar = progress.bar(total=own_tokens, unit="tok", unit_scale=True, desc=description)

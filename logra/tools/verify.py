@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers.modeling_utils import local_torch_dtype
 
 from logra.hooks import GradientCapture
-from logra.influence import MODES
 from logra.inputs.queries import Query
 from logra.models import model
 from logra.models.layers import MLP_PATTERN
@@ -28,7 +27,7 @@ from logra.run_dir import RunDir, RunRecord
 from logra.runtime import processes
 from logra.runtime.memory import release_memory
 from logra.runtime.progress import say, silent
-from logra.runtime.settings import Execution, QuerySettings, RerankSettings, RunSettings, ScoreSettings
+from logra.runtime.settings import MODES, Execution, QuerySettings, RerankSettings, RunSettings, ScoreSettings
 from logra.scoring.combine import combine
 from logra.scoring.score import ScoreTask, describe_scores, score_run
 from logra.scoring.score_files import ScoreRecord

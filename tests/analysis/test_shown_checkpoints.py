@@ -19,9 +19,9 @@ from helpers import extract, influence, refused
 from reference import full_gradient, layer_io
 
 from logra.analysis import report, tokens
-from logra.influence import MODES
 from logra.run_dir import RunDir
 from logra.runtime import files
+from logra.runtime.settings import MODES
 from logra.scoring.parts import read_factors
 from logra.scoring.rank import read_record, scored_runs
 

@@ -10,8 +10,8 @@ from reference import full_gradient, layer_io
 
 from logra.analysis import report
 from logra.analysis.tokens import TokenSplitter, pieces
-from logra.influence import MODES
 from logra.run_dir import RunDir
+from logra.runtime.settings import MODES
 from logra.scoring.rank import read_record
 
 

@@ -13,9 +13,9 @@ from pyarrow import parquet
 
 from logra.analysis import report
 from logra.analysis.ranked import SHARED_BY
-from logra.influence import MODES
 from logra.run_dir import RunDir
 from logra.runtime import files
+from logra.runtime.settings import MODES
 
 ANALYSIS = ("analysis", "--log_dir", "log")
 ALL_FORMATS = ("--format", "html", "jsonl", "csv", "txt", "parquet")

@@ -12,8 +12,8 @@ from conftest import vouch, write_jsonl
 from helpers import extract, influence, refused
 
 from logra.analysis import report
-from logra.influence import MODES
 from logra.run_dir import RunDir
+from logra.runtime.settings import MODES
 
 ANALYSIS = ("analysis", "--log_dir", "log")
 

@@ -18,6 +18,12 @@ LATE_IMPORTS = {  # of a function: (module, what it imports) -> why not at the h
     ("analysis", "logra.analysis.tokens"): "it needs transformers' models, which take three seconds to import",
     ("analysis", "logra.analysis.selection"): "the same",
     ("logra.models.weights", "peft"): "only adapters need it, and it need not be installed",
+    ("logra.quantise", "numba"): "only scores of one bit need it; it takes half a second to import",
+    ("logra.quantise", "numba.extending"): "the same",
+    ("logra.analysis.report", "bm25s"): "it imports numba; only the report compares with word matching",
+    ("logra.runtime.flags", "torch"): "--help does not need it; it takes 1.5 seconds to import",
+    ("logra.runtime.flags", "logra.runtime.processes"): "it imports torch",
+    ("logra.runtime.progress", "logra.runtime.memory"): "it imports torch",
 }
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from logra import hessian, influence
 from logra.loss import example_losses
+from logra.runtime.settings import MODES
 from logra.stages.batches import make_batch
 
 KINDS = ("raw", "kfac", "ekfac", "none")
@@ -180,7 +181,7 @@ def test_what_is_finished_is_finite(bad):
         influence.scores_of_mode(dots, None, "dot").isfinite().all()
         and influence.scores_of_mode(dots, own, "cosine").isfinite().all()
     )
-    for mode in influence.MODES:
+    for mode in MODES:
         broken = dots.clone()
         broken[1, 1] = bad
         with pytest.raises(ValueError, match="finite scores"):

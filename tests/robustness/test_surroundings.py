@@ -1,4 +1,4 @@
-"""What surrounds a script: folders that can't be written, accelerate's configuration, names that are too long."""
+"""What surrounds a script: imports, folders that can't be written, accelerate's configuration, too long names."""
 
 import errno
 import os
@@ -14,6 +14,11 @@ from helpers import DATA, QUERIES, SCRIPTS, extract, influence, refused, start
 from logra.inputs import documents
 
 NOWHERE = "/dev/null/cache"  # can't be made, by root neither
+WRONG_FLAGS = {
+    "generate": "--top_p 0", "generate_llama3": "--top_p 0", "extract_log": "--rank 0",
+    "compute_influence": "--damping 1 --damping_absolute 1", "analysis": "--drop",
+}  # fmt: skip
+SLOW = ("torch", "transformers", "datasets", "numba", "pandas", "accelerate")  # to import
 
 
 def run(script: str, *flags: object, before: str = "pass", **variables: str) -> subprocess.CompletedProcess:
@@ -24,12 +29,26 @@ def run(script: str, *flags: object, before: str = "pass", **variables: str) -> 
     return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_without_a_cache(script):
-    """Numba can't keep compiled code, and home is no folder."""
-    no_cache = "import numba.core.caching as c; c.CacheImpl._locator_classes = []"
-    done = run(script, "--help", before=no_cache, HOME=NOWHERE, HF_HOME=NOWHERE)
-    assert done.returncode == 0 and done.stdout.startswith("usage"), done.stderr
+def imported(script: str, *flags: object, status: int = 0) -> list[str]:
+    """Run a script in a process of its own; return the names in SLOW of what it has imported."""
+    before = f"import atexit; atexit.register(lambda: print('', *[n for n in {SLOW} if n in sys.modules], sep='|'))"
+    done = run(script, *flags, before=before, HOME=NOWHERE, HF_HOME=NOWHERE)
+    assert done.returncode == status, done.stderr
+    return done.stdout.splitlines()[-1].split("|")[1:]
+
+
+@pytest.mark.parametrize(("script", "wrong"), WRONG_FLAGS.items())
+def test_the_command_line_imports_nothing_slow(script, wrong):
+    """Help and wrong flags take less than a second, also flags that contradict each other."""
+    assert not imported(script, "--help")
+    assert not imported(script, *wrong.split(), status=2)
+
+
+def test_stages_import_what_they_need(cli, tiny, workspace):
+    """Only scores of one bit need numba; stage 4 needs no model."""
+    extract(cli, tiny / "llama", "--rank", 4)
+    assert "numba" not in imported("compute_influence", *QUERIES)
+    assert not {"transformers", "numba"} & {*imported("analysis", "--log_dir", "log", "--diagnose")}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -45,7 +64,8 @@ def test_stages_without_a_cache(tiny, workspace):
     places = {"HOME": NOWHERE, "HF_HOME": NOWHERE, "TMPDIR": str(workspace / "temporary")}
     done = run("extract_log", "--model_name", tiny / "llama", *DATA, "--rank", 4, "--preset", "best", **places)
     assert done.returncode == 0 and "--cache_dir chooses a folder" in done.stdout, done.stderr
-    done = run("compute_influence", *QUERIES, **places)
+    no_code = "import numba.core.caching as c; c.CacheImpl._locator_classes = []"  # numba can't keep compiled code
+    done = run("compute_influence", *QUERIES, before=no_code, **places)
     assert done.returncode == 0, done.stderr
     assert not list(workspace.glob("temporary/data-*"))
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import DATA, close, extract, influence, stored_gradients
 
 from logra import quantise
-from logra.influence import MODES
+from logra.runtime.settings import MODES
 
 
 def test_a_bfloat16_model(cli, tiny, workspace):
