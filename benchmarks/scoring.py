@@ -3,7 +3,7 @@
 Writes shards of random gradients. Then times, interleaved in one run: a plain read of the files (into one buffer, no
 checksum), and ours for each number of queries (checksums, one matrix product for each layer and shard). The product's
 peak is the best rate of that product alone, on data in the processor's cache. With --cold the files are dropped from
-the page cache before each pass. Prints a table and one JSON line.
+the page cache before each pass. --device cuda scores on a GPU. Prints a table and one JSON line.
 
     python benchmarks/scoring.py --examples 2000 --queries 1 10 100 1000
 """
@@ -45,6 +45,7 @@ def build_parser() -> Parser:
     parser.add_argument("--shard_mb", type=positive_int, default=256, help="size of a shard in MB (256)")
     parser.add_argument("--repeats", type=positive_int, default=5, help="of each, interleaved (5)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each pass")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="which scores (cpu)")
     parser.add_argument("--folder", type=Path, help="where a temporary folder for the shards is made (the system's)")
     return parser
 
@@ -82,14 +83,14 @@ def plain_read(folder: Path, size: int) -> None:
                     pass
 
 
-def score(shards: list[store.Shard], queries: dict[str, torch.Tensor], store_dtype: str) -> None:
+def score(shards: list[store.Shard], queries: dict[str, torch.Tensor], store_dtype: str, device: str) -> None:
     """Score all shards, as compute_influence.py does."""
     found = influence.score_shards(
         lambda index: shards[index].open(),
         range(len(shards)),
         queries,
         {layer: [] for layer in queries},
-        "cpu",
+        device,
         quantise.INTEGER_BITS.get(store_dtype),
     )
     count = len(next(iter(queries.values())))
@@ -98,12 +99,15 @@ def score(shards: list[store.Shard], queries: dict[str, torch.Tensor], store_dty
         scores[shards[shard].ids.start : shards[shard].ids.stop] = dots[""][:, :count]
 
 
-def product_peak(n: int, k: int, rows: int) -> float:
+def product_peak(n: int, k: int, rows: int, device: str) -> float:
     """Return the best rate, in FLOP/s, of the product alone, at the sizes of one layer and shard."""
-    z, p, out, best = torch.randn(n, k), torch.randn(rows, k), torch.zeros(n, rows), 0.0
+    z, p, out = (torch.randn(size, device=device) for size in ((n, k), (rows, k), (n, rows)))
+    best = 0.0
     for _ in range(20):
         start = time.perf_counter()
         out.addmm_(z, p.T)
+        if device == "cuda":
+            torch.cuda.synchronize()
         best = max(best, 2 * n * k * rows / (time.perf_counter() - start))
     return best
 
@@ -115,7 +119,7 @@ def time_passes(folder: Path, shards: list[store.Shard], args: argparse.Namespac
     passes: dict[str, Callable[[], None]] = {"read": lambda: plain_read(folder, buffer_size)}
     for count in args.queries:
         queries = {f"layer{i}": torch.randn(count, k) for i in range(args.layers)}
-        passes[str(count)] = partial(score, shards, queries, args.store_dtype)
+        passes[str(count)] = partial(score, shards, queries, args.store_dtype, args.device)
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     for repeat in range(args.repeats + 1):
         for name, function in passes.items():
@@ -141,8 +145,8 @@ def main(args: argparse.Namespace) -> None:
     for name, values in seconds.items():
         rate = total / median(values) / 1e9
         flops = 2 * args.examples * args.layers * k * int(name) / median(values)
-        rows = int(name) + (-int(name) % 16 if int(name) > 4 else 0)  # as influence.score_shards pads them
-        share = flops / product_peak(len(shards[0].ids), k, rows)
+        rows = int(name) + (-int(name) % 16 if int(name) > 4 else 0)  # as influence.score_shards pads them on a CPU
+        share = flops / product_peak(len(shards[0].ids), k, rows, args.device)
         result["queries"][name] = {
             "gb_per_s": rate,
             "of_read": rate / result["read_gb_per_s"],
@@ -154,7 +158,13 @@ def main(args: argparse.Namespace) -> None:
             f"{flops / 1e9:6.1f} GFLOP/s  {share:.2f} of the product's peak  {per_second:.0f} examples/s"
         )
     about = {"benchmark": "scoring", "examples": args.examples, "layers": args.layers, "rank": args.rank}
-    about |= {"store_dtype": args.store_dtype, "cold": args.cold, "bytes": total, "cores": os.cpu_count()}
+    about |= {
+        "store_dtype": args.store_dtype,
+        "cold": args.cold,
+        "device": args.device,
+        "bytes": total,
+        "cores": os.cpu_count(),
+    }
     about |= {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
     print(json.dumps(about | result))
 
