@@ -2,7 +2,7 @@
 # Reproduces: what docs/gpu.md computes, on one GPU: the tests marked gpu, Llama-3-8B's shape with random weights,
 #             SmolLM2-135M, scoring. Writes one record, benchmarks/results/gpu_<card>_<date>.json
 # Needs:      one GPU; Python with the packages of requirements.txt and tests/requirements.txt, in .venv or on the PATH;
-#             24 GB of memory and 5 GB of disk in TMPDIR; no network
+#             16 GB of memory and 5 GB of disk in TMPDIR; no network
 # Takes:      at most 8 minutes: each step has a time limit, and the limits add up to less
 # Expect:     a line for each step, "ok" with its seconds; a step that fails is recorded, and the exit status is not 0
 # Checked:    2026-11-28, without a GPU, and with steps that stand for the real ones; not measured on a GPU
@@ -43,7 +43,7 @@ step() {
 }
 
 export TEST_GPUS=1 # the other tests hide the GPUs
-step tests 150 "$PYTHON" -m pytest -q -n 4 -p no:cacheprovider -m gpu tests/device
+step tests 150 "$PYTHON" -m pytest -q -n 8 -p no:cacheprovider -m gpu tests/device
 step llama3_8b 120 "$PYTHON" benchmarks/llama3_8b_gpu.py --repeats 2
 step smollm2 90 "$PYTHON" benchmarks/extraction.py --block_size 512 --batch_size 32 --rank 64 136 --batches 4 --repeats 2
 SCORING=(benchmarks/scoring.py --device cuda --queries 1 10 100 1000 --repeats 3)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.state import AcceleratorState
-from conftest import CONFIGS, ROOT
+from conftest import ROOT
 from helpers import (
     DATA,
     compute_gradients,
@@ -38,13 +38,13 @@ from logra.run_dir import RunDir
 from logra.scoring.rank import read_record
 from logra.scoring.reranked import Reranked
 
-DTYPES = ("float32", "bfloat16")
-RUNS = (  # each store type, Hessian and default projection
-    "--preset paper", "--preset best --rerank_rank none", "--hessian kfac --store_dtype bfloat16",
-    "--hessian ekfac --store_dtype float16", "--hessian ekfac --store_dtype int8", "--hessian kfac --store_dtype int4",
-    "--hessian ekfac --store_dtype none", "--hessian ekfac --lora none --store_dtype none --layers mlp",
+NAMES, DTYPES = ("llama", "gpt2", "neox"), ("float32", "bfloat16")
+PRESETS = ("--preset paper", "--preset best --rerank_rank none")
+INT8, NONE = "--hessian ekfac --store_dtype int8", "--hessian ekfac --store_dtype none"
+OTHERS = (  # with the presets: each store type, Hessian and kind of projection
+    INT8, NONE, "--hessian kfac --store_dtype bfloat16", "--hessian ekfac --store_dtype float16",
+    "--hessian kfac --store_dtype int4", "--hessian ekfac --lora none --store_dtype none --layers mlp",
 )  # fmt: skip
-PRESETS, OTHERS = RUNS[:2], RUNS[2:]
 FEW_BITS = 0.05  # tolerance of scores where a sign may flip; a CPU also rounds the queries of int1 to 8 bits
 
 
@@ -76,7 +76,7 @@ def device(request) -> Iterator[torch.device]:
 @pytest.mark.parametrize(
     ("device", "name", "dtype", "flags"),
     on_both(
-        [("llama", "bfloat16", PRESETS[1])], [*product(CONFIGS, DTYPES, PRESETS), *product(["llama"], DTYPES, OTHERS)]
+        [("llama", "bfloat16", PRESETS[1])], [*product(NAMES, DTYPES, PRESETS), *product(["llama"], DTYPES, OTHERS)]
     ),
     indirect=["device"],
 )
@@ -113,7 +113,7 @@ def results(cli, model: Path, flags: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("device", "name", "flags"),
-    on_both([("llama", PRESETS[0])], [*product(CONFIGS, PRESETS), *product(["llama"], OTHERS[2:5])]),
+    on_both([("llama", PRESETS[0])], [*product(NAMES, PRESETS), ("llama", INT8), ("llama", NONE)]),
     indirect=["device"],
 )
 def test_stages_against_the_cpu(device, cli, tiny, workspace, name, flags):

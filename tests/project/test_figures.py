@@ -200,10 +200,14 @@ def of_signs(rank: int) -> float:
     return plan.example_bytes(plan.LLAMA3_8B, rank, "float32") / plan.example_bytes(plan.LLAMA3_8B, 136, "int1")
 
 
+def speed_at(rank: int) -> float:
+    """Return the tokens/s at a rank."""
+    return plan.tokens_per_second(plan.LLAMA3_8B, 512, rank)
+
+
 def busy_link(rank: int, store: str) -> float:
     """Return the share of the time in which PCIe carries gradients."""
-    each = plan.example_bytes(plan.LLAMA3_8B, rank, store)
-    return each * plan.tokens_per_second(plan.LLAMA3_8B, 512, rank) / 512 / plan.PCIE
+    return plan.example_bytes(plan.LLAMA3_8B, rank, store) * speed_at(rank) / 512 / plan.PCIE
 
 
 def unprojected() -> float:
@@ -366,7 +370,8 @@ FIGURES: list[tuple] = [
     ("docs/many_gpus.md", "3.3 instead of 2.3 forward passes' time (computed from [0.44]", [("extraction", "hoped for): #, the median")], lambda share: check_is(1 / share, 2.3, 0.05)),
     ("docs/many_gpus.md", "Tested with # kills at random moments and # flipped bits", [("faults", "| # kills (~), and # after the last change"), ("faults", "| all | # |")], lambda a, b, bits: [a + b, bits]),
     ("docs/many_gpus.md", "Two processes of one thread each are # times as fast as one, on 2 cores", [("scaling", "two processes are # times as fast as one ")], None),
-    # docs/gpu.md, computed
+    # computed
+    ("docs/paper.md", "# GFLOP per token, 3.0e19 FLOP; # GPU hours at 40% of an H100's # TFLOP/s", [], lambda: [0.4 * plan.BF16 / speed_at(64) / 1e9, plan.TOKENS / speed_at(64) / 3600, plan.BF16 / 1e12]),
     *((PLAN, row, [], list) for rows in plan.tables(plan.LLAMA3_8B).values() for row in rows if "---" not in row),
     (PLAN, "# blocks of width #, MLP of #, # heads and # key-value heads, vocabulary #. `--mlp_only` tracks # matrices", [], lambda: shape_of(plan.LLAMA3_8B)),
     (PLAN, "Examples have 512 tokens.", [], list),
