@@ -1,16 +1,19 @@
 """Extraction and scoring with the shape of Llama-3-8B and random weights in bfloat16, on one GPU.
 
-MLP only, rank 64, blocks of 512 tokens. Times the bare forward pass, with logits, and ours (gradients, factor sums and
-their copies to the CPU; batches as large as --batch_tokens auto finds). Then writes shards and scores 10 queries. FLOPs
-are those of a forward and an activation-only backward pass: 4 per token and weight of a matrix, head included, and
-those of attention. Prints a table and one JSON line. Without a GPU it says so and ends; --tiny runs a tiny shape there
-too.
+MLP only, rank 64, blocks of 512 tokens; fewer transformer blocks where half of the memory does not hold all 32. Times
+the bare forward pass, with logits, and ours (gradients, factor sums and their copies to the CPU; batches as large as
+--batch_tokens auto finds). One more pass of ours under torch's profiler shows how its time divides: kernels, copies
+beside no kernel, and gaps. Then writes shards and scores 10 queries. The share of the peak (mfu) counts the FLOPs of
+benchmarks/plan.py: all, and those of forward and backward pass alone. Prints a table and one JSON line. Without a GPU
+it says so and ends; --tiny runs a tiny shape there too.
 
     python benchmarks/llama3_8b_gpu.py
 """
 
 import argparse
+import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -20,10 +23,12 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.plan import LLAMA3_8B, PEAK_FLOPS, attention_matrices, flops_per_token, mlp_matrices, size
 from logra import influence, projection, store
 from logra.hooks import GradientCapture
 from logra.models import layers
@@ -31,23 +36,17 @@ from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
 from logra.stages.gradients import Extractor
 
-LLAMA3_8B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False,
-)  # fmt: skip
 TINY = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
 )  # fmt: skip
-PEAK_FLOPS = {  # end of the device's name -> dense bfloat16 FLOP/s
-    "H100 80GB HBM3": 989e12, "H200": 989e12, "A100-SXM4-80GB": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
-}  # fmt: skip
 
 
 def build_parser() -> Parser:
     """Return the command line's parser."""
     parser = Parser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, also without a GPU")
+    parser.add_argument("--layers", type=positive_int, help="transformer blocks (as many as half of the memory holds)")
     parser.add_argument("--block_size", type=positive_int, default=512, help="(512)")
     parser.add_argument("--rank", type=positive_int, default=64, help="(64)")
     parser.add_argument("--repeats", type=positive_int, default=5, help="of each, interleaved (5)")
@@ -95,9 +94,66 @@ def gradients(extractor: Extractor, rows: list[list[int]]) -> None:
     extractor.gradients(rows).wait()
 
 
+def shape(args: argparse.Namespace, device: str) -> LlamaConfig:
+    """Return the model's configuration, with the number of blocks that the user gave or the memory holds."""
+    config = copy.deepcopy(TINY if args.tiny else LLAMA3_8B)
+    if args.layers:
+        config.num_hidden_layers = args.layers
+    elif device == "cuda":
+        head = 2 * config.vocab_size * config.hidden_size  # weights of head and embedding, 2 bytes each
+        rest = torch.cuda.get_device_properties().total_memory / 2 - 2 * head
+        fitting = int(rest / 2 / size(mlp_matrices(config) + attention_matrices(config)))
+        config.num_hidden_layers = max(1, min(config.num_hidden_layers, fitting))
+    return config
+
+
+def union(intervals: list[tuple[float, float]]) -> float:
+    """Return the length that (begin, end) intervals cover together."""
+    total, reached = 0.0, -math.inf
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def shares_of_time(events: list[dict]) -> dict[str, float]:
+    """Return the shares of kernels, of copies beside no kernel, and of gaps, of a trace's pass named "ours".
+
+    Args:
+        events: `traceEvents` of torch's profiler, with times in microseconds.
+    """
+    (whole,) = (e for e in events if e.get("cat") == "user_annotation" and e["name"] == "ours")
+
+    def intervals(*kinds: str) -> list[tuple[float, float]]:
+        return [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds]
+
+    kernels, busy = union(intervals("kernel")), union(intervals("kernel", "gpu_memcpy", "gpu_memset"))
+    shares = {"kernels": kernels, "copies beside no kernel": busy - kernels, "gaps": whole["dur"] - busy}
+    copies = {"all copies": union(intervals("gpu_memcpy", "gpu_memset"))}
+    return {name: value / whole["dur"] for name, value in (shares | copies).items()}
+
+
+def profiled(function: Callable[[], object]) -> dict[str, float]:
+    """Return the shares of a call's time; see shares_of_time."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found, record_function("ours"):
+        seconds_of(function)
+    with TemporaryDirectory() as folder:
+        found.export_chrome_trace(f"{folder}/trace.json")
+        return shares_of_time(json.loads(Path(folder, "trace.json").read_text())["traceEvents"])
+
+
+def shares_of_peak(flops: dict[str, float], tokens_per_second: float, device: str) -> dict[str, float]:
+    """Return the mfu with all FLOPs and with those of forward and backward pass alone; none for an unknown device."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    peak = next((value for key, value in PEAK_FLOPS.items() if name.endswith(key)), None)
+    passes = [value for part, value in flops.items() if "forward" in part or "backward" in part]
+    counted = {"mfu": sum(flops.values()), "mfu_forward_and_backward": sum(passes)}
+    return {key: value * tokens_per_second / peak for key, value in counted.items()} if peak else {}
+
+
 def extraction(args: argparse.Namespace, device: str) -> tuple[dict, projection.Shapes]:
     """Build the model and time its passes; return the results, and layer -> (r_out, r_in)."""
-    config = TINY if args.tiny else LLAMA3_8B
+    config = shape(args, device)
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     shapes = layers.choose_layers(lm, True, None)
@@ -124,14 +180,15 @@ def extraction(args: argparse.Namespace, device: str) -> tuple[dict, projection.
             seconds["ours"].append(seconds_of(partial(gradients, extractor, rows)))
     count = len(rows) * args.block_size
     speeds = {name: count / median(values[1:]) for name, values in seconds.items()}  # the first repeat warms up
-    weights = sum(p.numel() for p in lm.parameters() if p.dim() > 1) - lm.get_input_embeddings().weight.numel()
-    attention = 2 * config.num_hidden_layers * config.hidden_size * args.block_size  # two causal products, forward
-    flops = 4 * weights + 3 * attention  # attention's two products have two gradients each
-    device_name = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak = next((value for key, value in PEAK_FLOPS.items() if device_name.endswith(key)), None)
-    result = {"tokens_per_second": speeds, "batch_tokens": tokens, "flops_per_token": flops, "layers": len(shapes)}
-    result |= {"mfu": flops * speeds["ours"] / peak if peak else None}
-    return result | {"peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None}, projected
+    flops = flops_per_token(config, args.block_size, args.rank)
+    result = {"tokens_per_second": speeds, "batch_tokens": tokens, "flops_per_token": sum(flops.values())}
+    result |= {"blocks": config.num_hidden_layers} | shares_of_peak(flops, speeds["ours"], device)
+    result |= {"peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None}
+    with capture:
+        extractor = Extractor(lm, capture, tokens)
+        extractor.gradients(rows[:1]).wait()
+        shares = profiled(partial(gradients, extractor, rows)) if device == "cuda" else None
+    return result | {"shares_of_time": shares}, projected
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,12 +14,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from logra.quantise import MAX_BIT_COUNT_QUERIES, BitQueries, unpack
+from logra.quantise import MAX_INTEGER_QUERIES, BitQueries, LevelQueries, SplitQueries, row_blocks, unpack
 
 
 class GradientFile(Protocol):
@@ -30,53 +31,54 @@ class GradientFile(Protocol):
     def close(self) -> None: ...
 
 
-UNPACK_BLOCK = 2**22  # coordinates unpacked at a time
+class PackedQueries(Protocol):
+    """Queries [rows, k] that score packed gradients without their float32; see quantise."""
+
+    shape: torch.Size
+    device: torch.device
+
+    def score(self, packed: Tensor, scale: Tensor) -> Tensor: ...
+
+
 QUEUED_LAYERS = 2  # layers that wait for a core
-MANY_QUERIES = 256  # up to here each core works on a layer of its own; above, all cores share one matrix product
+MANY_QUERIES = 256  # up to here each core works on a layer of its own; above, all cores share a matrix product
 QuadraticForm = Callable[[Tensor], Tensor]  # z [n, k] -> z^T (C + lambda I)^-1 z, [n]
 
 
-def _fast_queries(
-    queries: dict[str, Tensor], bits: int | None, device: torch.device | str
-) -> dict[str, Tensor | BitQueries]:
-    """Return queries {layer: [rows, k]} in the form that the device multiplies fastest.
+def _fast_queries(queries: Tensor, bits: int | None, device: torch.device | str) -> Tensor | PackedQueries:
+    """Return a layer's queries [rows, k] in the form that the device multiplies fastest.
 
     On a CPU, matrix products with 10 rows are slower than with 16. So zero rows are added.
     """
-    count, cpu = len(next(iter(queries.values()))), torch.device(device).type == "cpu"
-    if bits == 1 and cpu and count <= MAX_BIT_COUNT_QUERIES:
-        return {layer: BitQueries(q) for layer, q in queries.items()}
-    padding_rows = -count % 16 if count > 4 and cpu else 0
-    return {layer: torch.nn.functional.pad(q, (0, 0, 0, padding_rows)).to(device) for layer, q in queries.items()}
+    count, cpu = len(queries), torch.device(device).type == "cpu"
+    if bits and not cpu:
+        return SplitQueries(queries.to(device), bits)
+    if bits and count <= MAX_INTEGER_QUERIES:
+        return BitQueries(queries) if bits == 1 else LevelQueries(queries, bits)
+    return torch.nn.functional.pad(queries, (0, 0, 0, -count % 16 if count > 4 and cpu else 0)).to(device)
 
 
 def _score_layer(
-    stored: Tensor, scale: Tensor | None, query: Tensor | BitQueries, forms: list[QuadraticForm], bits: int | None
+    stored: Tensor, scale: Tensor | None, query: Tensor | PackedQueries, forms: list[QuadraticForm], bits: int | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return (dots [n, rows], self-influences, S times [n]) of one layer of a shard, as it is stored.
 
-    Packed rows are unpacked a block at a time, which bounds the memory.
+    The bytes that are stored go to the device.
     """
-    k = query.shape[1]
-    if isinstance(query, BitQueries):
-        dots = query.score(stored, scale)
-        blocks = _unpacked_blocks(stored, scale, bits, k, "cpu") if forms else ()
-        parts = [[form(z) for form in forms] for z in blocks]
-        return dots, [torch.cat(values) for values in zip(*parts, strict=True)]
+    stored, scale = stored.to(query.device), None if scale is None else scale.to(query.device)
+    functions = [lambda z: z @ query.T, *forms] if isinstance(query, Tensor) else forms
+    blocks = _float32_blocks(stored, scale, bits, query.shape[1]) if functions else ()
+    parts = [[function(z) for function in functions] for z in blocks]
+    results = [torch.cat(values) for values in zip(*parts, strict=True)]
+    return (results[0], results[1:]) if isinstance(query, Tensor) else (query.score(stored, scale), results)
+
+
+def _float32_blocks(stored: Tensor, scale: Tensor | None, bits: int | None, k: int) -> Iterable[Tensor]:
+    """Return the gradients that a layer's tensors stand for, in blocks of rows [., k] float32."""
     if bits is None:
-        z = stored.to(query)
-        return z @ query.T, [form(z) for form in forms]
-    blocks = _unpacked_blocks(stored, scale, bits, k, query.device)
-    parts = [[z @ query.T, *(form(z) for form in forms)] for z in blocks]
-    dots, *self_influences = (torch.cat(values) for values in zip(*parts, strict=True))
-    return dots, self_influences
-
-
-def _unpacked_blocks(packed: Tensor, scale: Tensor, bits: int, k: int, device: torch.device | str) -> Iterator[Tensor]:
-    """Yield the gradients that packed [n, bytes] and scale [n] stand for, in blocks of rows [., k] float32."""
-    rows = max(1, UNPACK_BLOCK // k)
-    for packed_rows, scale_rows in zip(packed.split(rows), scale.split(rows), strict=True):
-        yield unpack(packed_rows.to(device), scale_rows.to(device), bits, k)
+        return (stored,) if stored.dtype == torch.float32 else (rows.float() for rows in row_blocks(stored, k))
+    blocks = zip(row_blocks(stored, k), row_blocks(scale, k), strict=True)
+    return (unpack(*block, bits, k) for block in blocks)
 
 
 def score_shards(
@@ -104,10 +106,11 @@ def score_shards(
     Raises:
         ValueError: A shard is missing or was altered.
     """
-    layers, thread, fast_queries = list(queries), threading.local(), _fast_queries(queries, bits, device)
+    layers, thread, fast_queries = list(queries), threading.local(), dict[str, Tensor | PackedQueries]()
     gpu = torch.device(device).type == "cuda"
     threads = torch.get_num_threads()
-    workers = 2 if gpu else threads if len(queries[layers[0]]) <= MANY_QUERIES else 1
+    many_queries = len(queries[layers[0]]) > (MAX_INTEGER_QUERIES if bits else MANY_QUERIES)
+    workers = 2 if gpu else 1 if many_queries else threads
 
     def score(shard: int, file: GradientFile, layer: str) -> tuple[int, GradientFile, str, Tensor, list[Tensor]]:
         size = file.size(layer)
@@ -120,6 +123,8 @@ def score_shards(
     calls = ((score, shard, file, layer) for shard in shards for file in [open_shard(shard)] for layer in layers)
     with ThreadPoolExecutor(workers, None, torch.set_num_threads, (max(1, threads // workers),)) as pool:
         try:
+            forms = pool.map(_fast_queries, queries.values(), repeat(bits), repeat(device))
+            fast_queries.update(zip(layers, forms, strict=True))
             dots: dict[str, Tensor] = {}
             self_influences: list[Tensor] = []
             for shard, file, layer, layer_dots, layer_self in _in_order(pool, calls, workers + QUEUED_LAYERS):
@@ -240,7 +245,7 @@ def low_rank(queries: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor
     Returns:
         Left factors [rows, R, r_out], scaled by the singular values, and right factors [rows, R, r_in].
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[queries.device] if queries.is_cuda else []):
         torch.manual_seed(0)  # svd_lowrank draws random numbers; all ranks need the same result
         u, s, v = torch.svd_lowrank(queries.view(-1, *shape), q=min(rank, *shape), niter=4)
     return (u * s[:, None]).mT.contiguous(), v.mT.contiguous()

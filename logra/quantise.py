@@ -13,6 +13,7 @@ basis a few large directions dominate the rounded scores.
 
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGER_BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}
 STEPS_IN_RMS = {8: 0.05, 4: 0.3}  # bits -> scale / root mean square (evaluation/results/variants_*)
-# A CPU counts bits for up to this many queries: for 100, 4 times as fast as a matrix product (with vpopcntq).
-MAX_BIT_COUNT_QUERIES = 512
+MAX_INTEGER_QUERIES = 512  # up to here a CPU scores with whole numbers; above, it unpacks rows and multiplies
+COMPILING = Lock()  # of threads that make the queries of layers
+CHUNK = 256  # coordinates with one step of a query: 256 * 255 * 32767 < 2^31
 
 
 def packed_bytes(k: int, bits: int) -> int:
@@ -66,19 +68,29 @@ def pack(grads: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _levels_of_bytes(bits: int, device: torch.device) -> Tensor:
-    """Return the levels that each byte holds, [256, 8 // bits] float32."""
+def _levels_of_bytes(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the levels that each byte holds, [256, 8 // bits]."""
     shifts = torch.arange(0, 8, bits, device=device)
     codes = (torch.arange(256, device=device)[:, None] >> shifts) & (2**bits - 1)
-    return (2.0 * codes - 1) if bits == 1 else (codes - 2.0 ** (bits - 1))
+    return (2 * codes - 1 if bits == 1 else codes - 2 ** (bits - 1)).to(dtype)
+
+
+def _levels(packed: Tensor, bits: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Return the levels [n, k] of packed [n, packed_bytes], exact in float32 and bfloat16 (as int8's codes are)."""
+    if bits == 8:
+        return packed[:, :k].to(dtype) - 128
+    levels = torch.nn.functional.embedding(packed.int(), _levels_of_bytes(bits, dtype, packed.device))
+    return levels.flatten(1)[:, :k]
 
 
 def unpack(packed: Tensor, scale: Tensor, bits: int, k: int) -> Tensor:
     """Return the rounded gradients [n, k] float32 of packed [n, packed_bytes] and scale [n]."""
-    if bits == 8:
-        return (packed[:, :k].float() - 128) * scale[:, None]
-    levels = torch.nn.functional.embedding(packed.int(), _levels_of_bytes(bits, packed.device))
-    return levels.flatten(1)[:, :k] * scale[:, None]
+    return _levels(packed, bits, k, torch.float32) * scale[:, None]
+
+
+def row_blocks(rows: Tensor, k: int) -> tuple[Tensor, ...]:
+    """Split rows of k coordinates for unpacking: a block stays in a CPU's cache, or is large enough to occupy a GPU."""
+    return rows.split(max(1, (2**20 if rows.device.type == "cpu" else 2**24) // k))
 
 
 class ScoreErrorEstimate:
@@ -126,7 +138,7 @@ def _bit_plane_sums() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
     It sets sums [n, Q] to sum_b w_b * popcount(signs & plane b), with w_b = 2^b and -2^7 for the last plane.
     signs [n, W] uint64. planes [Q, 8, W] uint64 are the bits of the queries' values in two's complement.
     """
-    import numba  # not at the head: it takes half a second, and only stores of one bit need it
+    import numba  # not at the head: it takes half a second, and only stores of few bits need it
     from numba.extending import intrinsic
 
     @intrinsic
@@ -163,7 +175,7 @@ class BitQueries:
 
     def __init__(self, queries: Tensor):
         """Take queries [Q, k] float32 on the CPU."""
-        self.shape, k = queries.shape, queries.shape[1]
+        self.shape, self.device, k = queries.shape, queries.device, queries.shape[1]
         largest_step = queries.abs().amax(dim=1, keepdim=True).clamp_min(1e-38) / 127
         steps = torch.cat([largest_step, largest_step / 2, largest_step / 4], dim=1)
         levels = (queries[:, None] / steps[..., None]).round_().clamp_(-128, 127)  # [Q, 3, k]
@@ -175,7 +187,8 @@ class BitQueries:
         values = np.pad(levels.char().numpy().view(np.uint8), ((0, 0), (0, packed_bytes(k, 1) * 8 - k)))
         planes = [np.packbits(values & (1 << plane), axis=1, bitorder="little") for plane in range(8)]
         self.planes = np.stack(planes, axis=1).view(np.uint64)
-        self.sum_bit_planes = _bit_plane_sums()  # here, before there are threads
+        with COMPILING:
+            self.sum_bit_planes = _bit_plane_sums()
 
     def score(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return scores [n, Q] float32 of rows of one bit, packed [n, packed_bytes] and scale [n]."""
@@ -183,3 +196,90 @@ class BitQueries:
         self.sum_bit_planes(signs, self.planes, sums)
         # a sign is 2 * bit - 1
         return (2 * torch.from_numpy(sums) - self.level_sum).mul_(self.step).mul_(scale[:, None])
+
+
+@cache
+def _level_sums() -> Callable[..., None]:
+    """Return a compiled function of (packed, bits, values, offsets, steps, sums).
+
+    It sets sums [n, Q] float64 to the sums over chunks of step * (sum_i code_i * value_i - offset). packed [n, bytes]
+    uint8 of 8 or 4 bits. values [Q, chunks, CHUNK] int16; offsets and steps [Q, chunks], int32 and float64.
+    """
+    import numba  # not at the head: it takes half a second, and only stores of few bits need it
+
+    @numba.njit(nogil=True)
+    def sum_levels(packed, bits, values, offsets, steps, sums):
+        codes, width, mask = np.zeros((16, CHUNK), dtype=np.uint8), CHUNK * bits // 8, np.uint8(2**bits - 1)
+        for first in range(0, len(packed), 16):  # these rows stay in the cache for all queries
+            rows, row_sums = packed[first : first + 16], sums[first : first + 16]
+            row_sums[:] = 0
+            for chunk in range(steps.shape[1]):
+                for row in range(len(rows)):
+                    part = rows[row, chunk * width : (chunk + 1) * width]
+                    for i in range(len(part)):
+                        codes[row, i] = part[i] & mask
+                    high = codes[row, width:]  # empty of 8 bits
+                    for i in range(min(len(part), len(high))):
+                        high[i] = part[i] >> np.uint8(4)
+                for query in range(len(values)):
+                    query_values = values[query, chunk]
+                    for row in range(len(rows)):
+                        chunk_sum = np.int32(0)  # of int32, not numba's int64: 16-bit multiply-adds (vpmaddwd)
+                        for i in range(CHUNK):
+                            chunk_sum = np.int32(chunk_sum + np.int32(codes[row, i]) * np.int32(query_values[i]))
+                        row_sums[row, query] += steps[query, chunk] * (chunk_sum - offsets[query, chunk])
+
+    return sum_levels
+
+
+class LevelQueries:
+    """Queries in 16 bits, scored on a CPU against rows of 8 or 4 bits with whole numbers.
+
+    A chunk of a query is rounded to step * (-32767 .. 32767), with step = max |q| / 32767 over the chunk. That changes
+    scores by 5e-5 of their norm, or by up to 1e-3 where a chunk spans six decades. Rounding the gradients changes them
+    by more than 1e-2.
+    """
+
+    def __init__(self, queries: Tensor, bits: int):
+        """Take queries [Q, k] float32 on the CPU."""
+        self.shape, self.device, self.bits = queries.shape, queries.device, bits
+        chunks = torch.nn.functional.pad(queries, (0, -queries.shape[1] % CHUNK)).view(len(queries), -1, CHUNK).double()
+        steps = chunks.abs().amax(dim=2) / 32767
+        values = (chunks / torch.where(steps > 0, steps, 1)[..., None]).round_().to(torch.int16)
+        if bits == 4:  # as in codes: the coordinates in the bytes' lower bits come first
+            values = values.unflatten(2, (-1, 2)).mT.flatten(2)
+        offsets = values.sum(dim=2, dtype=torch.int32) * 2 ** (bits - 1)
+        self.arrays = values.contiguous().numpy(), offsets.numpy(), steps.numpy()
+        with COMPILING:
+            self.sum_levels = _level_sums()
+
+    def score(self, packed: Tensor, scale: Tensor) -> Tensor:
+        """Return scores [n, Q] float32 of rows of 8 or 4 bits, packed [n, packed_bytes] and scale [n]."""
+        sums = torch.empty(len(packed), self.shape[0], dtype=torch.float64)
+        self.sum_levels(packed.numpy(), self.bits, *self.arrays, sums.numpy())
+        return sums.mul_(scale[:, None]).float()
+
+
+class SplitQueries:
+    """Queries as sums of two bfloat16 numbers, scored on a GPU with its product of bfloat16, summed in float32.
+
+    bfloat16 holds all levels exactly, so only the queries are rounded: by at most 2^-17 of each coordinate.
+    """
+
+    def __init__(self, queries: Tensor, bits: int):
+        """Take queries [Q, k] float32 on the device that scores."""
+        self.shape, self.device, self.bits = queries.shape, queries.device, bits
+        high = queries.bfloat16()
+        self.high_and_low = torch.cat([high, (queries - high.float()).bfloat16()])  # [2 Q, k]
+
+    def score(self, packed: Tensor, scale: Tensor) -> Tensor:
+        """Return scores [n, Q] float32 of packed [n, packed_bytes] and scale [n], on the queries' device."""
+        count, k = self.shape
+        blocks = (_levels(block, self.bits, k, torch.bfloat16) for block in row_blocks(packed, k))
+        sums = torch.cat([_product(levels, self.high_and_low.T) for levels in blocks])
+        return (sums[:, :count] + sums[:, count:]) * scale[:, None]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two bfloat16 matrices in float32. Only CUDA multiplies bfloat16 into float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

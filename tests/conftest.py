@@ -4,6 +4,8 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "TEST_GPUS" not in os.environ:  # the tests not marked gpu have the CPU's dtype, tolerances and processes
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import copy
 import importlib

@@ -7,6 +7,7 @@ from typing import Any
 import xxhash
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import is_initialized
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logra.inputs.documents import source_contents
@@ -275,6 +276,8 @@ def load_model(settings: RunSettings, execution: Execution) -> tuple[nn.Module, 
     """Return a run's model, its tokenizer, and their entries in run.json (see models.layers.describe)."""
     if execution.fsdp and (execution.device_map or settings.quantize):
         raise ValueError("expected --fsdp without --device_map and --quantize, got both; leave one out")
+    if execution.fsdp and not is_initialized():
+        raise ValueError("expected --fsdp with accelerate launch, got one process; leave it out, or start several")
     name, dtype = settings.model_name, FLOAT_DTYPES[settings.dtype]
     hub = model.hub_options(settings.revision, execution.trust_remote_code)
     device = processes.state().device

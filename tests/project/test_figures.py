@@ -4,6 +4,7 @@ A figure is (page, its words there, where it comes from, formula). In these word
 anything in a line; other numbers, such as the size of a run, stand literally. Where it comes from is a list of (record,
 its words there). The formula makes the page's numbers of the record's; without one they are the same. So a test fails
 when the page or the record changes alone. New text that cites a record needs an entry for each of its numbers.
+docs/gpu.md cites none: all its numbers are computed by benchmarks/plan.py.
 """
 
 # ruff: noqa: E501 (a figure is one line)
@@ -13,6 +14,8 @@ from decimal import Decimal
 
 import pytest
 from conftest import ROOT
+
+from benchmarks import plan
 
 RECORDS = {
     "lds": "evaluation/results/lds_epyc-2-cores_2026-11-24.md",
@@ -38,7 +41,7 @@ RECORDS = {
     "quickstart": "scripts/quickstart.sh",
     "topics": "docs/results.md",
 }
-README, RESULTS, SPEED = "README.md", "docs/results.md", "benchmarks/README.md"
+README, RESULTS, SPEED, PLAN = "README.md", "docs/results.md", "benchmarks/README.md", "docs/gpu.md"
 PAGES = [README, "CONTRIBUTING.md", "benchmarks/README.md", "evaluation/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 NUMBER = r"(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e-?\d+)?)"
@@ -172,6 +175,51 @@ def percent(*shares: float) -> list[float]:
 def default_batches(a: float, b: float, c: float, d: float, e: float, f: float) -> list[float]:
     """Return the least and the largest share of kronfluence's time."""
     return [min(a / c, b / d, e / f), max(a / c, b / d, e / f)]
+
+
+def shape_of(config) -> list[int]:
+    """Return the sizes of a model, and the number of its tracked matrices."""
+    heads = [config.num_attention_heads, config.num_key_value_heads, config.vocab_size]
+    sizes = [config.num_hidden_layers, config.hidden_size, config.intermediate_size, *heads]
+    return [*sizes, len(plan.coordinates(config, 64))]
+
+
+def gigabytes(*sizes: float) -> list[float]:
+    """Return bytes in GB."""
+    return [size / 1e9 for size in sizes]
+
+
+def share_of_ours(rank: int) -> float:
+    """Return the share of the FLOPs that this method adds to a forward and a backward pass."""
+    flops = [*plan.flops_per_token(plan.LLAMA3_8B, 512, rank).values()]
+    return sum(flops[4:]) / sum(flops)
+
+
+def of_signs(rank: int) -> float:
+    """Return an example's bytes in float32 as a multiple of those of signs of rank 136."""
+    return plan.example_bytes(plan.LLAMA3_8B, rank, "float32") / plan.example_bytes(plan.LLAMA3_8B, 136, "int1")
+
+
+def speed_at(rank: int) -> float:
+    """Return the tokens/s at a rank."""
+    return plan.tokens_per_second(plan.LLAMA3_8B, 512, rank)
+
+
+def busy_link(rank: int, store: str) -> float:
+    """Return the share of the time in which PCIe carries gradients."""
+    return plan.example_bytes(plan.LLAMA3_8B, rank, store) * speed_at(rank) / 512 / plan.PCIE
+
+
+def unprojected() -> float:
+    """Return an example's bytes without projection in bfloat16."""
+    return plan.example_bytes(plan.LLAMA3_8B, None, "bfloat16")
+
+
+def seconds_of_raw() -> list[float]:
+    """Return the seconds of raw's sums at two ranks, and of its Cholesky factors, each with share and peak."""
+    (sums, factors), (wide_sums, wide_factors) = (plan.raw_seconds(plan.LLAMA3_8B, rank) for rank in (64, 136))
+    share = 100 * plan.SHARE
+    return [sums, wide_sums, share, plan.FP32 / 1e12, factors, wide_factors, share, plan.FP64 / 1e12]
 
 
 # fmt: off
@@ -322,6 +370,23 @@ FIGURES: list[tuple] = [
     ("docs/many_gpus.md", "3.3 instead of 2.3 forward passes' time (computed from [0.44]", [("extraction", "hoped for): #, the median")], lambda share: check_is(1 / share, 2.3, 0.05)),
     ("docs/many_gpus.md", "Tested with # kills at random moments and # flipped bits", [("faults", "| # kills (~), and # after the last change"), ("faults", "| all | # |")], lambda a, b, bits: [a + b, bits]),
     ("docs/many_gpus.md", "Two processes of one thread each are # times as fast as one, on 2 cores", [("scaling", "two processes are # times as fast as one ")], None),
+    # computed
+    ("docs/paper.md", "# GFLOP per token, 3.0e19 FLOP; # GPU hours at 40% of an H100's # TFLOP/s", [], lambda: [0.4 * plan.BF16 / speed_at(64) / 1e9, plan.TOKENS / speed_at(64) / 3600, plan.BF16 / 1e12]),
+    *((PLAN, row, [], list) for rows in plan.tables(plan.LLAMA3_8B).values() for row in rows if "---" not in row),
+    (PLAN, "# blocks of width #, MLP of #, # heads and # key-value heads, vocabulary #. `--mlp_only` tracks # matrices", [], lambda: shape_of(plan.LLAMA3_8B)),
+    (PLAN, "Examples have 512 tokens.", [], list),
+    (PLAN, "a peak of # TFLOP/s in bfloat16 (dense)", [], lambda: [plan.BF16 / 1e12]),
+    (PLAN, "We assume #% of it", [], lambda: [100 * plan.SHARE]),
+    (PLAN, "the factor sums together are #% of the FLOPs", [], lambda: [100 * share_of_ours(64)]),
+    (PLAN, "The weights take # GB in bfloat16, and the projections # GB at rank 64 and # GB at rank 136", [], lambda: gigabytes(*plan.memory_bytes(plan.LLAMA3_8B, 64), plan.memory_bytes(plan.LLAMA3_8B, 136)[1])),
+    (PLAN, "We assume # GB/s, PCIe 4.0 x16", [], lambda: gigabytes(plan.PCIE)),
+    (PLAN, "at rank 64 in float32 it takes #% of the time", [], lambda: [100 * busy_link(64, "float32")]),
+    (PLAN, "Signs of rank 136 take a seventh of the bytes of float32 at rank 64, and 1/# of float32 at the same rank", [], lambda: [*check_is(of_signs(64), 7, 0.1), of_signs(136)]),
+    (PLAN, "an example takes # GB in bfloat16. PCIe then bounds at # tokens/s", [], lambda: [unprojected() / 1e9, plan.PCIE / unprojected() * 512]),
+    (PLAN, "We assume # GB/s for a disk", [], lambda: gigabytes(plan.DISK)),
+    (PLAN, "at #% of the peak: # TFLOP/s in float32; for integers # TFLOP/s", [], lambda: [100 * plan.SHARE, plan.FP32 / 1e12, plan.BF16 / 1e12]),
+    (PLAN, "takes # s at rank 64, and # s at rank 136, at #% of # TFLOP/s; its Cholesky factors # s and # s at #% of # TFLOP/s in float64", [], lambda: seconds_of_raw()),
+    (PLAN, "It takes less than 8 minutes on one GPU", [], list),
 ]
 # fmt: on
 
@@ -382,6 +447,8 @@ def cited_numbers(page: str) -> list[tuple[int, str]]:
     cited = {b for b in blocks(text) if re.search(r"\]\([^)]*results/[^)]*\.md\)", text[b[0] : b[1]])}
     if page in (README, RESULTS, SPEED):
         cited = {b for b in blocks(text) if b[2] in {heading for _, _, heading in cited}}
+    if page == PLAN:
+        cited = {*blocks(text)}
     hidden = r"```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv [\d.]+|\d{4}-\d\d-\d\d"  # code, links, dates
     plain = re.sub(hidden, lambda match: " " * len(match[0]), text, flags=re.DOTALL)
     numbers = re.finditer(r"(?<![\w.-])(?:\d[\d,]*(?:\.\d+)*|\.\d+)(?!\w)", plain)

@@ -171,7 +171,7 @@ def test_more_hostile_arguments(cli, small, script):
 CONTRADICTIONS = {
     "extract_log": [
         ("--extend",), ("--extend", "--log_dir", "log", "--overwrite", "--data_name", "docs.jsonl"),
-        ("--fsdp", "--device_map", "auto"), ("--verify", 2, "--quantize", "4bit"),
+        ("--fsdp",), ("--fsdp", "--device_map", "auto"), ("--verify", 2, "--quantize", "4bit"),
         ("--lora", "none", "--rank", 4), ("--lora", "none", "--rank_in", 4),
         ("--lora", "none", "--bytes_per_example", 10**6), ("--bytes_per_example", 10**6, "--rank", 4),
         ("--bytes_per_example", 1), ("--store_dtype", "int8", "--basis", "projected"),
@@ -192,7 +192,7 @@ def test_contradictions(cli, small, script):
     for flags in CONTRADICTIONS[script]:
         base = usual(script, small)
         base = {key: value for key, value in base.items() if key not in flags and key != "--rank"}
-        refused(cli(script, *(item for pair in base.items() for item in pair), *flags))
+        refused(cli(script, *(item for pair in base.items() for item in pair), *flags), "expected ")
 
 
 def test_dampings_that_are_close_are_two(cli, small):

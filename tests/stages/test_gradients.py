@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
 from conftest import CONFIGS, make_model
 from helpers import compute_gradients, draw_projections, random_ids, relative
 
 from logra.hooks import GradientCapture
-from logra.models.model import blocks
 from logra.quantise import ScoreErrorEstimate
 from logra.runtime.memory import is_out_of_memory
 from logra.stages import gradients
@@ -109,24 +107,6 @@ def test_the_device_of_a_gradient_decides_about_streams(model, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         found = compute_gradients(model, capture, ids, 10**6)
     assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_gradients_of_a_model_on_two_gpus(model):
-    """--device_map auto: layers on two GPUs, their copies in flight while the next batch is computed."""
-    _, projections = draw_projections(model)
-    ids = random_ids([30] * 64)
-    with GradientCapture(model, projections) as capture:
-        expected = compute_gradients(model, capture, ids, 10**6)
-    memory = {0: sum(p.nbytes for p in model.parameters()) * 2 // 3, 1: 10**9}
-    device_map = infer_auto_device_map(model, memory, [type(blocks(model)[0]).__name__])
-    assert {*device_map.values()} == {0, 1}
-    spread = dispatch_model(model, device_map=device_map)
-    with GradientCapture(spread, projections) as capture:
-        for _ in range(5):
-            found = compute_gradients(spread, capture, ids, 120)
-            assert all(relative(found[layer], expected[layer]) < 1e-4 for layer in expected)
 
 
 @pytest.mark.parametrize(
