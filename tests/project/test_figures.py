@@ -37,6 +37,7 @@ RECORDS = {
     "peers": "benchmarks/results/peers_epyc-2-cores_2026-11-24.md",
     "scaling": "benchmarks/results/scaling_epyc-2-cores_2026-11-24.md",
     "scoring": "benchmarks/results/scoring_epyc-2-cores_2026-11-24.md",
+    "scoring_types": "benchmarks/results/scoring_store_types_epyc-2-cores_2026-11-28.md",
     "soak": "benchmarks/results/soak_epyc-2-cores_2026-11-25.md",
     "quickstart": "scripts/quickstart.sh",
     "topics": "docs/results.md",
@@ -332,6 +333,12 @@ FIGURES: list[tuple] = [
         lambda a, b, c, d, one, ten: [*check_is(a / c, one / ten, 0.1), one / ten, b / d],
     ),
     (SPEED, "signs of rank 128 against float32 of rank 64; 1, 10, 50, 100, 300 queries: ratio of examples/s (300: one thread, other sizes) | #, #, #, #, # |", [*SPEEDS, ("few_bits", "300 queries # and #, ratio #")], lambda *x: [*check_is(x[5] / x[4], x[6], 0.005), *x[:4], x[6]]),
+    (
+        SPEED,
+        "| scoring int8, int4 against float32 of the same rank (64); 1, 10, 100 queries: ratio of examples/s | #, #, #; #, #, # |",
+        [("scoring_types#By wall time", f"| {queries} | ~ | # (~) | # (~) | ~ |") for queries in (1, 10, 100)],
+        lambda *x: [*x[::2], *x[1::2]],
+    ),
     (
         SPEED,
         "against kronfluence 1.0.1: difference of the scores; share of its time, 2 threads, with batches as large as kronfluence's; with this program's default batches | #; #; # to # |",

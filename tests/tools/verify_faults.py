@@ -147,7 +147,7 @@ def upper_bits_first(patch: Patch) -> None:
         return packed // 16 + packed % 16 * 16
 
     changed(quantise, "pack", lambda f, *a: (swapped(f(*a)[0]), f(*a)[1]))(patch)
-    changed(influence, "unpack", lambda f, packed, *a: f(swapped(packed), *a))(patch)
+    changed(influence.LevelQueries, "score", lambda f, self, packed, scale: f(self, swapped(packed), scale))(patch)
 
 
 fault("int4 packed with the upper bits first, and read so", "--store_dtype int4 --hessian ekfac")(upper_bits_first)
