@@ -38,6 +38,7 @@ RECORDS = {
     "scaling": "benchmarks/results/scaling_epyc-2-cores_2026-11-24.md",
     "scoring": "benchmarks/results/scoring_epyc-2-cores_2026-11-24.md",
     "scoring_types": "benchmarks/results/scoring_store_types_epyc-2-cores_2026-11-28.md",
+    "startup": "benchmarks/results/startup_epyc-2-cores_2026-11-28.md",
     "soak": "benchmarks/results/soak_epyc-2-cores_2026-11-25.md",
     "quickstart": "scripts/quickstart.sh",
     "topics": "docs/results.md",
@@ -347,6 +348,7 @@ FIGURES: list[tuple] = [
     ),
     (SPEED, "| a million short examples, tiny model: stages 2, 3, 4; peak memory | #, #, # s; # GB |", MILLION, lambda *x: (x[0], x[2], x[4], max(x[1::2]))),
     (SPEED, "| a store of # GB (5 million examples): scored for 3 queries; peak memory; files | # s; # GB; # |", [("soak", "| 5,000,000 | ~ | #, # | ~ | # | # |")], lambda s, gb, count, disk: [disk, s, gb, count]),
+    (SPEED, "before the scripts parsed first | #, # s; #, # s |", [("startup", "| `generate.py --help` | ~ | ~ | # | # |"), ("startup", "| `analysis.py --help` | ~ | ~ | # | # |")], lambda *x: [x[1], x[3], x[0], x[2]]),
     (SPEED, "of a layer from 10,000 examples | #, #, # s |", [("hessian", "a layer's: raw # s ~ kfac # s ~ ekfac # s ~ ekfac, second pass")], None),
     (SPEED, "| speed of two processes of one thread each against one | # times |", [("scaling", "two processes are # times as fast as one ")], None),
     (
