@@ -22,7 +22,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 DEVICE = torch.device("cuda", 0)
 MEMORY = 8 * 2**30  # bytes that the device says it has free
@@ -41,7 +45,28 @@ REPLACED = {
     torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     torch.ops.aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
 }
-_setup_privateuseone_for_python_backend("standin")  # gives autograd a device, with a thread of its own
+
+
+class _Backend(_DummyBackendModule):
+    """What torch asks the module of a device. Outside of a stand-in's block the device does not exist."""
+
+    active = 0  # stand-ins
+
+    def is_available(self) -> bool:
+        return self.active > 0
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+class _Hooks(_DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return BACKEND.is_available()
+
+
+BACKEND = _Backend()
+# gives autograd a device, with a thread of its own
+_setup_privateuseone_for_python_backend("standin", backend_module=BACKEND, hook=_Hooks())
 OWN_NAME = torch.device("standin", 0)
 
 
@@ -186,6 +211,7 @@ class GpuStandIn:
 
     def __enter__(self) -> Self:
         self.exit = ExitStack()
+        self.exit.enter_context(mock.patch.object(BACKEND, "active", BACKEND.active + 1))
         self.exit.enter_context(self.modes())
         run, modes = threading.Thread.run, self.modes
 

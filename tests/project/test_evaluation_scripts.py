@@ -245,8 +245,14 @@ def test_selection(cli, workspace):
     packages = [[row["instruction"].split()[2].split(".")[0] for row in part] for part in (rows, target)]
     assert "email" in packages[0] and set(packages[1]) == {"email"}, "the rows hold some of the target's package"
     status, out, _ = cli(*flags[:2], "bed/target.jsonl", *flags[2:])
-    number, before, after, change = table(out)["bed/target.jsonl"]
-    assert status == 0 and number == 3 and change < 0 and after == pytest.approx(before + change, abs=0.002)
+    number, before, after, change, to_first = table(out)["bed/target.jsonl"]
+    assert (
+        status == 0
+        and number == 3
+        and change < 0
+        and to_first == 0
+        and after == pytest.approx(before + change, abs=0.002)
+    )
     status, _, error = cli("evaluation.selection", "more", "--model_name", model, "--num_target", 10**6)
     assert status == 2 and len(error.splitlines()) == 1 and "expected --num_target of at most" in error
 
