@@ -41,7 +41,8 @@ RECORDS = {
     "startup": "benchmarks/results/startup_epyc-2-cores_2026-11-28.md",
     "soak": "benchmarks/results/soak_epyc-2-cores_2026-11-25.md",
     "quickstart": "scripts/quickstart.sh",
-    "topics": "docs/results.md",
+    "topics": "evaluation/results/topic_recall_epyc-2-cores_2026-11-24.md",
+    "selection": "evaluation/results/selection_smollm2_epyc-2-cores_2026-11-28.md",
 }
 README, RESULTS, SPEED, PLAN = "README.md", "docs/results.md", "benchmarks/README.md", "docs/gpu.md"
 PAGES = [README, "CONTRIBUTING.md", "benchmarks/README.md", "evaluation/README.md"]
@@ -312,7 +313,11 @@ FIGURES: list[tuple] = [
     (RESULTS, "step on the top 5 examples helped SmolLM2's log-probability of each of 12 answers more than a step on 5 random ones", [("tail", f"| {kind} | ~ | # of 12 |") for kind in ("`none` (gradients)", "`raw`", "`ekfac`")], lambda *x: check(set(x) == {12})),
     (RESULTS, "In the mean it rose by # to # nats; # of the # rose", [*(("tail", f"| {kind} | #") for kind in ("`ekfac`", "`raw`", "`none` (gradients)")), ("tail", "found # of #")], lambda a, b, c, rose, total: [min(a, b), c, rose, total]),
     # docs/results.md: topic recall, which has no other record
-    (RESULTS, "does with cosine (# against # of 24 questions; Fisher's exact test, p = 0.008), but not with dot (# against #; p = 0.3)", [("topics", f"| `{kind}` | `{mode}` | # | #") for mode in ("cosine", "dot") for kind in ("ekfac", "raw")], lambda *x: [24 * share for share in x[1::2]]),
+    (RESULTS, "answered # questions about one topic each. The train examples are # blocks from # topics", [("topics", "answered # questions about one topic"), ("topics", "examples are # blocks of"), ("topics", "tokens from # topics")], None),
+    (RESULTS, "has the topic in the first 10 for # of the questions and in first place for #, `raw` for # and #, no Hessian for # and #; in random order the first 10 have it for #.", [*(("topics", f"| `{kind}` | `cosine` | # | #") for kind in ("ekfac", "raw", "none")), ("topics", "| random order | | #")], None),
+    (RESULTS, "(# against # of 24 questions; Fisher's exact test, p = #), the first 10 do not. With `dot` neither does (# against #; p = #)", [("topics", "does with cosine (# against # of 24 questions; Fisher's exact test, p = #), but not with dot (# against #; p = #)")], None),
+    (RESULTS, "# instructions about Python's standard library (docstrings), a target of # others", [("selection", "docstring. # rows to select from"), ("selection", "the target are # other rows")], None),
+    (RESULTS, "before #; after fine-tuning on the tenth that `analysis.py --select 0.1` chose #, on a random tenth # (# more, # to #), on all #. Of the # chosen rows # are about email; in all #, # are", [("selection", "before, #:"), ("selection", "| selected, 10% | 60 | # (~)"), ("selection", "| random, 10% | 60 | # (~) | # (~) | # (# to #)"), ("selection", "| all | 600 | # (~)"), ("selection", "Of the # selected rows # are of email"), ("selection", "docstring. # rows to select from, of which # are")], lambda before, best, random, change, more, low, high, whole, *rest: [before, best, random, more, low, high, whole, *rest]),
     (README, "For #% of 24 questions, the right topic is among the ten", [("topics", "| `ekfac` | `cosine` | #")], lambda share: [100 * share]),
     # benchmarks/README.md: results
     (SPEED, "| quickstart, with model conversion, without installation | 4 min 40 s |", [("quickstart", "4 min 40 s")], None),
