@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from logra.experts import DOWN, Pairs, WideLayer, WideSide, track
-from logra.projection import Projection
+from logra.projection import Projection, product, wide
 
 
 class _Tap(torch.autograd.Function):
@@ -34,21 +34,6 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, d: Tensor):
         ctx.sink(ctx.saved_tensors[0], d)
         return d, None, None, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the matrix product a @ b, or that of two batches, in float32 or wider.
-
-    Products of 16-bit numbers are exact in float32. A GPU multiplies them as they are and sums in float32.
-    """
-    if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
-    return _wide(a) @ _wide(b)
 
 
 @contextmanager
@@ -180,11 +165,11 @@ class GradientCapture:
         if self.want_factors and not self.squares_only:
             mask = self._positions.to(x.device, x.dtype)[..., None]  # padding and the last token have x but no d
             x, d = (x * mask).flatten(0, 1), d.flatten(0, 1)
-            self._add(self._batch_sums, {f"{name}.A": _product(x.T, x), f"{name}.B": _product(d.T, d)})
+            self._add(self._batch_sums, {f"{name}.A": product(x.T, x), f"{name}.B": product(d.T, d)})
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
         """Return the per-example gradients [B, r_out * r_in] of x~ [B, T, r_in] and d~ [B, T, r_out]."""
-        return _product(d.mT, x).flatten(1)
+        return product(d.mT, x).flatten(1)
 
     def _add(self, sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         for key, value in values.items():
@@ -271,7 +256,7 @@ class ScoreCapture(GradientCapture):
             )
         grads = super()._reduce(name, x, d) if forms or not isinstance(query, tuple) else None
         if isinstance(query, tuple):
-            x, d = _wide(x), _wide(d)
+            x, d = wide(x), wide(d)
             self.queries[name] = query = tuple(factor.to(x) for factor in query)  # copies at the first call only
             left, right = (factor.flatten(0, 1) for factor in query)  # [rows * R, r]
             dots = ((d @ left.T) * (x @ right.T)).sum(dim=1).view(len(x), *query[0].shape[:2]).sum(dim=2)
@@ -309,8 +294,8 @@ class TokenCapture(GradientCapture):
     matrices: dict[str, Tensor]
 
     def _reduce(self, name: str, x: Tensor, d: Tensor) -> Tensor:
-        d = _wide(d)
-        return torch.einsum("bto,poi,bti->bpt", d, self.matrices[name].to(d), _wide(x))
+        d = wide(d)
+        return torch.einsum("bto,poi,bti->bpt", d, self.matrices[name].to(d), wide(x))
 
 
 class GradientPositions(GradientCapture):

@@ -142,6 +142,22 @@ def unrotated(queries: Tensor, projection: Projection, shape: tuple[int, int]) -
     return times(times(q.mT, projection.p_out).mT, projection.p_in).flatten(1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix product a @ b, or that of two batches, in float32 or wider.
+
+    Products of two 16-bit numbers are exact in float32. A GPU multiplies them as they are, and sums in float32; a CPU
+    has no such product.
+    """
+    if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return wide(a) @ wide(b)
+
+
 def times(rows: Tensor, p: Tensor | None) -> Tensor:
     """Return rows [..., r] @ P [r, d]; None stands for the identity."""
     return rows if p is None else rows @ p

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logra.projection import product
+
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGER_BITS = {"int8": 8, "int4": 4, "int1": 1, "none": 0}
 STEPS_IN_RMS = {8: 0.05, 4: 0.3}  # bits -> scale / root mean square (evaluation/results/variants_*)
@@ -276,10 +278,5 @@ class SplitQueries:
         """Return scores [n, Q] float32 of packed [n, packed_bytes] and scale [n], on the queries' device."""
         count, k = self.shape
         blocks = (_levels(block, self.bits, k, torch.bfloat16) for block in row_blocks(packed, k))
-        sums = torch.cat([_product(levels, self.high_and_low.T) for levels in blocks])
+        sums = torch.cat([product(levels, self.high_and_low.T) for levels in blocks])
         return (sums[:, :count] + sums[:, count:]) * scale[:, None]
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of two bfloat16 matrices in float32. Only CUDA multiplies bfloat16 into float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
