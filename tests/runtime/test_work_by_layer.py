@@ -18,6 +18,7 @@ from torch import Tensor
 
 from logra import hessian, projection
 from logra.runtime import processes
+from logra.runtime.settings import Damping
 from logra.scoring.score import Scorer
 from logra.stages import calibrate
 
@@ -69,7 +70,7 @@ def rotations() -> list[Tensor]:
 def solutions() -> list[Tensor]:
     """Stage 3's preconditioned queries."""
     scorer = object.__new__(Scorer)
-    scorer.task = SimpleNamespace(kind="kfac", dampings=[hessian.Damping(0.1, None), hessian.Damping(None, 2.0)])
+    scorer.task = SimpleNamespace(kind="kfac", dampings=[Damping(0.1, None), Damping(None, 2.0)])
     scorer.run, scorer.self_influence, scorer.device = Run(), None, torch.device("cpu")
     scorer._query_gradients = lambda groups: dict(zip(LAYERS, torch.randn(7, len(groups), 12), strict=True))
     torch.manual_seed(0)
