@@ -253,6 +253,7 @@ FIGURES: list[tuple] = [
     ("docs/method.md", "LDS # instead of #", [("variants_checkpoints", "| a seed of its own for each | #, #, #, #, # |"), ("variants_checkpoints", "| one seed for all checkpoints | #, # |")], lambda *x: [sum(x[:5]) / 5, sum(x[5:]) / 2]),
     (RESULTS, "on # passages of the manual and # of another topic. The average precision of finding the 50 with # other texts", [("mixed_in", "fine-tuned for 3 epochs on # passages of Python's manual and # passages"), ("mixed_in", "Queries are # other passages of turtle")], None),
     (RESULTS, "`--preset best` **#**; **#**, `paper` #; # (at damping 10, its best, #; #), BM25 #. Among 50 decoys with the queries' words: #; #, #; # (#; #), #.", MIXED_IN, lambda *x: [*check_is(x[4], x[10], 0), *(x[i + variant] for variant in (0, 1) for i in (0, 6, 2, 8, 12, 14, 4))]),
+    (SPEED, "| two seconds until `analysis.py` prints, and until `extract_log.py --dry_run` does | #, # s beside", [("startup", "20 examples: first line | ~ | #"), ("startup", "of a tiny model: first line | ~ | #")], None),
     *lds_rows(),
     readme_lds("GPT-2", "Python's manual", "lds#gpt2"),
     readme_lds("Llama", "Python's manual", "lds#llama"),
