@@ -64,6 +64,7 @@ def build_parser() -> Parser:
     parser.add_argument("--block_size", **several, default=[256], help="tokens in an example (256)")
     parser.add_argument("--batch_size", **several, default=[4], help="examples in a batch (4)")
     parser.add_argument("--rank", **several, default=[64], help="(64)")
+    parser.add_argument("--dtype", choices=list(FLOAT_DTYPES), nargs="+", default=[None], help="of the model (default)")
     parser.add_argument("--batches", type=positive_int, default=2, help="per measurement (2)")
     parser.add_argument("--all_layers", action="store_true", help="attention too, not the MLP only")
     parser.add_argument("--repeats", type=positive_int, default=5, help="of each, interleaved (5)")
@@ -143,13 +144,13 @@ def passes(
     return without | {"ours": partial(ours, True), "ours, without factors": partial(ours, False)}
 
 
-def make_model(name: str, random: str | None, device: str) -> PreTrainedModel:
+def make_model(name: str, random: str | None, dtype: str | None, device: str) -> PreTrainedModel:
     """Load a model, or make one of random weights."""
-    dtype = FLOAT_DTYPES[model.default_dtype(device)]
+    torch_dtype = FLOAT_DTYPES[dtype or model.default_dtype(device)]
     if random is None:
-        return model.load_model(name, dtype, device)
+        return model.load_model(name, torch_dtype, device)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(RANDOM_CONFIGS[random], dtype=dtype).to(device).eval()
+    return AutoModelForCausalLM.from_config(RANDOM_CONFIGS[random], dtype=torch_dtype).to(device).eval()
 
 
 def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batch_size: int, rank: int) -> dict:
@@ -166,12 +167,12 @@ def measure(args: argparse.Namespace, lm: PreTrainedModel, block_size: int, batc
     tokens = len(rows) * block_size
     speeds = {name: tokens / median(seconds for seconds, _ in values) for name, values in results.items()}
     ratios = [f / o for (f, _), (o, _) in zip(results["forward"], results["ours"], strict=True)]
-    print(f"{type(lm).__name__}, blocks of {block_size} tokens, batches of {batch_size}, rank {rank}")
+    print(f"{type(lm).__name__}, {lm.dtype}, blocks of {block_size} tokens, batches of {batch_size}, rank {rank}")
     for name, values in results.items():
         peak = max(memory for _, memory in values) / 1e9
         relative = speeds[name] / speeds["forward"]
         print(f"  {name:28s} {speeds[name]:9.0f} tokens/s  {relative:.2f} of forward  {peak:.2f} GB", flush=True)
-    about: dict[str, Any] = {"model": type(lm).__name__}
+    about: dict[str, Any] = {"model": type(lm).__name__, "dtype": str(lm.dtype)}
     about |= {"block_size": block_size, "batch_size": batch_size, "rank": rank, "layers": len(shapes)}
     about |= {"tokens_per_second": speeds, "ratio": median(ratios), "ratios": ratios}
     return about | {"peak_bytes": {name: max(m for _, m in values) for name, values in results.items()}}
@@ -181,8 +182,8 @@ def main(args: argparse.Namespace) -> None:
     """Time each combination of the sweep, print tables and a JSON line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     measured = []
-    for random in args.random:
-        lm = make_model(args.model_name, random, device)
+    for random, dtype in product(args.random, args.dtype):
+        lm = make_model(args.model_name, random, dtype, device)
         measured += [measure(args, lm, *sizes) for sizes in product(args.block_size, args.batch_size, args.rank)]
     about = {"benchmark": "extraction", "model_name": args.model_name, "device": device, "torch": torch.__version__}
     about |= {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
