@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from logra.projection import Shapes
+from logra.projection import Shapes, wide
 
 IMPLEMENTATION = "logra"  # its name in transformers
 DOWN = "down_proj"
@@ -73,15 +73,14 @@ class WideSide:
 
     def __call__(self, x: Tensor, pairs: Pairs) -> Tensor:
         """Return the sum over each token's experts of P[:, e] x, [T, r], of x [S, i]; without P the wide rows."""
-        wider = torch.promote_types(x.dtype, torch.float32)
         if self.p is None:
-            return pairs.spread(x.to(wider))
+            return pairs.spread(wide(x))
         if self.kind != (x.dtype, x.device):
             columns = self.p.to(x).T.view(len(pairs.ends), x.shape[1], -1)
             blocks = F.pad(columns, (0, -columns.shape[2] % 8)).contiguous()  # for Pairs.multiply
             self.blocks = self.shard(blocks) if self.shard else lambda: blocks
             self.kind = x.dtype, x.device
-        return pairs.sum(pairs.multiply(x, self.blocks())[:, : len(self.p)].to(wider))
+        return pairs.sum(wide(pairs.multiply(x, self.blocks())[:, : len(self.p)]))
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -99,6 +99,23 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 # ---- gradients without a run
+class InMemory:
+    """A shard's gradients in memory, as influence.score_shards reads them."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def size(self, name: str) -> int:
+        return self.tensors[name].nbytes
+
+    def read(self, name: str, buffer: Tensor | None = None) -> Tensor:
+        tensor = self.tensors[name]
+        return tensor if buffer is None else buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def close(self) -> None:
+        pass
+
+
 def random_ids(lengths: list[int]) -> list[list[int]]:
     """Return examples of these lengths."""
     return [torch.randint(3, VOCAB, (n,)).tolist() for n in lengths]

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT
 from helpers import (
     DATA,
+    InMemory,
     compute_gradients,
     draw_projections,
     extract,
@@ -133,22 +134,6 @@ def test_stages_against_the_cpu(device, cli, tiny, workspace, name, flags):
     errors = {key: (found[key] - value).norm() / value.norm().clamp_min(1e-30) for key, value in expected.items()}
     wrong = {key: error.item() for key, error in errors.items() if not error <= tolerance}
     assert found.keys() == expected.keys() and not wrong
-
-
-class InMemory:
-    """A shard's gradients in memory, as influence.score_shards reads them."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors = tensors
-
-    def size(self, name: str) -> int:
-        return self.tensors[name].nbytes
-
-    def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        return self.tensors[name]
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize(

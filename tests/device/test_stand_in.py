@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from conftest import make_model
-from helpers import compute_gradients, draw_projections, random_ids, relative
+from helpers import InMemory, compute_gradients, draw_projections, random_ids, relative
 from stand_in import Event, GpuStandIn, OnGpu
 
 from logra import influence
@@ -113,23 +113,6 @@ def test_a_planted_mistake_is_seen(monkeypatch, owner, name, mistake, seen):
         gc.collect()
 
 
-class ShardFile:
-    """A shard of one layer, which is read into the buffer given."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-    def size(self, layer: str) -> int:
-        return self.tensor.nbytes
-
-    def read(self, layer: str, buffer: torch.Tensor) -> torch.Tensor:
-        view = buffer[: self.tensor.nbytes].view(self.tensor.dtype).view(self.tensor.shape)
-        return view.copy_(self.tensor)
-
-    def close(self) -> None:
-        pass
-
-
 def scored_without_waiting(stored, scale, query, forms, bits):
     return stored.to(query.device, non_blocking=True) @ query.T, []
 
@@ -143,7 +126,7 @@ def test_a_pinned_buffer_that_is_read_into_too_early(monkeypatch, reused):
     expected = pytest.raises(RuntimeError, match="a pinned buffer changed") if reused else nullcontext()
     with expected, GpuStandIn():
         found = influence.score_shards(
-            lambda shard: ShardFile(shards[shard]), range(8), {"l": query}, {"l": []}, torch.device("cuda", 0)
+            lambda shard: InMemory({"l": shards[shard]}), range(8), {"l": query}, {"l": []}, torch.device("cuda", 0)
         )
         for shard, dots, _ in found:
             assert relative(dots[""].cpu(), shards[shard] @ query.T) < 1e-6
