@@ -22,7 +22,6 @@ from lds import gradient_bytes, ranks, runs_of
 
 from logra.runtime.flag_types import positive_int
 from logra.runtime.flags import Parser, run_script
-from logra.scoring.reranked import Reranked
 
 CANDIDATES = (10, 20, 50, 100, 200)
 
@@ -47,18 +46,6 @@ def overlap(reference: np.ndarray, other: np.ndarray, k: int, candidates: int | 
     return np.array([len(np.intersect1d(*row)) / k for row in rows])
 
 
-def with_reranked(folder: Path, other: scored.Scored) -> np.ndarray | None:
-    """Return the re-ranked scores [Q, N] of a folder, minus infinity for what is no candidate; None without any."""
-    fine = Reranked.load(folder, other.record, None)
-    if fine is None:
-        return None
-    scores = np.full(other.scores.shape, -np.inf)
-    for query, row in enumerate(scores):
-        ids, values = fine.candidates(query)
-        row[ids] = values
-    return scores
-
-
 def main(args: argparse.Namespace) -> None:
     """Print a row for each folder, and draw the plot."""
     reference, rows, curves = scored.load(args.reference), [], {}
@@ -71,9 +58,8 @@ def main(args: argparse.Namespace) -> None:
         correlation = (ranks(other.scores) * ranks(reference.scores)).sum(axis=1)
         shares = [overlap(reference.scores, other.scores, args.k, count) for count in CANDIDATES]
         size = sum(gradient_bytes(run, len(other.documents)) for run in runs_of(folder))
-        again = with_reranked(folder, other)
-        fine = "" if again is None else overlap(reference.scores, again, args.k)
-        rows.append([str(folder), correlation, *shares, fine, f"{size:,.0f}"])
+        again = [overlap(reference.scores, order, args.k) for order in scored.rankings(folder, other).values()][1:]
+        rows.append([str(folder), correlation, *shares, *(again or [""]), f"{size:,.0f}"])
         curves["/".join(folder.absolute().parts[-4:-2])] = [share.mean() for share in shares]
     first = [f"{args.k} best in first {count}" for count in CANDIDATES]
     scored.print_table(["scores", "Spearman", *first, "re-ranked", "bytes"], rows)

@@ -4,10 +4,12 @@
 
 Takes a testbed of evaluation/lds.py and scores of its queries and texts. For each of the first queries a model is
 trained from the same initial weights without the k texts that have the query's highest scores. A few more models are
-trained without k random texts; all queries and folders share these. The rise is the query's loss under such a model
-minus its loss under the model of all texts, in nats, summed over the query's tokens. Removing texts also changes the
-order of the others, which alone changes the loss. The models without random texts show by how much, so the result is
-the difference from them. Intervals are over queries.
+trained without k random texts; all queries and folders share these. A folder with re-ranked scores (--rerank of
+compute_influence.py) has two rows: of its stored scores and of the re-ranked ones.
+
+The rise is the query's loss under such a model minus its loss under the model of all texts, in nats, summed over the
+query's tokens. Removing texts also changes the order of the others, which alone changes the loss. The models without
+random texts show by how much, so the result is the difference from them. Intervals are over queries.
 
 The losses of a model are kept in <testbed>/brittleness/<hash of its removed texts and the testbed's settings>.npy [Q].
 So a command continues after a stop, and further queries, folders and draws train only the models that are missing.
@@ -59,21 +61,24 @@ def main(args: argparse.Namespace) -> None:
             )
     generator = np.random.default_rng(args.seed)
     removed = [[]] + [generator.choice(len(texts), args.k, replace=False) for _ in range(args.num_random)]
+    lists: dict[str, np.ndarray] = {}
     for folder in args.scores:
         found = scored.load(folder)
         if found.documents != [row["id"] for row in texts] or found.queries != [row["id"] for row in queries]:
             raise ValueError(
                 f"expected scores of {args.testbed}'s queries and texts in {folder}, got others; score these"
             )
-        removed += list(np.argsort(-found.scores[: args.num_queries], axis=1, kind="stable")[:, : args.k])
+        for name, scores in scored.rankings(folder, found).items():
+            lists[name] = np.argsort(-scores[: args.num_queries], axis=1, kind="stable")[:, : args.k]
+    removed += [ids for rows in lists.values() for ids in rows]
     losses = retrain(args.testbed, settings, texts, queries, [sorted(map(int, ids)) for ids in removed])
-    of_all, of_random, of_folders = np.split(losses, [1, 1 + args.num_random])
+    of_all, of_random, of_lists = np.split(losses, [1, 1 + args.num_random])
     number = np.arange(args.num_queries)
     random = (of_random - of_all).mean(axis=0)[number]
     rows = [[f"{args.k} random texts, mean of {args.num_random} draws", random, "", ""]]
-    for folder, part in zip(args.scores, np.split(of_folders, len(args.scores)), strict=True):
+    for name, part in zip(lists, np.split(of_lists, len(lists)), strict=True):
         rise = part[number, number] - of_all[0, number]
-        rows.append([folder, rise, rise - random, rise > random])
+        rows.append([name, rise, rise - random, rise > random])
     scored.print_table([f"without the top {args.k} of", "rise of the loss", "minus random", "above random"], rows)
 
 

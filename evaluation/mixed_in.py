@@ -167,7 +167,7 @@ def precisions(of_variant: Path, folders: list[Path]) -> dict[str, float]:
     for folder in folders:
         if (folder / "run.json").exists() or not (folder / "scores.npy").exists():
             name = f"{folder.parents[1].name}, {folder.name.split('-', 2)[-1]}"  # without the hash of the queries
-            scores = scored.by_document(folder, ids, queries)
+            scores = scored.by_document(folder, ids, queries)[str(folder)]
         else:
             name, scores = folder.name, lds.load_scores(folder, of_variant, len(queries), len(ids))
         found[name] = average_precision(mean_z_score(scores), mixed)

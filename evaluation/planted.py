@@ -71,7 +71,9 @@ def main(args: argparse.Namespace) -> None:
     corpus, queries = (scored.read_rows(args.folder / f"{name}.jsonl") for name in ("corpus", "queries"))
     facts, ids = files.read_json(args.folder / "facts.json", "delete the folder"), [row["id"] for row in corpus]
     planted = np.array([np.isin(ids, facts[query["id"]]) for query in queries])
-    scores = {str(folder): scored.by_document(folder, ids, list(facts)) for folder in args.scores}
+    scores: dict[str, np.ndarray] = {}
+    for folder in args.scores:
+        scores |= scored.by_document(folder, ids, list(facts))
     model = load_model(str(args.folder / "model"), torch.float32, DEVICE)
     tokenizer = load_tokenizer(str(args.folder / "model"))
     learned = np.array([knows_answer(model, tokenizer, query) for query in queries])

@@ -13,6 +13,7 @@ from logra.run_dir import RunDir
 from logra.runtime import files
 from logra.runtime.flags import Parser
 from logra.scoring.rank import load_matrix, read_queries, read_record, scored_runs
+from logra.scoring.reranked import Reranked
 from logra.scoring.score_files import ScoreRecord
 
 BOOTSTRAP_SAMPLES = 2000
@@ -53,14 +54,37 @@ def load(folder: Path) -> Scored:
     return Scored(scores, queries, run.train()["document_id"][:], run, record)
 
 
-def by_document(folder: Path, ids: list[str], queries: list[str]) -> np.ndarray:
-    """Return a folder's scores [Q, D] of these documents (of each that of its best example) and queries."""
+def rankings(folder: Path, found: Scored) -> dict[str, np.ndarray]:
+    """Return a folder's scores [Q, N] and, if it has re-ranked ones, what orders the examples as those do, by name.
+
+    The second are minus an example's place, from 0. The K candidates with the highest new scores come first, then what
+    is no candidate, by stored score, then the other candidates.
+    """
+    rows, again = {str(folder): found.scores}, Reranked.load(folder, found.record, None)
+    if again is not None:
+        places = np.empty(found.scores.shape)
+        for query, stored in enumerate(found.scores):
+            ids, scores = again.candidates(query)
+            ids = ids[np.argsort(-scores, kind="stable")]
+            order = np.argsort(-stored, kind="stable")
+            first, last = np.split(ids, [again.record.kept])
+            order = np.concatenate([first, order[~np.isin(order, ids)], last])
+            places[query, order] = np.arange(len(stored))
+        rows[f"{folder}, re-ranked"] = -places
+    return rows
+
+
+def by_document(folder: Path, ids: list[str], queries: list[str]) -> dict[str, np.ndarray]:
+    """Return a folder's rankings [Q, D] of these documents (of each that of its best example) and queries."""
     found = load(folder)
     if set(found.documents) != set(ids) or found.queries != queries:
         raise ValueError(f"expected scores of corpus.jsonl for queries.jsonl in {folder}, got others; score these")
-    best, place = np.full((len(ids), len(queries)), -np.inf), {name: i for i, name in enumerate(ids)}
-    np.maximum.at(best, [place[name] for name in found.documents], found.scores.T)
-    return best.T
+    place, rows = {name: i for i, name in enumerate(ids)}, {}
+    for name, scores in rankings(folder, found).items():
+        best = np.full((len(ids), len(queries)), -np.inf)
+        np.maximum.at(best, [place[document] for document in found.documents], scores.T)
+        rows[name] = best.T
+    return rows
 
 
 def made_with(path: Path, flags: dict[str, Any], parser: Parser) -> dict[str, Any]:

@@ -29,17 +29,23 @@ def build_parser() -> Parser:
     return parser
 
 
-def recall(folder: Path, k: int) -> tuple[float, float, float, int]:
-    """Return the share of questions with their topic in the first k examples, in the first one, mean 1 / rank, Q."""
+def recall(folder: Path, k: int) -> dict[str, tuple[float, float, float, int]]:
+    """Return the share of questions with their topic in the first k examples, in the first one, mean 1 / rank, Q.
+
+    By name: of the folder's scores and, if it has them, of its re-ranked scores.
+    """
     found = scored.load(folder)
     documents, queries = np.array(found.documents), found.queries
     if unknown := set(queries) - set(found.documents):
         raise ValueError(
             f"expected query ids that are topics in {folder}, got {sorted(unknown)}; use evaluation/topics.jsonl"
         )
-    ranked = documents[np.argsort(-found.scores, axis=1, kind="stable")]
-    ranks = 1 + (ranked == np.array(queries)[:, None]).argmax(axis=1)
-    return (ranks <= k).mean(), (ranks == 1).mean(), (1 / ranks).mean(), len(queries)
+    rows = {}
+    for name, scores in scored.rankings(folder, found).items():
+        ranked = documents[np.argsort(-scores, axis=1, kind="stable")]
+        ranks = 1 + (ranked == np.array(queries)[:, None]).argmax(axis=1)
+        rows[name] = ((ranks <= k).mean(), (ranks == 1).mean(), (1 / ranks).mean(), len(queries))
+    return rows
 
 
 def chance(folder: Path, k: int) -> float:
@@ -54,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
     """Print the table."""
     print(f"| scores | questions | topic in the top {args.k} | topic first | mean 1/rank |\n|---|---|---|---|---|")
     for folder in args.scores:
-        top, first, reciprocal, count = recall(folder, args.k)
-        print(f"| {folder.parents[1].name}/{folder.name} | {count} | {top:.2f} | {first:.2f} | {reciprocal:.2f} |")
+        for name, (top, first, reciprocal, count) in recall(folder, args.k).items():
+            print(f"| {name} | {count} | {top:.2f} | {first:.2f} | {reciprocal:.2f} |")
     print(f"| random order | | {chance(args.scores[0], args.k):.2f} | | |")
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT, edit_json, save_model, vouch, write_jsonl
 from helpers import check
 
 from logra.runtime import files
+from logra.scoring import reranked
 
 NAMES = ("planted", "tail_patch", "brittleness", "mixed_in", "selection")
 
@@ -192,6 +193,26 @@ def test_brittleness(cli, workspace, monkeypatch):
     write_jsonl(bed / "train.jsonl", scored.read_rows(bed / "train.jsonl")[::-1])
     status, _, error = cli(*flags)
     assert status == 2 and len(error.splitlines()) == 1 and "score these" in error
+
+
+def test_rankings(cli, workspace, tiny):
+    """Re-ranked: the K best candidates by new score, what is no candidate by stored score, the other candidates."""
+    queries = write_jsonl(workspace / "queries.jsonl", scored.read_rows(workspace / "docs.jsonl")[:2])
+    folder = make_scores(cli, tiny / "gpt2", workspace / "docs.jsonl", queries, None, "--rerank", 3)
+    found = scored.load(folder)
+    plain, again = scored.rankings(folder, found).values()
+    assert (plain == found.scores).all()
+    new = reranked.Reranked.load(folder, found.record, None)
+    for query, row in enumerate(np.argsort(-again, axis=1)):
+        values, stored = dict(zip(*new.candidates(query), strict=True)), found.scores[query]
+        assert len(values) == 6 and sorted(row) == list(range(20))
+        best = sorted(values, key=values.get, reverse=True)
+        others = sorted(set(range(20)) - set(values), key=lambda i, stored=stored: -stored[i])
+        assert row.tolist() == [*best[:3], *others, *best[3:]]
+    ids = found.documents[::-1]
+    of_documents = scored.by_document(folder, ids, found.queries)
+    assert list(of_documents) == [str(folder), f"{folder}, re-ranked"]
+    assert (of_documents[f"{folder}, re-ranked"] == again[:, ::-1]).all()
 
 
 def test_average_precision_by_hand():
