@@ -1,14 +1,14 @@
 """A stand-in for a GPU: it computes on the CPU, and refuses what a GPU would refuse or do wrong.
 
-    with GpuStandIn() as gpu:
+    with GpuStandIn() as gpu:  # GpuStandIn(2): two of them
         x = torch.ones(3, device="cuda")
 
 A tensor on it is a wrapper (`OnGpu`) around a CPU tensor, and says that its device is cuda:0. Inside the block an
-operation that mixes it with host memory raises a RuntimeError. So does a stream that reads what another stream wrote
-without waiting for it, memory that is freed while another stream uses it (record_stream is missing), and a pinned
-buffer that changes while it is copied. A copy into a pinned buffer without waiting arrives when its stream is
-synchronised; until then the buffer holds garbage. `waits` counts the operations in which the host waits for the
-device, and `bytes` what is copied to the host and to the device.
+operation that mixes it with host memory, or with another device, raises a RuntimeError. So does a stream that reads
+what another stream wrote without waiting for it, memory that is freed while another stream uses it (record_stream is
+missing), and a pinned buffer that changes while it is copied. A copy into a pinned buffer without waiting arrives when
+its stream is synchronised; until then the buffer holds garbage. `waits` counts the operations in which the host waits
+for the device, and `bytes` what is copied to the host and to the device.
 """
 
 import threading
@@ -28,7 +28,6 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-DEVICE = torch.device("cuda", 0)
 MEMORY = 8 * 2**30  # bytes that the device says it has free
 COPIES = ("aten::copy_", "aten::_to_copy")
 TAKES_HOST_INDICES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -73,8 +72,8 @@ OWN_NAME = torch.device("standin", 0)
 class Stream:
     """A queue of the device. A time is the number of operations that were put into it before."""
 
-    def __init__(self, gpu: "GpuStandIn"):
-        self.gpu, self.device, self.time, self.finished = gpu, DEVICE, 0, 0
+    def __init__(self, gpu: "GpuStandIn", index: int = 0):
+        self.gpu, self.device, self.time, self.finished = gpu, torch.device("cuda", index), 0, 0
         self.seen: dict[Stream, int] = {}  # how far this stream has waited for others
         self.copies: list[tuple[int, Tensor, Tensor, bool]] = []  # time, pinned buffer, content, whether into it
         gpu.streams.append(self)
@@ -154,11 +153,19 @@ class OnGpu(torch.Tensor):
     def __init__(self, raw: Tensor, memory: Memory, gpu: "GpuStandIn"):
         self.raw, self.memory, self.gpu = raw, memory, gpu
 
-    device = property(lambda self: DEVICE)
+    device = property(lambda self: self.memory.home.device)
     is_cuda = property(lambda self: True)
 
     def record_stream(self, stream: Stream) -> None:
         self.memory.recorded.add(stream)
+
+    def to(self, *args, **kwargs):
+        """As torch.Tensor.to, which can't tell one device of the stand-in from another."""
+        like = [getattr(value, "device", value) for value in (*args, *kwargs.values())]
+        asked = [value for value in like if str(value).startswith("cuda")]
+        index = (torch.device(asked[0]).index or 0) if asked else self.device.index
+        moved = self if index == self.device.index else _Move.apply(self, index)
+        return torch.Tensor.to(moved, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f"OnGpu({self.raw})"
@@ -167,6 +174,19 @@ class OnGpu(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # in a thread without the modes
         tensors, _ = tree_flatten((args, kwargs or {}))
         return next(t for t in tensors if isinstance(t, OnGpu)).gpu.run(function, args, kwargs or {})
+
+
+class _Move(torch.autograd.Function):
+    """A copy to another device; the gradient is copied back."""
+
+    @staticmethod
+    def forward(ctx, tensor: OnGpu, index: int) -> OnGpu:
+        ctx.index = tensor.device.index
+        return tensor.gpu.moved(tensor, index)
+
+    @staticmethod
+    def backward(ctx, gradient: OnGpu):
+        return gradient.gpu.moved(gradient, ctx.index), None
 
 
 class _Operations(TorchDispatchMode):
@@ -179,33 +199,48 @@ class _Operations(TorchDispatchMode):
 
 
 class _Names(TorchFunctionMode):
-    """Calls the device by its own name in arguments: torch would ask CUDA for `cuda`."""
+    """Calls each device by the own name of all in arguments, since torch would ask CUDA for `cuda`."""
+
+    def __init__(self, gpu: "GpuStandIn"):
+        super().__init__()
+        self.gpu = gpu
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        def renamed(value):
-            return OWN_NAME if str(value) in ("cuda", "cuda:0") else value
+        asked = None
 
-        args = tuple(renamed(a) if isinstance(a, str | torch.device) else a for a in args)
-        named = {k: renamed(v) if isinstance(v, str | torch.device) else v for k, v in (kwargs or {}).items()}
+        def renamed(value):
+            nonlocal asked
+            if not isinstance(value, str | torch.device) or (name := str(value).split(":"))[0] != "cuda":
+                return value
+            asked = int(name[1]) if len(name) > 1 else 0
+            return OWN_NAME
+
         if function is torch.device:
-            return DEVICE if args[0] == OWN_NAME else function(*args, **named)
-        if function in (torch.tensor, torch.as_tensor) and named.get("device") == OWN_NAME:
-            return function(*args, **named | {"device": "cpu"}).to(OWN_NAME)
-        return function(*args, **named)
+            return function(*args, **kwargs or {})
+        args, named = tuple(map(renamed, args)), {key: renamed(value) for key, value in (kwargs or {}).items()}
+        if asked is None:
+            return function(*args, **named)
+        with self.gpu.asked_for(asked):
+            if function in (torch.tensor, torch.as_tensor):
+                return function(*args, **named | {"device": "cpu"}).to(OWN_NAME)
+            return function(*args, **named)
 
 
 class GpuStandIn:
-    """The device; see the module.
+    """The devices; see the module.
+
+    Args:
+        devices: How many there are.
 
     Attributes:
         waits: Operation -> how often the host waited for the device there.
         bytes: "to host" and "to device" -> bytes copied.
     """
 
-    def __init__(self):
+    def __init__(self, devices: int = 1):
         self.waits, self.bytes, self.faults = Counter[str](), Counter[str](), list[str]()
         self.streams: list[Stream] = []
-        self.default = Stream(self)
+        self.defaults = [Stream(self, index) for index in range(devices)]
         self.pinned: list[Tensor] = []  # kept: an address belongs to one buffer
         self.current = threading.local()
 
@@ -221,9 +256,11 @@ class GpuStandIn:
 
         self.exit.enter_context(mock.patch.object(threading.Thread, "run", run_in_modes))
         functions = {
-            "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
-            "current_device": lambda: 0, "set_device": lambda device: None, "Stream": lambda device=None: Stream(self),
-            "current_stream": lambda device=None: self.stream, "stream": self.use, "synchronize": self.synchronize,
+            "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: len(self.defaults),
+            "current_device": lambda: 0, "set_device": lambda device: None,
+            "Stream": lambda device=None: Stream(self, torch.device(device or "cuda").index or 0),
+            "current_stream": lambda device=None: self.stream(torch.device(device or "cuda").index or 0),
+            "stream": self.use, "synchronize": self.synchronize,
             "mem_get_info": lambda device=None: (MEMORY, MEMORY), "max_memory_allocated": lambda device=None: 0,
             "empty_cache": lambda: None, "is_bf16_supported": lambda *_: True,
             "get_device_capability": lambda device=None: (9, 0), "manual_seed_all": lambda seed: None,
@@ -241,31 +278,65 @@ class GpuStandIn:
 
     @contextmanager
     def modes(self):
-        with _Names(), _Operations(self):
+        with _Names(self), _Operations(self):
             yield
 
-    @property
-    def stream(self) -> Stream:
-        """The stream of this thread."""
-        return getattr(self.current, "stream", self.default)
+    def stream(self, index: int) -> Stream:
+        """Return the stream of a device that is this thread's."""
+        return getattr(self.current, f"stream{index}", self.defaults[index])
 
     @contextmanager
     def use(self, stream: Stream):
-        before, self.current.stream = self.stream, stream
+        index = stream.device.index
+        before = self.stream(index)
+        setattr(self.current, f"stream{index}", stream)
         try:
             yield
         finally:
-            self.current.stream = before
+            setattr(self.current, f"stream{index}", before)
+
+    @contextmanager
+    def asked_for(self, index: int):
+        """Put what this thread makes without a tensor of a device on this device."""
+        before, self.current.asked = self.asked, index
+        try:
+            yield
+        finally:
+            self.current.asked = before
+
+    @property
+    def asked(self) -> int:
+        """The device that was asked for; without a name, as torch's own code asks, that of the last operation."""
+        return getattr(self.current, "asked", 0)
+
+    def moved(self, tensor: OnGpu, index: int) -> OnGpu:
+        """Return a copy on another device, in the current streams of both, which wait for each other."""
+        source, target = self.stream(tensor.device.index), self.stream(index)
+        source.wait_stream(target)
+        source.time += 1
+        tensor.memory.touch(source, False, "a copy between devices")
+        target.wait_stream(source)
+        return self.new(tensor.raw.clone(), index)
+
+    def new(self, raw: Tensor, index: int) -> OnGpu:
+        """Return a tensor in new memory of a device."""
+        memory = Memory(self.stream(index))
+        memory.writer = memory.home, memory.home.time
+        return OnGpu(raw, memory, self)
 
     def synchronize(self, device=None) -> None:
         self.waits["synchronize"] += 1
         for stream in self.streams:
             stream.finish()
 
-    def wait(self, name: str) -> None:
-        """Let the host wait for the stream of this thread."""
+    def wait(self, name: str, own: list[OnGpu]) -> None:
+        """Let the host wait for the stream of this thread on the tensors' device."""
         self.waits[name] += 1
-        self.stream.finish()
+        self.stream(self.index(own)).finish()
+
+    def index(self, own: list[OnGpu]) -> int:
+        """Return the number of the tensors' device; without any, of the one that was asked for."""
+        return own[0].device.index if own else self.asked
 
     def run(self, function, args: tuple, kwargs: dict):
         """Run an operation of torch on the CPU tensors, after the checks."""
@@ -273,7 +344,7 @@ class GpuStandIn:
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         own = [t for t in tensors if isinstance(t, OnGpu)]
         asked = kwargs.get("device")
-        to_gpu = bool(own) if asked is None else torch.device(asked).type in (OWN_NAME.type, DEVICE.type)
+        to_gpu = bool(own) if asked is None else torch.device(asked).type in (OWN_NAME.type, "cuda")
         raw_args, raw_kwargs = tree_map_only(OnGpu, lambda t: t.raw, (args, dict(kwargs)))
         if asked is not None:
             raw_kwargs["device"] = "cpu"
@@ -293,7 +364,7 @@ class GpuStandIn:
             return out
         self.touch(function, own, args, kwargs, name)
         if name in WAITS or (name in TAKES_HOST_INDICES and self.is_mask(args[1])):
-            self.wait(name)
+            self.wait(name, own)
         return self.wrapped(out, own) if to_gpu else out
 
     def is_mask(self, indices) -> bool:
@@ -306,6 +377,8 @@ class GpuStandIn:
 
     def check(self, function, name: str, own: list[OnGpu], host: list[Tensor], args: tuple) -> None:
         """Raise a RuntimeError if an operation mixes memory of host and device."""
+        if len(found := {str(t.device) for t in own}) > 1:
+            raise RuntimeError(f"{name}: expected all tensors on one device, got {' and '.join(sorted(found))}")
         if not own or name in TAKES_HOST_INDICES:
             return
         into_host = function._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], OnGpu)
@@ -314,7 +387,8 @@ class GpuStandIn:
 
     def touch(self, function, own: list[OnGpu], args: tuple, kwargs: dict, name: str) -> None:
         """Note the use of memory by the stream of this thread."""
-        stream = self.stream
+        self.current.asked = self.index(own)
+        stream = self.stream(self.current.asked)
         stream.time += 1
         written = set()
         for argument, value in [*zip(function._schema.arguments, args, strict=False), *(
@@ -334,10 +408,7 @@ class GpuStandIn:
                     return tensor
             address = raw.untyped_storage().data_ptr()
             memory = next((t.memory for t in own if address and t.raw.untyped_storage().data_ptr() == address), None)
-            if memory is None:
-                memory = Memory(self.stream)
-                memory.writer = self.stream, self.stream.time
-            return OnGpu(raw, memory, self)
+            return self.new(raw, self.index(own)) if memory is None else OnGpu(raw, memory, self)
 
         return tree_map_only(Tensor, wrap, out)
 
@@ -347,6 +418,13 @@ class GpuStandIn:
         source, target = (args[1], args[0]) if in_place else (args[0], None)
         from_gpu, to_gpu = isinstance(source, OnGpu), isinstance(target, OnGpu) if in_place else to_gpu
         raw_source = raw_args[1] if in_place else raw_args[0]
+        named = torch.device(kwargs.get("device") or OWN_NAME)
+        asked = named.index or 0 if named.type == "cuda" else self.asked  # `cuda` comes from a thread without _Names
+        if from_gpu and to_gpu:
+            end = target.device.index if in_place else source.device.index if named.type != "cuda" else asked
+            if end != source.device.index:
+                source = self.moved(source, end)
+                raw_args = (raw_args[0], source.raw, *raw_args[2:]) if in_place else (source.raw, *raw_args[1:])
         own = [t for t in (source, target) if isinstance(t, OnGpu)]
         free = kwargs.get("non_blocking") or (in_place and len(args) > 2 and args[2])
         if own:
@@ -356,16 +434,18 @@ class GpuStandIn:
             return self.wrapped(out, own) if to_gpu else out
         self.bytes["to host" if from_gpu else "to device"] += raw_source.nbytes
         if from_gpu and in_place and free and self.is_pinned(target):
-            self.stream.copies.append((self.stream.time, target, raw_source.clone(), True))
+            stream = self.stream(self.index(own))
+            stream.copies.append((stream.time, target, raw_source.clone(), True))
             return target.copy_(torch.full_like(target, float("nan") if target.is_floating_point() else 85))
         if not from_gpu and free and self.is_pinned(source):
-            self.stream.copies.append((self.stream.time, source, source.clone(), False))
+            stream = self.stream(self.index(own))
+            stream.copies.append((stream.time, source, source.clone(), False))
         elif not (free and not from_gpu):
-            self.wait(function._schema.name)
+            self.wait(function._schema.name, own)
         out = function(*raw_args, **raw_kwargs)
         if in_place:
             return target
-        if not from_gpu:
-            self.stream.time += 1
-            out = out.clone() if out is raw_source else out
-        return self.wrapped(out, []) if to_gpu else out
+        if from_gpu:
+            return out
+        self.stream(asked).time += 1
+        return self.new(out.clone() if out is raw_source else out, asked)

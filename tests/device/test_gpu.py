@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import ROOT, make_model
 from helpers import (
     DATA,
     InMemory,
@@ -33,8 +33,9 @@ from stand_in import GpuStandIn
 
 from logra import quantise
 from logra.analysis.tokens import TokenSplitter
-from logra.hooks import GradientCapture
+from logra.hooks import GradientCapture, _SideProjection
 from logra.influence import score_shards
+from logra.models import model as models
 from logra.models.model import blocks
 from logra.run_dir import RunDir
 from logra.runtime.settings import MODES
@@ -190,19 +191,65 @@ def test_a_sharded_model(device, cli, tiny, workspace, processes):
     assert all((one[key] - two[key]).double().norm() <= 1e-3 * two[key].double().norm() for key in two)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_gradients_of_a_model_on_two_gpus(model):
+@pytest.fixture
+def two_devices(request) -> Iterator[None]:
+    """Two GPUs, or two stand-ins."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs, and TEST_GPUS=1")
+    with GpuStandIn(2) if request.param == "stand-in" else nullcontext(), stages_on(request.param):
+        yield
+
+
+def spread(model: torch.nn.Module) -> torch.nn.Module:
+    """Put a part of a model's layers on each of two GPUs, as --device_map auto does."""
+    memory = {0: sum(p.nbytes for p in model.parameters()) * 2 // 3, 1: 10**9}
+    places = infer_auto_device_map(model, memory, [type(blocks(model)[0]).__name__])
+    assert {*places.values()} == {0, 1}
+    return dispatch_model(model, device_map={part: f"cuda:{number}" for part, number in places.items()})
+
+
+@pytest.mark.parametrize(("two_devices", "name"), on_both(*2 * [[(name,) for name in NAMES]]), indirect=["two_devices"])
+def test_gradients_of_a_model_on_two_gpus(two_devices, name):
     """--device_map auto: layers on two GPUs, their copies in flight while the next batch is computed."""
+    model, ids = make_model(name), random_ids([30] * 20)
     _, projections = draw_projections(model)
-    ids = random_ids([30] * 64)
     with GradientCapture(model, projections) as capture:
         expected = compute_gradients(model, capture, ids, 10**6)
-    memory = {0: sum(p.nbytes for p in model.parameters()) * 2 // 3, 1: 10**9}
-    device_map = infer_auto_device_map(model, memory, [type(blocks(model)[0]).__name__])
-    assert {*device_map.values()} == {0, 1}
-    spread = dispatch_model(model, device_map=device_map)
-    with GradientCapture(spread, projections) as capture:
+    model = spread(model)
+    with GradientCapture(model, projections) as capture:
         for _ in range(5):
-            found = compute_gradients(spread, capture, ids, 120)
+            found = compute_gradients(model, capture, ids, 120)
             assert all(relative(found[layer], expected[layer]) < 1e-4 for layer in expected)
+
+
+@pytest.mark.parametrize(
+    ("two_devices", "name", "flags"),
+    on_both(*2 * [[("llama", PRESETS[1]), ("gpt2", "--hessian kfac --store_dtype none")]]),
+    indirect=["two_devices"],
+)
+def test_a_run_on_two_gpus(two_devices, cli, tiny, workspace, monkeypatch, name, flags):
+    """Stages, scores in all modes and re-ranked scores of a model on two GPUs, as --verify compares them."""
+    load = models.load_model
+
+    def load_spread(name, dtype, device="cpu", *_, **hub):
+        model = load(name, dtype, **hub)
+        return model if torch.device(device).type == "cpu" else spread(model)
+
+    monkeypatch.setattr(models, "load_model", load_spread)
+    run = ("extract_log", "--model_name", tiny / name, *DATA, "--verify", "--dtype", "float32")
+    status, out, err = cli(*run, *flags.split())
+    assert status == 0 and "FAIL" not in out and "reference in float64" in out, out + err
+
+
+def on_the_first_device(side, x, pairs=None):
+    return x if side.p is None else x @ side.p.to("cuda:0").T
+
+
+def test_a_projection_on_the_wrong_device_is_seen(monkeypatch):
+    """The stand-in keeps two devices apart."""
+    model = make_model("gpt2")
+    _, projections = draw_projections(model)
+    monkeypatch.setattr(_SideProjection, "__call__", on_the_first_device)
+    error = pytest.raises(RuntimeError, match="got cuda:0 and cuda:1")
+    with error, GpuStandIn(2), GradientCapture(spread(model), projections) as capture:
+        compute_gradients(model, capture, random_ids([5]), 100)
