@@ -9,7 +9,8 @@ compute_influence.py) has two rows: of its stored scores and of the re-ranked on
 
 The rise is the query's loss under such a model minus its loss under the model of all texts, in nats, summed over the
 query's tokens. Removing texts also changes the order of the others, which alone changes the loss. The models without
-random texts show by how much, so the result is the difference from them. Intervals are over queries.
+random texts show by how much, so the result is the difference from them. Intervals are over queries. To compare two
+kinds of scores, give one of them first: the last column has the differences from its rises, query by query.
 
 The losses of a model are kept in <testbed>/brittleness/<hash of its removed texts and the testbed's settings>.npy [Q].
 So a command continues after a stop, and further queries, folders and draws train only the models that are missing.
@@ -75,11 +76,13 @@ def main(args: argparse.Namespace) -> None:
     of_all, of_random, of_lists = np.split(losses, [1, 1 + args.num_random])
     number = np.arange(args.num_queries)
     random = (of_random - of_all).mean(axis=0)[number]
-    rows = [[f"{args.k} random texts, mean of {args.num_random} draws", random, "", ""]]
+    rows, rises = [[f"{args.k} random texts, mean of {args.num_random} draws", random, "", "", ""]], []
     for name, part in zip(lists, np.split(of_lists, len(lists)), strict=True):
-        rise = part[number, number] - of_all[0, number]
-        rows.append([name, rise, rise - random, rise > random])
-    scored.print_table([f"without the top {args.k} of", "rise of the loss", "minus random", "above random"], rows)
+        rises.append(part[number, number] - of_all[0, number])
+        minus_first = rises[-1] - rises[0] if len(rises) > 1 else ""
+        rows.append([name, rises[-1], rises[-1] - random, rises[-1] > random, minus_first])
+    head = [f"without the top {args.k} of", "rise of the loss", "minus random", "above random", "minus the first one's"]
+    scored.print_table(head, rows)
 
 
 def retrain(

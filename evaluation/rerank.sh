@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Reproduces: the tables and plots of re-ranking in evaluation/results: what the first candidates hold, and re-ranked lists
+# Reproduces: the tables and plots of re-ranking in evaluation/results: what the first candidates hold, re-ranked lists,
+#             and with RETRAIN=10 the rise of 10 queries' losses after training without the first 20 texts of each list
 # Needs:      as scripts/test.sh, 8 GB of disk, 8 GB of memory
-# Takes:      5 minutes a testbed on 2 CPU cores, and 40 to train it; smollm2 20 minutes; REDUCED=1: 2 minutes
+# Takes:      5 minutes a testbed on 2 CPU cores, and 40 to train it; smollm2 20 minutes; RETRAIN=10: 35 minutes more a
+#             testbed; REDUCED=1: 2 minutes
 # Expect:     for each store: share of the uncompressed top 10 among its first 10 to 200, and in the re-ranked top 10
 # Checked:    2026-11-28, 2 CPU cores, Python 3.11: its commands one by one, beside other work; REDUCED=1 in one piece
 #
@@ -16,6 +18,7 @@ REQUIREMENTS=tests/requirements.txt
 TESTBEDS=${TESTBEDS:-testbeds}
 RESULTS=${RESULTS:-$TESTBEDS/rerank}
 RERANK=${RERANK:-200}
+RETRAIN=${RETRAIN:-0}                       # number of queries
 MODEL=models/SmolLM2-135M-Instruct
 QUESTIONS=data/generated/SmolLM2-135M-Instruct/topics.jsonl
 CALIBRATION=2048
@@ -61,4 +64,10 @@ for bed in "$@"; do
     method best "--rerank $RERANK" --preset best --calibration_examples "$CALIBRATION"
     method paper "--rerank $RERANK" --preset paper --calibration_examples "$CALIBRATION"
     run python evaluation/agreement.py "$LOGS"/full/scores/* "$LOGS"/{best,paper}/scores/* --plot "$RESULTS/$bed.png"
+    if [ "$RETRAIN" != 0 ] && [ "$bed" != smollm2 ]; then
+        run python evaluation/brittleness.py "$BED" "$LOGS"/{paper,best}/scores/* --num_queries "$RETRAIN"
+        run python compute_influence.py --log_dir "$LOGS/best" --split "$QUERIES" --rerank "$RERANK" \
+            --rerank_checkpoints "$BED"/checkpoints/{0.2,0.5} "$BED/model"
+        run python evaluation/brittleness.py "$BED" "$LOGS"/best/scores/* --num_queries "$RETRAIN"
+    fi
 done
