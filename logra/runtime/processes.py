@@ -164,11 +164,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def from_owner(item: int, tensor: Tensor) -> Tensor:
     """Return the tensor of the rank whose share has this item, on the CPU of every rank.
 
-    The other ranks give a tensor of the same shape and type, whose values are not used.
+    The other ranks give a tensor of the same shape and type, which may be on the meta device.
     """
     if state().num_processes == 1:
         return tensor.cpu()
-    return broadcast(tensor.to(state().device), item % state().num_processes).cpu()
+    here = torch.empty_like(tensor, device=state().device) if tensor.is_meta else tensor.to(state().device)
+    return broadcast(here, item % state().num_processes).cpu()
 
 
 def end_with_parent() -> None:

@@ -199,7 +199,7 @@ class Scorer:
                 for ids, block in zip(self.run.shards, self._stored_gradients(layer), strict=True):
                     self.self_influence.add(ids, [solver.quadratic(block) for solver in solvers])
         for number, layer in enumerate(layers):  # after all solving: then no rank waits for another one's layer
-            own = grads[layer] if layer in own_layers else torch.empty(rows, grads[layer].shape[1])
+            own = grads[layer] if layer in own_layers else torch.empty(rows, grads[layer].shape[1], device="meta")
             grads[layer] = processes.from_owner(number, own)
         if self.self_influence and not self.self_influence.complete and self.task.kind == "raw":
             self.self_influence.save()

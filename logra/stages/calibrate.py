@@ -129,14 +129,20 @@ def rotate(projections: dict[str, Projection], sums: dict[str, Tensor], projecte
         sums: <layer>.A [r_in, r_in] and <layer>.B [r_out, r_out] of this rank; emptied.
         projected: Layer -> (r_out, r_in) after the rotation.
     """
-    layers, own_sums, rotated = list(projections), {}, []
+    layers, own_sums, rotated = list(projections), {}, {}
     own_layers = [layers[number] for number in processes.share(len(layers))]
+    for layer, (p_in, p_out, *_) in projections.items():  # the shapes of what other ranks compute
+        r_out, r_in = projected[layer]
+        d_in, d_out = (len(sums[f"{layer}.{s}"]) if p is None else p.shape[1] for s, p in (("A", p_in), ("B", p_out)))
+        shapes = (r_in, d_in), (r_out, d_out), (r_in,), (r_out,)
+        rotated[layer] = Projection(*(torch.empty(shape, device="meta") for shape in shapes))
     for key in list(sums):  # all sums first: then no rank waits for another one's layer
         total = processes.sum_over_ranks(sums.pop(key))
         if key.rpartition(".")[0] in own_layers:
             own_sums[key] = total
     for layer in own_layers:
         a, b = (own_sums.pop(f"{layer}.{factor}") for factor in "AB")
-        rotated.append((layer, projection.rotate(projections[layer], a, b, projected[layer])))
-    of_all_ranks = dict(processes.gather_list(rotated))
-    return {layer: of_all_ranks[layer] for layer in projections}
+        rotated[layer] = projection.rotate(projections[layer], a, b, projected[layer])
+    for number, layer in enumerate(layers):
+        rotated[layer] = Projection(*(processes.from_owner(number, tensor) for tensor in rotated[layer]))
+    return rotated
