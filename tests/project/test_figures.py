@@ -155,6 +155,14 @@ FEW = [
     ("trajectory", "| three: .2, .5 and the final one | 3 times | # (~)"),
 ]  # fmt: skip
 SPEEDS = [("few_bits", f"| {queries} | ~ | ~ | # |") for queries in (1, 10, 50, 100)]
+RETRAINED = [
+    ("rerank", "| rank 136, signs (`--preset best`) | # (~) | | # (~) | |"),
+    ("rerank", "| re-ranked, final model | # (~) | ~ | # (~) |"),
+    ("rerank", "| re-ranked over three checkpoints | # (~) | ~ | # (~) |"),
+    ("rerank", "| raw rank 64, float32 (`--preset paper`) | # (~) | ~ | # (~) |"),
+    ("rerank", "| 20 random texts, mean of 4 draws | # (~) | | # (~) | |"),
+    ("rerank", "final model minus `best` # (# to #), over three checkpoints # (# to #)."),
+]
 KRONFLUENCE = [("few_bits", "default batches, 1024 tokens and 8 shards, two runs before that: # and # against # and #")]
 KRONFLUENCE += [("few_bits", "nice) at work: ours # s, kronfluence # (CPU")]
 PEERS = [("peers", f"none {name} # tokens/s") for name in ("ours", "bergson", "logix")]
@@ -238,17 +246,18 @@ FIGURES: list[tuple] = [
     (RESULTS, "| all eight, from .05 to 1 | 8 | # | # (# to #) | #% | # | # (# to #) | #% |", [("trajectory", "| all eight | 8 times | #, # (# to #) | #% | #, # (# to #) | #% |")], None),
     (RESULTS, "| three at rank 80 | # | # | # | #% | # | # | #% |", [("trajectory", "| three of rank 80 (.2, .5 and the final one) | # times | #, # | #, # |"), ("trajectory", "gpt2: ceiling #"), ("trajectory", "llama: ceiling #")], lambda size, a, b, c, d, one, two: (size, a, b, 100 * a / one, c, d, 100 * c / two)),
     (RESULTS, "| reference | store (preset) | GPT-2: first 10 | 50 | 100 | 200 | Llama: first 10 | 50 | 100 | 200 |", [], None),
-    (RESULTS, "So look at what stage 3 prints", [], None),
     (RESULTS, "last but one section, # examples, # queries, the whole", [("rerank", "# examples, # queries")], None),
     (RESULTS, "| final model | `best` | # | # | # | # | # | # | # | # |", [("rerank", "| GPT-2, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |")], lambda *x: (x[1], *x[3:6], x[7], *x[9:12])),
     (RESULTS, "| final model | `paper` | # | # | # | # | # | # | # | # |", [("rerank", "| GPT-2, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | raw rank 64, float32 | # | # | # | # | # | # |")], lambda *x: (x[1], *x[3:6], x[7], *x[9:12])),
     (RESULTS, "| mean of three checkpoints | `best` | # | # | # | # | # | # | # | # |", [("rerank", "| GPT-2, mean of three checkpoints | rank 136, signs | # | # | # | # | # | # |"), ("rerank", "| Llama, mean of three checkpoints | rank 136, signs | # | # | # | # | # | # |")], lambda *x: (x[1], *x[3:6], x[7], *x[9:12])),
     (RESULTS, "With # candidates the re-ranked top ten holds # of the uncompressed one on both (on GPT-2 the scores agree to #), and # and # of that", [("rerank", "Re-ranked with K #, share"), ("rerank", "| final model | # | # | # | # |"), ("rerank", "uncompressed run, to # of"), ("rerank", "(`--rerank_checkpoints`) | # | # | # | # |")], lambda *x: (x[0], min(x[1], x[3]), x[5], x[6], x[8])),
-    (RESULTS, "with # examples and a sample of # of them", [("rerank", "has # examples: not the preset's 2048, which would be all #.")], lambda *x: x[::-1]),
-    (RESULTS, "# in the first 10, # in the first 50, # in the first 100; re-ranked with 100 candidates #.", [("rerank", "| rank 136, signs | # (64 random examples) | # | # | # | # | # | # | # |")], lambda *x: (x[1], x[3], x[4], x[6])),
-    (RESULTS, "that is # minutes for # of the quickstart's", [("rerank", "# min for every # examples")], None),
-    (RESULTS, "| # of SmolLM2's uncompressed top 10 with 100 candidates | # |", [("rerank", "Target missed: # with K 100"), ("rerank", "| rank 136, signs | # (64 random examples) | # | # | # | # | # | # | # |")], lambda *x: (x[0], x[7])),
-    (README, "small GPT-2, small Llama | **#**, **#**; #, #; stored alone #, # | stored alone #, # | on three blocks of SmolLM2 with few examples # |", [("rerank", "| final model | # | # | # | # |"), ("rerank", "(`--rerank_checkpoints`) | # | # | # | # |"), ("rerank", "| GPT-2, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| GPT-2, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| rank 136, signs | # (64 random examples) | # | # | # | # | # | # | # |")], lambda *x: (x[0], x[2], x[4], x[6], x[9], x[15], x[21], x[27], x[38])),
+    (RESULTS, "all MLP layers, # questions over # examples: # of the ten are in the first 10, # in 50, # in 100.", [("rerank", "SmolLM2-135M-Instruct, # blocks of pydoc's shorter topics, # questions"), ("rerank", "| 90: all MLP layers | # | # | # | # | # | # |")], lambda *x: (x[1], x[0], x[3], x[5], x[6])),
+    (RESULTS, "Of three blocks alone #, #, #; at `--rerank_rank` 256 and 512 only # and # of 100 candidates' ten", [("rerank", "| 9: MLP layers of 3 of 30 blocks | # | # | # | # | # | # |"), ("rerank", "| 256 | # | # | # | # |"), ("rerank", "| 512 | # | # | # | # |")], lambda *x: (x[1], x[3], x[4], x[8], x[12])),
+    (RESULTS, "`--mode cosine` # minutes for # of the quickstart's", [("rerank", "# min for every # examples")], None),
+    (README, "small GPT-2, small Llama | **#**, **#**; #, #; stored alone #, # | stored alone #, # | SmolLM2 #, stored alone # |", [("rerank", "| final model | # | # | # | # |"), ("rerank", "(`--rerank_checkpoints`) | # | # | # | # |"), ("rerank", "| GPT-2, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | rank 136, signs (`--preset best`) | # | # | # | # | # | # |"), ("rerank", "| GPT-2, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| Llama, final model | raw rank 64, float32 | # | # | # | # | # | # |"), ("rerank", "| 90: all MLP layers | # | # | # | # | # | # |")], lambda *x: (x[0], x[2], x[4], x[6], x[9], x[15], x[21], x[27], x[36], x[33])),
+    (README, "| the same without its top 20; ~ | #, #; #, #; **#**, **#** | #, # | 20 random texts: #, # |", RETRAINED[:5], None),
+    (RESULTS, "Without the first 20 texts the losses of 10 queries on GPT-2 and 10 on Llama rise by # and # nats with the scores of `best`, by # and # with raw, by # and # with `best` re-ranked, and by **#** and **#** with `best` re-ranked over three checkpoints: # (# to #) more", [*RETRAINED, ("rerank", "the first 10 queries of each")], lambda *x: (*x[:2], *x[6:8], *x[2:6], *x[13:])),
+    (RESULTS, "first texts made no clear difference: # (# to #;", RETRAINED[5:], lambda *x: x[:3]),
     (README, "saw each text twice; ceiling #, wide intervals | #, #, # | # |", FEW, lambda *x: [x[0], x[2], x[3], x[4], x[1]]),
     (RESULTS, "saw # texts twice (ceiling #, # halves): #, # and, three, #, # (# to #) times; raw #.", [("trajectory", "on # passages of the manual and of"), *FEW, ("trajectory", "2 epochs, # random halves"), ("trajectory", "| three: .2, .5 and the final one | 3 times | # (# to #) | #% | # (# to #) |")], lambda *x: (round(x[0], -3), x[1], x[6], x[3], x[4], x[5], *x[11:14], x[2])),
     (README, "GPT-2; Llama; 24 halves, wide intervals | #, #, **#**; #, #, **#** | #; # | three of rank 80: #; # |", [("trajectory_fortunes", "| the final model alone | 1 | # (~), 1.00 | 29% | # (~)"), ("trajectory_fortunes", "after half of the training | the same | # (~), ~ | 28% | # (~)"), ("trajectory_fortunes", "| three: .2, .5 and the final one | 3 times | # (~), ~ | 35% | # (~)"), ("trajectory_fortunes", "final model | 7.5 times | # (~), ~ | 22% | # (~)"), ("trajectory_fortunes", "| three of rank 80 (.2, .5 and the final one) | 1.11 times | # (~), ~ | 30% | # (~)")], lambda a, b, c, d, e, f, g, h, i, j: [a, c, e, b, d, f, g, h, i, j]),
@@ -380,7 +389,7 @@ FIGURES: list[tuple] = [
     (RESULTS, "BM25 had #% of a fact's texts among the first 10, the influence scores #% to #%.", PLANTED, lambda *x: percent(*x[1::2])),
     (RESULTS, "Among the first 3 it was #% against #% to #%", PLANTED, lambda *x: percent(*x[::2])),
     (RESULTS, "than `random` at rank 64 (# against #, # against #;", [(bed, f"| ekfac | rank 64, {kind} | dot | ~ | #") for bed in TESTBEDS[:2] for kind in ("pca, float32", "float32")], None),
-    (RESULTS, "# times as fast in the forward pass, after # s of compiling", [("extraction", "forward # times as fast"), ("extraction", "after # s of ")], None),
+    (SPEED, "# times as fast in the forward pass, after # s of compiling", [("extraction", "forward # times as fast"), ("extraction", "after # s of ")], None),
     # other pages
     ("docs/faq.md", "So 10 queries took # times as long as one (float32 of rank 64, 2 CPU cores,", [("scoring", "0.79 of the read ~ peak # examples/s 10 queries ~ peak # examples/s")], lambda one, ten: [one / ten]),
     ("docs/faq.md", "with signs of rank 128 # times", [("few_bits", "| 1 | ~ | # | ~ | | 10 | ~ | # |")], lambda one, ten: [one / ten]),
