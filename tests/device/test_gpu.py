@@ -208,8 +208,9 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     return dispatch_model(model, device_map={part: f"cuda:{number}" for part, number in places.items()})
 
 
+@pytest.mark.usefixtures("two_devices")
 @pytest.mark.parametrize(("two_devices", "name"), on_both(*2 * [[(name,) for name in NAMES]]), indirect=["two_devices"])
-def test_gradients_of_a_model_on_two_gpus(two_devices, name):
+def test_gradients_of_a_model_on_two_gpus(name):
     """--device_map auto: layers on two GPUs, their copies in flight while the next batch is computed."""
     model, ids = make_model(name), random_ids([30] * 20)
     _, projections = draw_projections(model)
@@ -222,12 +223,13 @@ def test_gradients_of_a_model_on_two_gpus(two_devices, name):
             assert all(relative(found[layer], expected[layer]) < 1e-4 for layer in expected)
 
 
+@pytest.mark.usefixtures("two_devices")
 @pytest.mark.parametrize(
     ("two_devices", "name", "flags"),
     on_both(*2 * [[("llama", PRESETS[1]), ("gpt2", "--hessian kfac --store_dtype none")]]),
     indirect=["two_devices"],
 )
-def test_a_run_on_two_gpus(two_devices, cli, tiny, workspace, monkeypatch, name, flags):
+def test_a_run_on_two_gpus(cli, tiny, workspace, monkeypatch, name, flags):
     """Stages, scores in all modes and re-ranked scores of a model on two GPUs, as --verify compares them."""
     load = models.load_model
 
