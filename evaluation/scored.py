@@ -80,9 +80,10 @@ def by_document(folder: Path, ids: list[str], queries: list[str]) -> dict[str, n
     if set(found.documents) != set(ids) or found.queries != queries:
         raise ValueError(f"expected scores of corpus.jsonl for queries.jsonl in {folder}, got others; score these")
     place, rows = {name: i for i, name in enumerate(ids)}, {}
+    places = [place[document] for document in found.documents]
     for name, scores in rankings(folder, found).items():
         best = np.full((len(ids), len(queries)), -np.inf)
-        np.maximum.at(best, [place[document] for document in found.documents], scores.T)
+        np.maximum.at(best, places, scores.T)
         rows[name] = best.T
     return rows
 

@@ -69,12 +69,19 @@ def stages_on(device: str) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@contextmanager
+def devices(name: str, count: int = 1) -> Iterator[None]:
+    """Let stages run on this many devices of a kind; skip the test without as many GPUs."""
+    if name == "cuda" and torch.cuda.device_count() < count:
+        pytest.skip(f"needs GPUs: {count}, and TEST_GPUS=1")
+    with GpuStandIn(count) if name == "stand-in" else nullcontext(), stages_on(name):
+        yield
+
+
 @pytest.fixture
 def device(request) -> Iterator[torch.device]:
     """The device on which stages run; without a GPU, cases for one are skipped."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU, and TEST_GPUS=1")
-    with GpuStandIn() if request.param == "stand-in" else nullcontext(), stages_on(request.param):
+    with devices(request.param):
         yield torch.device("cpu" if request.param == "cpu" else "cuda")
 
 
@@ -194,9 +201,7 @@ def test_a_sharded_model(device, cli, tiny, workspace, processes):
 @pytest.fixture
 def two_devices(request) -> Iterator[None]:
     """Two GPUs, or two stand-ins."""
-    if request.param == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs, and TEST_GPUS=1")
-    with GpuStandIn(2) if request.param == "stand-in" else nullcontext(), stages_on(request.param):
+    with devices(request.param, 2):
         yield
 
 
